@@ -1,0 +1,29 @@
+"""SOAP, Shampoo and MARS for the Transformers Trainer.
+
+Importing this package makes ``TrainingArguments(optim="soap")`` valid; the optimizers also work on their own.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hf_soap import registry
+from hf_soap.optimizers import SOAP
+from hf_soap.schema import OptimizerConfig, SoapConfig
+
+if TYPE_CHECKING:
+    from hf_soap.trainer import SoapTrainer, SoapTrainerMixin
+
+__version__ = "0.1.0"
+__all__ = ["SOAP", "OptimizerConfig", "SoapConfig", "SoapTrainer", "SoapTrainerMixin"]
+
+registry.install()
+
+
+def __getattr__(name: str) -> Any:
+    # The Trainer takes seconds to import, and an optimizer alone does not need it.
+    if name in ("SoapTrainer", "SoapTrainerMixin"):
+        from hf_soap import trainer
+
+        return getattr(trainer, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

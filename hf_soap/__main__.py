@@ -1,0 +1,42 @@
+"""Entry point of ``hf-soap`` and ``python -m hf_soap``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import typer
+
+from hf_soap.cli.compare import compare
+from hf_soap.cli.run import run
+
+app = typer.Typer(
+    help="SOAP, Shampoo and MARS for the Hugging Face Trainer.",
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+# Everything behind the program's name is the program's, --help included.
+app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})(run)
+app.command()(compare)
+
+
+def main() -> None:
+    """Parse the command line and carry it out.
+
+    Raises:
+        SystemExit: With the exit status of the command, or of the program that ``run`` started.
+    """
+    launches: list[Callable[[], object]] = []
+    try:
+        app(prog_name="hf-soap", obj=launches)
+    except SystemExit as end:
+        if end.code or not launches:
+            raise
+    # Here and not inside the command, where an EOFError of the program would read "Aborted!".
+    for launch in launches:
+        launch()
+
+
+if __name__ == "__main__":
+    main()

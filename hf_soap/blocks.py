@@ -1,0 +1,274 @@
+"""How a parameter is cut into blocks of one shape, and the stacks that keep the state of many of them together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from hf_soap.rules import Rule
+
+CHUNK_BYTES = 256 * 2**20
+"""Budget for the temporaries of one step of one bucket; a larger bucket is worked through in chunks."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one tensor becomes a batch of same-shape blocks.
+
+    Attributes:
+        view: Shape after merging dimensions; reshaping the parameter to it moves no data.
+        grid: Number of blocks along each dimension of ``view``.
+        block: Shape (d_1, ..., d_k) of one block; grid * block exceeds ``view`` where the last block is padded.
+        sides: Modes that carry a Kronecker factor, ascending; the others keep an identity basis.
+    """
+
+    view: tuple[int, ...]
+    grid: tuple[int, ...]
+    block: tuple[int, ...]
+    sides: tuple[int, ...]
+
+    @cached_property
+    def blocks(self) -> int:
+        """Number of blocks of one tensor."""
+        return math.prod(self.grid)
+
+    @cached_property
+    def padded(self) -> bool:
+        """Whether some blocks hold entries that no parameter entry stands behind."""
+        return any(g * b != v for g, b, v in zip(self.grid, self.block, self.view, strict=True))
+
+    def factor_numel(self) -> int:
+        """Entries of all factors of one tensor; the bases take as many again."""
+        return self.blocks * sum(self.block[side] ** 2 for side in self.sides)
+
+    def to_blocks(self, tensor: Tensor) -> Tensor:
+        """Cuts a tensor into (blocks, d_1, ..., d_k), zero-padded; a view when there is one block."""
+        tensor = tensor.reshape(self.view)
+        if self.blocks == 1:
+            return tensor.unsqueeze(0)
+        if self.padded:
+            excess = [g * b - v for g, b, v in zip(self.grid, self.block, self.view, strict=True)]
+            tensor = F.pad(tensor, [n for e in reversed(excess) for n in (0, e)])
+        k = len(self.grid)
+        split = tensor.reshape([n for pair in zip(self.grid, self.block, strict=True) for n in pair])
+        return split.permute(*range(0, 2 * k, 2), *range(1, 2 * k, 2)).reshape(self.blocks, *self.block)
+
+    def from_blocks(self, blocks: Tensor, shape: Sequence[int]) -> Tensor:
+        """Puts (blocks, d_1, ..., d_k) together again as a tensor of ``shape``, without the padding."""
+        if self.blocks == 1:
+            return blocks.reshape(tuple(shape))
+        k = len(self.grid)
+        order = [n for i in range(k) for n in (i, k + i)]
+        whole = blocks.reshape(*self.grid, *self.block).permute(order)
+        whole = whole.reshape([g * b for g, b in zip(self.grid, self.block, strict=True)])
+        if self.padded:
+            whole = whole[tuple(slice(v) for v in self.view)]
+        return whole.reshape(tuple(shape))
+
+    def trim(self, blocks: Tensor) -> Tensor:
+        """Zeroes the padding of (tensors * blocks, d_1, ..., d_k), so that norms see only real entries."""
+        if not self.padded:
+            return blocks
+        tensors = blocks.split(self.blocks)
+        return torch.cat([self.to_blocks(self.from_blocks(one, self.view)) for one in tensors])
+
+
+def merge_shape(shape: Sequence[int], limit: int) -> tuple[int, ...]:
+    """Merges neighbouring dimensions from the left while their product stays within ``limit``.
+
+    Source:
+        The greedy rule of the SOAP paper's code for convolutions (arXiv:2409.11321): on overflow the running
+        product is emitted and restarts at this dimension.
+    """
+    merged: list[int] = []
+    running = 1
+    for size in shape:
+        if running * size <= limit:
+            running *= size
+        elif running == 1:
+            merged.append(size)
+        else:
+            merged.append(running)
+            running = size
+    if running > 1 or not merged:
+        merged.append(running)
+    return tuple(merged)
+
+
+def plan_layout(
+    shape: Sequence[int],
+    *,
+    max_precond_dim: int,
+    merge_dims: bool = False,
+    precondition_1d: bool = False,
+    one_sided: bool = False,
+    block_size: int | None = None,
+    factored: bool = True,
+) -> Layout:
+    """Decides how a tensor is cut and which of its sides are factored.
+
+    Args:
+        shape: Shape of the (local) parameter; a scalar counts as a vector of one entry.
+        max_precond_dim: A longer side keeps an identity basis.
+        merge_dims: Merge neighbouring dimensions of a tensor with more than two of them. A matrix is never merged:
+            a LoRA matrix of 8 x 1024 would become one vector with an 8192 x 8192 factor.
+        precondition_1d: Factor vectors too.
+        one_sided: Factor only the shorter side of a matrix (the left one of equals).
+        block_size: Cut sides longer than this into equal blocks, the last one zero-padded.
+        factored: False keeps every basis at the identity, which makes SOAP Adam.
+
+    Returns:
+        The layout.
+    """
+    is_vector = len(shape) < 2
+    view = tuple(shape) or (1,)
+    if merge_dims and len(view) > 2:
+        view = merge_shape(view, max_precond_dim)
+    grid = tuple(1 for _ in view)
+    if factored and block_size is not None and (not is_vector or precondition_1d):
+        grid = tuple(max(1, -(-size // block_size)) for size in view)
+    block = tuple(-(-size // count) for size, count in zip(view, grid, strict=True))
+    sides: tuple[int, ...] = ()
+    if factored and (not is_vector or precondition_1d):
+        sides = tuple(i for i, size in enumerate(block) if 1 < size <= max_precond_dim)
+    if one_sided and len(block) == 2:
+        shorter = 0 if block[0] <= block[1] else 1
+        sides = tuple(side for side in sides if side == shorter)
+    return Layout(view, grid, block, sides)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The part of a bucket that one call of a rule works on: adjacent tensors at the same stage.
+
+    Attributes:
+        layout: Layout of every tensor in it.
+        t: 1-based number of this update, a number per tensor.
+        index: Place of each tensor in the whole optimizer, which staggers refreshes.
+    """
+
+    layout: Layout
+    t: tuple[int, ...]
+    index: tuple[int, ...]
+
+    def per_block(self, values: Sequence[float], like: Tensor) -> float | Tensor:
+        """Spreads one number a tensor over its blocks, to broadcast against (blocks, d_1, ..., d_k)."""
+        if len(set(values)) == 1:
+            return values[0]
+        column = torch.tensor(values, dtype=like.dtype, device=like.device)
+        return column.repeat_interleave(self.layout.blocks).view(-1, *[1] * (like.dim() - 1))
+
+    def tensor_mean_square(self, blocks: Tensor) -> Tensor:
+        """Mean square over the entries of each tensor, broadcastable against ``blocks`` without padding."""
+        total = blocks.square().flatten(1).sum(1).view(-1, self.layout.blocks).sum(1)
+        mean = total / math.prod(self.layout.view)
+        return mean.repeat_interleave(self.layout.blocks).view(-1, *[1] * (blocks.dim() - 1))
+
+    def runs(self, flags: Iterable[bool]) -> Iterator[tuple[slice, Chunk]]:
+        """Yields each run of adjacent tensors whose flag is set, as a slice of blocks and a smaller chunk."""
+        for first, last in adjacent(flags):
+            blocks = slice(first * self.layout.blocks, last * self.layout.blocks)
+            yield blocks, Chunk(self.layout, self.t[first:last], self.index[first:last])
+
+
+def adjacent(flags: Iterable[bool], longest: int | None = None) -> Iterator[tuple[int, int]]:
+    """Yields (first, end) of every run of set flags, none longer than ``longest``."""
+    first: int | None = None
+    place = -1
+    for place, flag in enumerate(flags):
+        if flag and first is None:
+            first = place
+        elif first is not None and (not flag or place - first == longest):
+            yield first, place
+            first = place if flag else None
+    if first is not None:
+        yield first, place + 1
+
+
+class Bucket:
+    """The stacked state of all tensors with the same blocks, handed out to ``optimizer.state[p]`` as views.
+
+    A cache, never the truth: :meth:`intact` tells whether the state still lives here. Where it was replaced (a load, a
+    deepcopy, a swapped parameter) the optimizer builds the bucket anew from what it finds in the state.
+    """
+
+    def __init__(
+        self,
+        rule: Rule,
+        layout: Layout,
+        members: Sequence[tuple[int, Tensor]],
+        state: Mapping[Tensor, dict[str, Any]],
+        *,
+        dtype: torch.dtype,
+    ) -> None:
+        self.layout = layout
+        self.index = [index for index, _ in members]
+        self.params = [param for _, param in members]
+        device = self.params[0].device
+        self.stacks = rule.allocate(layout, len(members), dtype=dtype, device=device)
+        self.steps = torch.zeros(len(members), dtype=torch.float32)
+        self._pointers: list[dict[str, int]] = []
+        for place, param in enumerate(self.params):
+            views = self.rows(place, place + 1)
+            views["step"] = self.steps[place]
+            known = state[param]
+            if known:
+                check_state(known, views, tuple(param.shape))
+            for role, view in views.items():
+                if role in known:
+                    view.copy_(known[role] if isinstance(known[role], Tensor) else torch.tensor(known[role]))
+                known[role] = view
+            self._pointers.append({role: view.data_ptr() for role, view in views.items()})
+
+    def rows(self, first: int, last: int) -> dict[str, Tensor]:
+        """Views of the state of the tensors first..last-1, by role."""
+        b = self.layout.blocks
+        return {role: stack[first * b : last * b] for role, stack in self.stacks.items()}
+
+    def intact(self, state: Mapping[Tensor, dict[str, Any]]) -> bool:
+        """Whether every tensor's state is still the view that was handed out."""
+        for param, pointers in zip(self.params, self._pointers, strict=True):
+            known = state.get(param, {})
+            for role, pointer in pointers.items():
+                value = known.get(role)
+                if not isinstance(value, Tensor) or value.data_ptr() != pointer:
+                    return False
+        return True
+
+    def tensors_per_chunk(self) -> int:
+        """How many tensors fit into the byte budget of temporaries, at least one."""
+        block = math.prod(self.layout.block)
+        largest = max((self.layout.block[side] ** 2 for side in self.layout.sides), default=0)
+        item = torch.empty((), dtype=next(iter(self.stacks.values())).dtype).element_size()
+        per_tensor = self.layout.blocks * item * (5 * block + 4 * largest)
+        return max(1, CHUNK_BYTES // max(1, per_tensor))
+
+
+def check_state(known: Mapping[str, Any], wanted: Mapping[str, Tensor], shape: tuple[int, ...]) -> None:
+    """Checks that saved state has the roles and shapes that the current settings need.
+
+    Args:
+        known: State of one parameter as found, by role.
+        wanted: Tensors of the right shapes, by role; ``step`` included.
+        shape: Shape of the parameter, for the message.
+
+    Raises:
+        ValueError: If a role is missing, unknown or has another shape.
+    """
+    got = {role: tuple(torch.as_tensor(value).shape) for role, value in known.items()}
+    want = {role: tuple(value.shape) for role, value in wanted.items()}
+    if got != want:
+        differ = sorted(role for role in got.keys() | want.keys() if got.get(role) != want.get(role))
+        raise ValueError(
+            f"the optimizer state of a parameter of shape {shape} does not fit the current settings: "
+            + "; ".join(f"{role} got {got.get(role, 'nothing')}, wanted {want.get(role, 'nothing')}" for role in differ)
+            + ". Resume with the optimizer and the optim_args that wrote the checkpoint, or start without its state."
+        )

@@ -1,0 +1,115 @@
+"""Which parameter follows which rule: the Trainer's param groups, split further."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from hf_soap.optimizers import BlockOptimizer, state_dtype
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from hf_soap.schema import OptimizerConfig
+
+LORA = re.compile(r"lora_(embedding_)?[AB]\b")
+"""Names of LoRA matrices in peft: (r, in), (out, r)."""
+
+LORA_SIDES: dict[str, dict[str, Any]] = {"rank": {"one_sided": True}, "both": {}, "none": {"rule": "adam"}}
+
+Overrides = dict[str, Any]
+
+
+def split_groups(params: Iterable[Any], model: nn.Module | None, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Splits param groups by the rule that each parameter follows; the first match wins.
+
+    In this order: ``adam_modules``, ``one_sided_modules``, LoRA matrices (``lora_sides``), the optimizer's defaults.
+    Tied weights are found under each of their names.
+
+    Args:
+        params: Param groups as the Trainer makes them, or parameters.
+        model: Where the names come from.
+        config: The options.
+
+    Returns:
+        Param groups with the settings of each, with names where a model was given; empty ones are dropped.
+
+    Raises:
+        ValueError: If a pattern matches no trainable parameter, or there is no model to match it with.
+    """
+    given = list(params)
+    groups = given if given and isinstance(given[0], dict) else [{"params": given}]
+    names = _names(model) if model is not None else {}
+    trainable = [name for group in groups for param in group["params"] for name in names.get(param, ())]
+    patterns = {
+        key: re.compile(pattern)
+        for key in ("adam_modules", "one_sided_modules")
+        if (pattern := getattr(config, key, None)) is not None
+    }
+    for key, pattern in patterns.items():
+        if not any(pattern.search(name) for name in trainable):
+            raise ValueError(
+                f"{key}={pattern.pattern!r} matches no trainable parameter; names look like {', '.join(trainable[:3])}"
+                if trainable
+                else f"{key}={pattern.pattern!r} needs parameter names; build the optimizer with its model"
+            )
+
+    split: list[dict[str, Any]] = []
+    named = all(param in names for group in groups for param in group["params"])
+    for group in groups:
+        routed: defaultdict[tuple[tuple[str, Any], ...], list[Any]] = defaultdict(list)
+        for param in group["params"]:
+            overrides = _route(param, names.get(param, ()), patterns, config)
+            routed[tuple(overrides.items())].append((names[param][0], param) if named else param)
+        split.extend({**group, **dict(overrides), "params": members} for overrides, members in routed.items())
+    return split
+
+
+def routing_table(optimizer: BlockOptimizer) -> str:
+    """Returns a text table of an optimizer's parameters: rule, tensors, parameters and the memory of its factors.
+
+    Args:
+        optimizer: Any optimizer of the family, before or after its first step.
+
+    Returns:
+        One line per rule, and a heading.
+    """
+    totals: dict[str, list[int]] = {}
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if not param.requires_grad:
+                continue
+            layout = optimizer.layout(group, param.shape)
+            count = totals.setdefault(optimizer.describe(layout), [0, 0, 0])
+            count[0] += 1
+            count[1] += param.numel()
+            count[2] += 2 * layout.factor_numel() * state_dtype(param).itemsize
+    rows = [("rule", "tensors", "parameters", "factors and bases")]
+    rows += [(rule, f"{n:,}", f"{size:,}", f"{octets / 2**20:,.1f} MiB") for rule, (n, size, octets) in totals.items()]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in rows
+    )
+
+
+def _names(model: nn.Module) -> dict[Tensor, list[str]]:
+    names: defaultdict[Tensor, list[str]] = defaultdict(list)
+    for name, param in model.named_parameters(remove_duplicate=False):
+        names[param].append(name)
+    return dict(names)
+
+
+def _route(
+    param: Tensor, names: Sequence[str], patterns: dict[str, re.Pattern[str]], config: OptimizerConfig
+) -> Overrides:
+    for key, overrides in (("adam_modules", {"rule": "adam"}), ("one_sided_modules", {"one_sided": True})):
+        if key in patterns and any(patterns[key].search(name) for name in names):
+            return overrides
+    if param.dim() == 2 and any(LORA.search(name) for name in names):
+        return LORA_SIDES[getattr(config, "lora_sides", "both")]
+    return {}

@@ -1,0 +1,136 @@
+"""Batched linear algebra on Kronecker factors: tensors are (..., n, n) in float32 or float64.
+
+Everything here runs in the dtype that it is given and never in TF32: at a spread of 1e7 between eigenvalues TF32
+loses the small ones altogether.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def symmetrize(matrix: Tensor) -> Tensor:
+    """Returns (A + Aᵀ)/2 of ``matrix`` (..., n, n), which removes the asymmetry that rounding leaves."""
+    return (matrix + matrix.mT).mul_(0.5)
+
+
+def unfold(tensor: Tensor, mode: int) -> Tensor:
+    """Lays out mode ``mode`` of a batch of blocks as the rows of a batch of matrices.
+
+    Args:
+        tensor: (blocks, d_1, ..., d_k).
+        mode: Which of the k modes, counted from 0.
+
+    Returns:
+        (blocks, d_mode, product of the others): a view where the layout allows one.
+    """
+    blocks, size = tensor.shape[0], tensor.shape[mode + 1]
+    return tensor.movedim(mode + 1, 1).reshape(blocks, size, -1)
+
+
+def mode_product(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
+    """Multiplies mode ``mode`` of every block by the transpose of its matrix: G ×_mode Qᵀ.
+
+    Args:
+        tensor: (blocks, d_1, ..., d_k).
+        matrix: (blocks, d_mode, r), typically an orthonormal basis; pass ``basis.mT`` for the way back.
+        mode: Which of the k modes, counted from 0.
+
+    Returns:
+        (blocks, d_1, ..., r, ..., d_k), contiguous.
+    """
+    shape = list(tensor.shape)
+    shape[mode + 1] = matrix.shape[-1]
+    blocks, size = tensor.shape[0], tensor.shape[mode + 1]
+    before = tensor[0].shape[:mode].numel()
+    if before == 1:
+        return torch.bmm(matrix.mT, tensor.reshape(blocks, size, -1)).view(shape)
+    if mode == tensor.dim() - 2:
+        return torch.bmm(tensor.reshape(blocks, before, size), matrix).view(shape)
+    stacked = tensor.reshape(blocks, before, size, -1)
+    return torch.matmul(matrix.mT.unsqueeze(1), stacked).view(shape)
+
+
+def add_gram_(factor: Tensor, tensor: Tensor, mode: int, *, beta: float, alpha: float) -> Tensor:
+    """Accumulates a Gram matrix in place: A ← β A + α X Xᵀ, where X is the unfolding of ``tensor``.
+
+    Args:
+        factor: (blocks, d_mode, d_mode), changed in place.
+        tensor: (blocks, d_1, ..., d_k), same dtype.
+        mode: Which mode X unfolds.
+        beta: Weight of the old factor.
+        alpha: Weight of the new Gram matrix.
+
+    Returns:
+        ``factor``.
+    """
+    if mode == tensor.dim() - 2:
+        rows = tensor.reshape(tensor.shape[0], -1, tensor.shape[-1])
+        return factor.baddbmm_(rows.mT, rows, beta=beta, alpha=alpha)
+    columns = unfold(tensor, mode)
+    return factor.baddbmm_(columns, columns.mT, beta=beta, alpha=alpha)
+
+
+def eigenbasis(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigendecomposition with the largest eigenvalue first.
+
+    LAPACK gives up on a few float32 matrices that it solves in float64, so a failed batch is retried there.
+
+    Args:
+        matrix: (..., n, n), symmetric, float32 or float64.
+
+    Returns:
+        Eigenvalues (..., n), descending, and the basis (..., n, n) with one eigenvector a column.
+
+    Raises:
+        torch.linalg.LinAlgError: If float64 does not converge either (a non-finite input, for example).
+    """
+    try:
+        values, basis = torch.linalg.eigh(matrix)
+    except torch.linalg.LinAlgError:
+        values, basis = (x.to(matrix.dtype) for x in torch.linalg.eigh(matrix.double()))
+    return values.flip(-1), basis.flip(-1)
+
+
+def refresh(factor: Tensor) -> tuple[Tensor, Tensor]:
+    """One orthogonal iteration on a factor that is kept in its own eigenbasis.
+
+    With L = Q L̂ Qᵀ, the textbook refresh qr(L Q) = qr(Q L̂) has the orthogonal part Q·qr(L̂), so that the
+    decomposition of the small-norm-off-diagonal L̂ says all, and R̃Q̃ is the factor in the new basis.
+
+    Args:
+        factor: L̂ (blocks, n, n), symmetric, with its diagonal in descending order.
+
+    Returns:
+        The rotation Q̃ (blocks, n, n), to be applied as Q ← Q Q̃, and the refreshed factor Q̃ᵀ L̂ Q̃.
+
+    Source:
+        SOAP, arXiv:2409.11321, algorithm 4, restated in the rotated frame.
+    """
+    rotation, upper = torch.linalg.qr(factor)
+    return rotation, symmetrize(upper @ rotation)
+
+
+def orthonormalize(basis: Tensor) -> Tensor:
+    """One Newton–Schulz step towards the nearest orthonormal basis, Q(3I − QᵀQ)/2.
+
+    Products of thousands of rotations drift off orthonormality by rounding alone; one step squares the error away.
+
+    Args:
+        basis: (..., n, n), already orthonormal to about 1e-2.
+
+    Returns:
+        (..., n, n).
+    """
+    gram = basis.mT @ basis
+    gram.mul_(-0.5).diagonal(dim1=-2, dim2=-1).add_(1.5)
+    return basis @ gram
+
+
+def off_diagonal_share(factor: Tensor) -> Tensor:
+    """Returns ‖A − diag A‖_F / ‖A‖_F of each matrix (..., n, n): 0 for an exact eigenbasis, nan-free at A = 0."""
+    total = factor.square().sum((-2, -1))
+    diagonal = factor.diagonal(dim1=-2, dim2=-1).square().sum(-1)
+    tiny = torch.finfo(factor.dtype).tiny
+    return ((total - diagonal).clamp_(min=0.0) / total.clamp_(min=tiny)).sqrt_()

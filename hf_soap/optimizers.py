@@ -1,0 +1,394 @@
+"""The step loop, and the optimizers as users meet them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from hf_soap import checkpoint, schema, sharding
+from hf_soap.blocks import Bucket, Chunk, Layout, adjacent, plan_layout
+from hf_soap.rules import Rule, Soap
+
+logger = logging.getLogger(__name__)
+
+
+class BlockOptimizer(torch.optim.Optimizer):
+    """A torch optimizer that steps batches of same-shape blocks by a rule.
+
+    Subclasses say which rule a param group follows (:meth:`rule`) and how a tensor is cut (:meth:`layout`). State is
+    made at the first step, so that parameters may be moved or replaced after construction.
+    """
+
+    config: type[schema.OptimizerConfig]
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        self._reset_cache()
+        super().__init__(params, defaults)
+
+    def _reset_cache(self) -> None:
+        self._buckets: dict[int, tuple[list[Tensor], list[Bucket]]] = {}
+        self.skipped_steps = 0
+        """Steps that were left out because a gradient was not finite, since construction or load."""
+
+    def rule(self, group: dict[str, Any]) -> Rule:
+        """Returns the rule of a param group, made from the group's current settings."""
+        raise TypeError(f"{type(self).__name__} defines no rule; use SOAP or another subclass of BlockOptimizer")
+
+    def layout(self, group: dict[str, Any], shape: Sequence[int]) -> Layout:
+        """Returns how a tensor of ``shape`` in this param group is cut into blocks."""
+        raise TypeError(f"{type(self).__name__} defines no layout; use SOAP or another subclass of BlockOptimizer")
+
+    def describe(self, layout: Layout) -> str:
+        """Names in a few words what happens to a tensor of this layout, for tables."""
+        raise TypeError(f"{type(self).__name__} describes no layout; use SOAP or another subclass of BlockOptimizer")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, also after the first step; its settings are checked like the constructor's.
+
+        Raises:
+            ValueError: If a setting is wrong, or a parameter is complex or sharded over ranks.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._check_group(group)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        check_learning_rate(group["lr"])
+        check_number("weight_decay", group["weight_decay"])
+        betas = group["betas"]
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+            raise ValueError(f"betas must be two numbers, got {betas!r}; for example (0.95, 0.95)")
+        names = schema.option_fields(self.config)
+        values = {key: value for key, value in group.items() if key in names}
+        schema.check_values(self.config, {**values, "beta1": betas[0], "beta2": betas[1]})
+        for param in group["params"]:
+            sharding.require_whole(param)
+            if param.is_complex() or not param.is_floating_point():
+                raise ValueError(
+                    f"parameters must be real floating point, got {param.dtype} of shape {tuple(param.shape)}; "
+                    "hold a complex weight as torch.view_as_real(weight)"
+                )
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Updates every parameter that has a gradient.
+
+        Args:
+            closure: Reevaluates the model and returns the loss.
+
+        Returns:
+            What the closure returned.
+
+        Raises:
+            ValueError: If a gradient is sparse or complex, before anything changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._gradients_usable():
+            index = 0
+            for number, group in enumerate(self.param_groups):
+                params = [p for p in group["params"] if p.requires_grad and p.numel()]
+                for bucket in self._group_buckets(number, group, params, index):
+                    self._step_bucket(group, bucket)
+                index += len(params)
+        return loss
+
+    def _gradients_usable(self) -> bool:
+        """Refuses sparse gradients, and says whether all gradients are finite where a group wants to know."""
+        checked: list[Tensor] = []
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                if param.grad.is_sparse or param.grad.layout != torch.strided:
+                    raise ValueError(
+                        f"{type(self).__name__} needs dense gradients, got {param.grad.layout} for a parameter of shape "
+                        f"{tuple(param.shape)}; build the embedding with sparse=False"
+                    )
+                if group["nonfinite"] == "skip" and param.numel():
+                    checked.append(param.grad)
+        if not checked:
+            return True
+        # The largest magnitude, not a sum of squares: 1e30 is finite and its square is not.
+        peaks = torch.stack([peak.float().cpu() for peak in torch._foreach_norm(checked, float("inf"))])
+        if bool(peaks.isfinite().all()):
+            return True
+        if not self.skipped_steps:
+            logger.warning("A gradient holds NaN or Inf: the whole step is skipped, parameters and state stay as they are.")
+        self.skipped_steps += 1
+        return False
+
+    def _group_buckets(self, number: int, group: dict[str, Any], params: list[Tensor], index: int) -> list[Bucket]:
+        """Returns the buckets of a group, built anew where parameters or state were replaced since the last step."""
+        known, buckets = self._buckets.get(number, ([], []))
+        same = len(known) == len(params) and all(a is b for a, b in zip(known, params, strict=True))
+        if same and all(bucket.intact(self.state) for bucket in buckets):
+            return buckets
+        rule = self.rule(group)
+        members: dict[tuple[Layout, torch.dtype, torch.device], list[tuple[int, Tensor]]] = {}
+        for place, param in enumerate(params, start=index):
+            key = (self.layout(group, param.shape), state_dtype(param), param.device)
+            members.setdefault(key, []).append((place, param))
+        buckets = [
+            Bucket(rule, layout, entries, self.state, dtype=dtype) for (layout, dtype, _), entries in members.items()
+        ]
+        self._buckets[number] = (params, buckets)
+        return buckets
+
+    def _step_bucket(self, group: dict[str, Any], bucket: Bucket) -> None:
+        rule, layout = self.rule(group), bucket.layout
+        steps = bucket.steps.tolist()
+        present = [param.grad is not None for param in bucket.params]
+        fresh = [rule.seeds and here and not step for here, step in zip(present, steps, strict=True)]
+        if any(fresh):
+            # An all-zero gradient (a LoRA matrix behind a zero one, a synthetic step) says nothing about a basis.
+            grads = [p.grad for p, is_fresh in zip(bucket.params, fresh, strict=True) if is_fresh and p.grad is not None]
+            nonzero = iter(torch.stack([grad.count_nonzero() for grad in grads]).tolist())
+            fresh = [is_fresh and next(nonzero) > 0 for is_fresh in fresh]
+        ready = [here and (step > 0 or not rule.seeds) for here, step in zip(present, steps, strict=True)]
+
+        size = bucket.tensors_per_chunk()
+        for seeding, flags in ((True, fresh), (False, ready)):
+            for first, last in adjacent(flags, size):
+                bucket.steps[first:last] += 1
+                t = tuple(int(step) + 1 - rule.seeds for step in steps[first:last])
+                chunk = Chunk(layout, t, tuple(bucket.index[first:last]))
+                params = bucket.params[first:last]
+                grad = stack_gradients(params, layout, next(iter(bucket.stacks.values())).dtype)
+                if seeding:
+                    rule.seed(grad, bucket.rows(first, last), chunk)
+                else:
+                    direction = rule.update(grad, bucket.rows(first, last), chunk)
+                    apply_(params, direction, layout, lr=group["lr"], weight_decay=group["weight_decay"])
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._reset_cache()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns a copy of the state: flat tensors by role for each parameter, and the param groups.
+
+        The tensors are copies: what the optimizer holds are views of stacks, and saving one would write its whole stack.
+        """
+        return checkpoint.detach_state(super().state_dict())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads state by copying it, in the dtype it was saved in.
+
+        The learning rate comes from the checkpoint, as a scheduler expects; all other settings stay as they are now.
+
+        Args:
+            state_dict: What :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: If the groups, a parameter's roles or a shape differ from what the current settings need.
+        """
+        # torch casts loaded state to the parameter's dtype, which would round float32 factors of a bf16 model.
+        super().load_state_dict(checkpoint.groups_to_load(self.param_groups, state_dict))
+        for group, param, saved in checkpoint.saved_state(self.param_groups, state_dict):
+            checkpoint.restore(self.state, param, saved, self._wanted_state(group, param))
+
+    def _wanted_state(self, group: dict[str, Any], param: Tensor) -> dict[str, Tensor]:
+        """Shapes and dtypes of the state of one parameter, on the meta device: no memory is taken."""
+        device = torch.device("meta")
+        layout = self.layout(group, param.shape)
+        state = self.rule(group).allocate(layout, 1, dtype=state_dtype(param), device=device)
+        return {**state, "step": torch.zeros((), device=device)}
+
+    def state_bytes(self) -> int:
+        """Returns the bytes that the state of all trainable parameters takes, whether it was made already or not."""
+        return sum(
+            value.numel() * value.element_size()
+            for group in self.param_groups
+            for param in group["params"]
+            if param.requires_grad and param.numel()
+            for value in self._wanted_state(group, param).values()
+        )
+
+
+class SOAP(BlockOptimizer):
+    """Adam in the eigenbasis of Shampoo's preconditioner.
+
+    Every matrix G gets factors L = EMA(GGᵀ) and R = EMA(GᵀG); Adam runs on the gradient rotated into their eigenbases,
+    which are refreshed every ``precondition_frequency`` updates. The first non-zero gradient of a parameter seeds its
+    bases and updates nothing. Vectors are updated by Adam.
+
+    Args:
+        params: Parameters, named parameters, or groups of either. A group may override any setting, and may set
+            ``rule="adam"`` to have no factors.
+        lr: Learning rate, a number or a tensor of one element.
+        betas: Decay rates of the moments, each in [0, 1).
+        shampoo_beta: Decay rate of the factors; None takes ``betas[1]``.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled weight decay; applied after the update as W ← W − lr·weight_decay·W.
+        precondition_frequency: Updates between two refreshes of the bases.
+        max_precond_dim: A side longer than that keeps an identity basis.
+        merge_dims: Merge small neighbouring dimensions of tensors with more than two dimensions.
+        precondition_1d: Factor vectors too.
+        normalize_grads: Divide each tensor's update by its root mean square.
+        correct_bias: Adam's bias correction.
+        stagger: Spread the refreshes of different parameters over different steps.
+        one_sided: Factor only the shorter side of each matrix.
+        block_size: Cut longer sides into blocks of at most this size, each with its own factors.
+        nonfinite: ``"skip"`` leaves out a step in which any gradient holds NaN or Inf; ``"off"`` does not look.
+
+    Raises:
+        ValueError: If a setting is of the wrong type or out of range, or a parameter is complex or sharded.
+
+    Source:
+        Vyas et al., SOAP: Improving and Stabilizing Shampoo using Adam, arXiv:2409.11321; conventions and defaults of
+        its official implementation.
+    """
+
+    config = schema.SoapConfig
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 3e-3,
+        betas: tuple[float, float] = (0.95, 0.95),
+        shampoo_beta: float | None = None,
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        precondition_frequency: int = 10,
+        max_precond_dim: int = 10000,
+        merge_dims: bool = False,
+        precondition_1d: bool = False,
+        normalize_grads: bool = False,
+        correct_bias: bool = True,
+        *,
+        stagger: bool = False,
+        one_sided: bool = False,
+        block_size: int | None = None,
+        nonfinite: Literal["skip", "off"] = "skip",
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "shampoo_beta": shampoo_beta,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "precondition_frequency": precondition_frequency,
+            "max_precond_dim": max_precond_dim,
+            "merge_dims": merge_dims,
+            "precondition_1d": precondition_1d,
+            "normalize_grads": normalize_grads,
+            "correct_bias": correct_bias,
+            "stagger": stagger,
+            "one_sided": one_sided,
+            "block_size": block_size,
+            "nonfinite": nonfinite,
+            "rule": "soap",
+        }
+        super().__init__(params, defaults)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        if group["rule"] not in ("soap", "adam"):
+            raise ValueError(f"rule must be 'soap' or 'adam', got {group['rule']!r}")
+
+    def rule(self, group: dict[str, Any]) -> Soap:
+        """Returns the SOAP rule with the group's settings; Adam is SOAP without a factored side."""
+        beta1, beta2 = group["betas"]
+        return Soap(
+            beta1=beta1,
+            beta2=beta2,
+            shampoo_beta=beta2 if group["shampoo_beta"] is None else group["shampoo_beta"],
+            eps=group["eps"],
+            precondition_frequency=group["precondition_frequency"],
+            normalize_grads=group["normalize_grads"],
+            correct_bias=group["correct_bias"],
+            stagger=group["stagger"],
+        )
+
+    def layout(self, group: dict[str, Any], shape: Sequence[int]) -> Layout:
+        """Returns how a tensor of ``shape`` is cut, and which sides carry a factor."""
+        return plan_layout(
+            shape,
+            max_precond_dim=group["max_precond_dim"],
+            merge_dims=group["merge_dims"],
+            precondition_1d=group["precondition_1d"],
+            one_sided=group["one_sided"],
+            block_size=group["block_size"],
+            factored=group["rule"] == "soap",
+        )
+
+    def describe(self, layout: Layout) -> str:
+        """Names the rule of a tensor of this layout: SOAP with its number of factored sides, or Adam."""
+        sides = len(layout.sides)
+        return f"SOAP, {sides} side{'s' if sides > 1 else ''}" if sides else "Adam"
+
+
+def state_dtype(param: Tensor) -> torch.dtype:
+    """Returns the dtype of a parameter's state: float32 for bf16 and fp16 parameters, else the parameter's own."""
+    return param.dtype if param.dtype in (torch.float32, torch.float64) else torch.float32
+
+
+def stack_gradients(params: Sequence[Tensor], layout: Layout, dtype: torch.dtype) -> Tensor:
+    """Returns the gradients of ``params`` as one batch of blocks (tensors * blocks, d_1, ..., d_k) in ``dtype``."""
+    cut = [layout.to_blocks(param.grad.reshape(layout.view)) for param in params if param.grad is not None]
+    return (cut[0] if len(cut) == 1 else torch.cat(cut)).to(dtype)
+
+
+def apply_(params: Sequence[Tensor], direction: Tensor, layout: Layout, *, lr: float | Tensor, weight_decay: float) -> None:
+    """Takes the step W ← W − lr·direction, then W ← W − lr·weight_decay·W, rounding low-precision weights once.
+
+    Args:
+        params: Tensors of one layout, changed in place.
+        direction: (tensors * blocks, d_1, ..., d_k), used up.
+        layout: Layout of every tensor.
+        lr: Learning rate.
+        weight_decay: Decoupled weight decay.
+    """
+    direction.mul_(lr if isinstance(lr, float) else torch.as_tensor(lr, device=direction.device))
+    pieces = direction.split(layout.blocks)
+    updates = [layout.from_blocks(piece, param.shape) for piece, param in zip(pieces, params, strict=True)]
+    exact = [param if param.dtype == direction.dtype else param.to(direction.dtype) for param in params]
+    torch._foreach_sub_(exact, updates)
+    if weight_decay:
+        torch._foreach_mul_(exact, 1 - lr * weight_decay)
+    for param, value in zip(params, exact, strict=True):
+        if param is not value:
+            param.copy_(value)
+
+
+def check_learning_rate(lr: Any) -> None:
+    """Checks a learning rate: a number >= 0, or a tensor of one element.
+
+    Raises:
+        ValueError: If it is anything else.
+    """
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"lr must be a number or a tensor of one element, got a tensor of shape {tuple(lr.shape)}")
+    else:
+        check_number("lr", lr)
+
+
+def check_number(name: str, value: Any) -> None:
+    """Checks a setting that must be a finite number >= 0.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+        raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+
+

@@ -1,0 +1,192 @@
+"""Optimizer names in ``TrainingArguments(optim=...)``, and what the Trainer makes of them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cache
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from hf_soap import grouping, schema
+from hf_soap.hooks import after_import
+from hf_soap.optimizers import SOAP, BlockOptimizer
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import TrainingArguments
+
+logger = logging.getLogger(__name__)
+
+HF_LEARNING_RATE = 5e-5
+HF_ADAM = {"beta1": ("adam_beta1", 0.9), "beta2": ("adam_beta2", 0.999), "eps": ("adam_epsilon", 1e-8)}
+"""Option to the argument of TrainingArguments that may set it, and the default by which that counts as not set."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One registered name: the optimizer class and the config that its ``optim_args`` are read into."""
+
+    optimizer: type[BlockOptimizer]
+    config: type[schema.OptimizerConfig]
+
+
+ENTRIES: dict[str, Entry] = {"soap": Entry(SOAP, schema.SoapConfig)}
+
+
+def install() -> None:
+    """Registers the names with transformers, now or as soon as it is imported. Calling it again changes nothing."""
+    after_import("transformers.training_args", _add_names)
+    after_import("transformers.trainer", _extend_trainer)
+
+
+def resolve(args: TrainingArguments) -> schema.OptimizerConfig:
+    """Reads the options of the optimizer that ``args.optim`` names.
+
+    A value comes from ``optim_args``; else, for betas and eps, from ``adam_beta1``, ``adam_beta2`` and
+    ``adam_epsilon`` where they differ from the Transformers defaults; else it is the published default.
+
+    Args:
+        args: Training arguments whose ``optim`` is a name registered here.
+
+    Returns:
+        The checked options.
+
+    Raises:
+        ValueError: If ``optim_args`` is wrong, or the run shards parameters in a way that the optimizers cannot work on.
+    """
+    name = optimizer_name(args)
+    _refuse_sharding(args, name)
+    config = ENTRIES[name].config
+    from_args = {
+        option: getattr(args, argument)
+        for option, (argument, default) in HF_ADAM.items()
+        if getattr(args, argument) != default
+    }
+    return schema.parse_optim_args(args.optim_args, config, from_args)
+
+
+def class_and_kwargs(args: TrainingArguments, model: nn.Module | None) -> tuple[type[BlockOptimizer], dict[str, Any]]:
+    """Returns what ``Trainer.get_optimizer_cls_and_kwargs`` must for a name registered here.
+
+    Args:
+        args: Training arguments.
+        model: The model, for parameter names; without one nothing can be routed by name.
+
+    Returns:
+        A class that takes the Trainer's param groups, and the keyword arguments for it.
+
+    Raises:
+        ValueError: As :func:`resolve`.
+    """
+    _follow_log_level(args)
+    entry, config = ENTRIES[optimizer_name(args)], resolve(args)
+    kwargs = {"lr": args.learning_rate, **config.constructor_kwargs()}
+    _report_once(config.name, ", ".join(f"{key}={value}" for key, value in kwargs.items()))
+    if args.learning_rate == HF_LEARNING_RATE:
+        _warn_learning_rate_once(config.name, config.lr)
+    return _grouping_class(entry.optimizer, config, model), kwargs
+
+
+def optimizer_name(args: TrainingArguments) -> str:
+    """Returns ``args.optim`` as a plain string, whether it is a member of OptimizerNames or text."""
+    return str(getattr(args.optim, "value", args.optim))
+
+
+def _grouping_class(
+    optimizer: type[BlockOptimizer], config: schema.OptimizerConfig, model: nn.Module | None
+) -> type[BlockOptimizer]:
+    """Returns a class that splits the Trainer's param groups by rule and then makes a plain ``optimizer``.
+
+    The Trainer takes an optimizer class and calls it with its decay groups, which subclasses may have changed. Groups
+    of our own in their place, or a factory, would bypass those.
+    """
+
+    class FromTrainerGroups(optimizer):  # type: ignore[misc, valid-type]
+        def __new__(cls, params: Iterable[Any], **kwargs: Any) -> Any:
+            made = optimizer(grouping.split_groups(params, model, config), **kwargs)
+            logger.info("%s routes parameters as follows\n%s", config.name, grouping.routing_table(made))
+            return made
+
+    FromTrainerGroups.__name__ = FromTrainerGroups.__qualname__ = optimizer.__name__
+    return FromTrainerGroups
+
+
+def _add_names(training_args: ModuleType) -> None:
+    names = training_args.OptimizerNames
+    for value in ENTRIES:
+        if value not in names._value2member_map_:
+            member = str.__new__(names, value) if issubclass(names, str) else object.__new__(names)
+            member._name_, member._value_, member.__objclass__ = value.upper(), value, names
+            member._sort_order_ = len(names._member_names_)
+            # A pickled member says the plain string: training_args.bin must load where this package is not imported.
+            member.__reduce_ex__ = lambda proto, value=value: (str, (value,))
+            type.__setattr__(names, member._name_, member)
+            names._member_names_.append(member._name_)
+            names._member_map_[member._name_] = member
+            names._value2member_map_[value] = member
+
+    listed = names._missing_
+
+    def missing(cls: Any, value: object) -> Any:
+        if match := schema.nearest(str(value), ENTRIES):
+            raise ValueError(f"unknown optim {value!r}: {match}Valid names are {', '.join(m.value for m in cls)}.")
+        return listed(value)
+
+    names._missing_ = classmethod(missing)
+
+
+def _extend_trainer(trainer: ModuleType) -> None:
+    cls = trainer.Trainer
+    original: Callable[..., Any] = cls.get_optimizer_cls_and_kwargs
+    if hasattr(original, "__wrapped__"):
+        return
+
+    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None = None) -> tuple[Any, Any]:
+        # Before the original, not as one of its handlers: it splits optim_args in a way that breaks on brackets.
+        if optimizer_name(args) in ENTRIES:
+            return class_and_kwargs(args, model)
+        found: tuple[Any, Any] = original(args, model)
+        return found
+
+    get_optimizer_cls_and_kwargs.__wrapped__ = original  # type: ignore[attr-defined]
+    get_optimizer_cls_and_kwargs.__doc__ = original.__doc__
+    cls.get_optimizer_cls_and_kwargs = staticmethod(get_optimizer_cls_and_kwargs)
+
+
+def _refuse_sharding(args: TrainingArguments, name: str) -> None:
+    if getattr(args, "deepspeed", None) or getattr(args, "hf_deepspeed_config", None):
+        raise ValueError(
+            f"optim={name!r} got DeepSpeed, wanted whole parameters: ZeRO hands the optimizer one flat vector, on which "
+            "it could only be Adam; use DDP"
+        )
+    if getattr(args, "fsdp", None):
+        raise ValueError(
+            f"optim={name!r} got fsdp={args.fsdp!r}, wanted whole parameters: sharded training is not supported by this "
+            "version; use DDP"
+        )
+
+
+def _follow_log_level(args: TrainingArguments) -> None:
+    """Lets the package's logger follow ``log_level``, so that what it did is seen where the Trainer's messages are."""
+    package = logging.getLogger("hf_soap")
+    if package.level == logging.NOTSET:
+        package.setLevel(args.get_process_log_level())
+    if not package.hasHandlers():
+        package.addHandler(logging.StreamHandler())
+
+
+@cache
+def _report_once(name: str, settings: str) -> None:
+    logger.info("optim=%s runs with %s", name, settings)
+
+
+@cache
+def _warn_learning_rate_once(name: str, published: float) -> None:
+    logger.warning(
+        "learning_rate is %g, the Transformers default for AdamW. %s is published with %g; set learning_rate to tune it.",
+        HF_LEARNING_RATE,
+        name,
+        published,
+    )

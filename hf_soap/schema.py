@@ -1,0 +1,278 @@
+"""The typed options of every optimizer: defaults, ranges and help, and how ``optim_args`` is read.
+
+The README's table, the checks of the constructors and the errors for a mistyped option are all made from here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from typing import Any, ClassVar, Literal, TypeVar
+
+Check = tuple[Callable[[Any], bool], str]
+
+POSITIVE: Check = (lambda x: x > 0, "> 0")
+NON_NEGATIVE: Check = (lambda x: x >= 0, ">= 0")
+AT_LEAST_1: Check = (lambda x: x >= 1, ">= 1")
+DECAY_RATE: Check = (lambda x: 0 <= x < 1, "in [0, 1)")
+
+
+def option(default: Any, help: str, check: Check | None = None, *, remedy: str = "", trainer_only: bool = False) -> Any:
+    """Declares one option of a config.
+
+    Args:
+        default: The published default.
+        help: One line for the README.
+        check: Predicate and its wording; ``None`` as a value is never checked.
+        remedy: What to use instead, appended to the error.
+        trainer_only: Read by the registry, no argument of the optimizer's constructor.
+
+    Returns:
+        A dataclass field.
+    """
+    metadata = {"help": help, "check": check, "remedy": remedy, "trainer_only": trainer_only}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Options of one optimizer, checked when it is made. Made from ``optim_args`` or written out in Python.
+
+    Raises:
+        ValueError: If a value has the wrong type or is out of range.
+    """
+
+    name: ClassVar[str]
+    lr: ClassVar[float]
+    """Published learning rate, for the warning about a forgotten one; the Trainer's ``learning_rate`` decides."""
+
+    def __post_init__(self) -> None:
+        check_values(type(self), {f.name: getattr(self, f.name) for f in fields(self)})
+
+    def to_optim_args(self) -> str:
+        """Returns the options that differ from their defaults as a string for ``TrainingArguments(optim_args=...)``."""
+        changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
+        return ",".join(f"{key}={_to_text(value)}" for key, value in changed.items())
+
+    def constructor_kwargs(self) -> dict[str, Any]:
+        """Returns the keyword arguments for the optimizer's constructor."""
+        known = option_fields(type(self))
+        kwargs = {key: value for key, value in asdict(self).items() if not known[key].metadata["trainer_only"]}
+        betas = kwargs.pop("beta1"), kwargs.pop("beta2")
+        return {"betas": betas, **kwargs}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoapConfig(OptimizerConfig):
+    """Options of SOAP, with the defaults of its official implementation (arXiv:2409.11321)."""
+
+    name: ClassVar[str] = "soap"
+    lr: ClassVar[float] = 3e-3
+
+    beta1: float = option(0.95, "Decay rate of the first moment.", DECAY_RATE)
+    beta2: float = option(0.95, "Decay rate of the second moment.", DECAY_RATE)
+    shampoo_beta: float | None = option(None, "Decay rate of the Kronecker factors; `none` takes beta2.", DECAY_RATE)
+    eps: float = option(1e-8, "Added to the root of the second moment.", NON_NEGATIVE)
+    precondition_frequency: int = option(
+        10, "Updates between two refreshes of the eigenbases.", AT_LEAST_1, remedy="use 1 to refresh at every step"
+    )
+    max_precond_dim: int = option(
+        10000,
+        "A longer side keeps an identity basis and no factor.",
+        NON_NEGATIVE,
+        remedy="use 0 to factor no side at all, which is Adam",
+    )
+    merge_dims: bool = option(False, "Merge small neighbouring dimensions of tensors with more than two (convolutions).")
+    precondition_1d: bool = option(False, "Factor vectors too, instead of updating them by Adam.")
+    normalize_grads: bool = option(
+        False, "Divide each tensor's update by its root mean square; helps at frequencies near 100, hurts near 10."
+    )
+    correct_bias: bool = option(True, "Adam's bias correction.")
+    stagger: bool = option(
+        False, "Tensor i refreshes i updates earlier, so that refreshes do not all fall on the same step."
+    )
+    one_sided: bool = option(False, "Factor only the shorter side of each matrix: less memory and time.")
+    block_size: int | None = option(
+        None, "Cut longer sides into blocks of at most this size, each with its own factors.", AT_LEAST_1
+    )
+    nonfinite: Literal["skip", "off"] = option(
+        "skip", "`skip` leaves out the whole step when a gradient holds NaN or Inf; `off` does not look."
+    )
+    adam_modules: str | None = option(
+        None, "Regex on parameter names: what matches is updated by Adam, with no factors.", trainer_only=True
+    )
+    one_sided_modules: str | None = option(
+        None, "Regex on parameter names: what matches gets a factor on the shorter side only.", trainer_only=True
+    )
+    lora_sides: Literal["rank", "both", "none"] = option(
+        "rank",
+        "Sides of LoRA matrices that get a factor: the rank's, both, or none, which is Adam.",
+        trainer_only=True,
+    )
+    log_every: int = option(
+        0, "SoapTrainer adds optimizer diagnostics to the log at every such step; 0 never.", NON_NEGATIVE, trainer_only=True
+    )
+
+
+ConfigT = TypeVar("ConfigT", bound=OptimizerConfig)
+
+
+def check_values(config: type[OptimizerConfig], values: Mapping[str, Any]) -> None:
+    """Checks names, types and ranges of options.
+
+    Args:
+        config: Whose options they are.
+        values: Option name to value.
+
+    Raises:
+        ValueError: On the first option that is unknown, of the wrong type or out of range, with the remedy.
+    """
+    known = option_fields(config)
+    hints = typing.get_type_hints(config)
+    for key, value in values.items():
+        if key not in known:
+            raise ValueError(_unknown(config, key))
+        if not _has_type(value, hints[key]):
+            raise ValueError(f"{key} must be {_type_name(hints[key])}, got {value!r}")
+        meta = known[key].metadata
+        if meta["check"] is not None and value is not None:
+            test, wording = meta["check"]
+            if value != value or value in (math.inf, -math.inf) or not test(value):
+                raise ValueError(f"{key} must be {wording}, got {value!r}{_remedy(known[key])}")
+        if key.endswith("_modules") and value is not None:
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(f"{key} must be a regular expression, got {value!r}: {error}") from error
+
+
+def parse_optim_args(text: str | None, config: type[ConfigT], defaults: Mapping[str, Any] | None = None) -> ConfigT:
+    """Reads ``optim_args`` of TrainingArguments.
+
+    Args:
+        text: ``key=value`` pairs split by commas; commas inside brackets belong to the value, so that
+            ``betas=(0.9,0.95)`` and regular expressions with groups can be written.
+        config: Whose options to read.
+        defaults: Values for options that ``text`` does not name, instead of the published ones.
+
+    Returns:
+        The checked config.
+
+    Raises:
+        ValueError: If the text cannot be read, or names an unknown option, twice the same, a wrong type or a value
+            out of range.
+    """
+    hints = typing.get_type_hints(config)
+    values: dict[str, Any] = {}
+    for key, raw in _pairs(text or "", config):
+        if key in values:
+            raise ValueError(f"optim_args names {key} twice, wanted it once; remove one of them")
+        values[key] = _from_text(key, raw, hints[key])
+    return config(**{**(defaults or {}), **values})
+
+
+def option_table(config: type[OptimizerConfig]) -> str:
+    """Returns the options of an optimizer as a Markdown table: name, type, default, range and meaning."""
+    hints = typing.get_type_hints(config)
+    rows = ["| option | type | default | what it does |", "|---|---|---|---|"]
+    for key, entry in option_fields(config).items():
+        check = entry.metadata["check"]
+        kind = _type_name(hints[key]).replace("|", "\\|") + (f", {check[1]}" if check else "")
+        rows.append(f"| `{key}` | {kind} | `{_to_text(entry.default)}` | {entry.metadata['help']} |")
+    return "\n".join(rows)
+
+
+def nearest(name: str, choices: Iterable[str]) -> str:
+    """Returns ``did you mean X? `` for the closest of ``choices``, or nothing if none is close."""
+    match = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
+    return f"did you mean {match[0]}? " if match else ""
+
+
+def option_fields(config: type[OptimizerConfig]) -> dict[str, Field[Any]]:
+    return {f.name: f for f in fields(config)}
+
+
+def _unknown(config: type[OptimizerConfig], key: str) -> str:
+    choices = option_fields(config)
+    return f"unknown option {key!r} of {config.name}: {nearest(key, choices)}It takes {', '.join(choices)}."
+
+
+def _remedy(entry: Field[Any]) -> str:
+    default = "" if entry.default is MISSING else f"the default is {_to_text(entry.default)}"
+    return f"; {entry.metadata['remedy'] or default}"
+
+
+def _pairs(text: str, config: type[OptimizerConfig]) -> Iterable[tuple[str, str]]:
+    for item in _split(text):
+        key, equals, raw = (part.strip() for part in item.partition("="))
+        if not equals or not key or not raw:
+            raise ValueError(f"optim_args wants key=value pairs split by commas, got {item!r}; for example eps=1e-8")
+        if key == "betas":
+            betas = [beta.strip() for beta in raw.strip("()[]").split(",")]
+            if len(betas) != 2:
+                raise ValueError(f"betas wants two numbers, got {raw!r}; write betas=(0.95,0.95), or beta1= and beta2=")
+            yield from zip(("beta1", "beta2"), betas, strict=True)
+        elif key not in option_fields(config):
+            raise ValueError(_unknown(config, key))
+        else:
+            yield key, raw
+
+
+def _split(text: str) -> list[str]:
+    """Splits at the commas that stand outside brackets; empty items at the ends are dropped."""
+    items, depth = [""], 0
+    for char in text:
+        depth += (char in "([{") - (char in ")]}")
+        if char == "," and depth == 0:
+            items.append("")
+        else:
+            items[-1] += char
+    return [item.strip() for item in items if item.strip()]
+
+
+def _from_text(key: str, raw: str, hint: Any) -> Any:
+    args = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if type(None) in args and raw.lower() in ("none", "null"):
+        return None
+    kind = next(arg for arg in args if arg is not type(None))
+    if typing.get_origin(kind) is Literal or kind is str:
+        return raw
+    if kind is bool:
+        if raw.lower() in ("true", "1", "yes", "on"):
+            return True
+        if raw.lower() in ("false", "0", "no", "off"):
+            return False
+        raise ValueError(f"{key} must be true or false, got {raw!r}")
+    try:
+        return kind(raw)
+    except ValueError:
+        raise ValueError(f"{key} must be {_type_name(hint)}, got {raw!r}") from None
+
+
+def _to_text(value: Any) -> str:
+    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def _has_type(value: Any, hint: Any) -> bool:
+    if isinstance(hint, types.UnionType):
+        return any(_has_type(value, arg) for arg in typing.get_args(hint))
+    if typing.get_origin(hint) is Literal:
+        return value in typing.get_args(hint)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint)
+
+
+def _type_name(hint: Any) -> str:
+    if isinstance(hint, types.UnionType):
+        return " or ".join(_type_name(arg) for arg in typing.get_args(hint))
+    if typing.get_origin(hint) is Literal:
+        return " or ".join(typing.get_args(hint))
+    return {bool: "true or false", type(None): "none", str: "text"}.get(hint, hint.__name__)

@@ -1,0 +1,135 @@
+"""SOAP against the textbook loop of reference.py, in float64, where two correct implementations must agree.
+
+They need not agree everywhere: a factor that is rank-deficient leaves the basis of its null space open. So each layer
+has gradients of full rank in every factored mode from the first step on (square shapes, or shapes merged or cut to
+square); other shapes start from one injected state of full rank.
+"""
+
+import pytest
+import torch
+from reference import ReferenceSOAP
+from torch import Tensor
+
+from hf_soap import SOAP
+
+STEPS = 60
+TOLERANCE = 1e-10
+SETTINGS = {"lr": 1e-2, "weight_decay": 0.01, "betas": (0.9, 0.95)}
+
+
+class Problem:
+    """Least squares through two layers, with weights of a given shape, so that gradients depend on the weights."""
+
+    def __init__(self, *shapes: tuple[int, ...], seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.weights = [torch.randn(shape, generator=generator, dtype=torch.float64) / 4 for shape in shapes]
+        self.targets = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+        self.noise = torch.Generator().manual_seed(seed + 1)
+
+    def gradients(self, weights: list[Tensor]) -> list[Tensor]:
+        """A smooth, state-dependent gradient plus full-rank noise that is drawn anew at each call."""
+        noise = [torch.randn(w.shape, generator=self.noise, dtype=torch.float64) for w in weights]
+        return [
+            torch.tanh(w - t) + 0.3 * n + 0.1 * n * w for w, t, n in zip(weights, self.targets, noise, strict=True)
+        ]
+
+
+def inject_full_rank(optimizer: SOAP, params: list[Tensor], reference: ReferenceSOAP) -> None:
+    """Gives both the same well-conditioned factors and their bases, as if many gradients had been seen."""
+    generator = torch.Generator().manual_seed(3)
+    for param, theirs in zip(params, reference.state, strict=True):
+        for number, block in enumerate(theirs.blocks):
+            for mode, factor in enumerate(block.factors):
+                if factor is None:
+                    continue
+                root = torch.randn(factor.shape, generator=generator, dtype=torch.float64)
+                block.factors[mode] = root @ root.T + torch.eye(len(factor), dtype=torch.float64)
+                values, vectors = torch.linalg.eigh(block.factors[mode])
+                block.bases[mode] = vectors.flip(1)
+                optimizer.state[param][f"factor_{mode}"][number] = values.flip(0).diag()
+                optimizer.state[param][f"basis_{mode}"][number] = vectors.flip(1)
+
+
+def largest_difference(
+    shapes: list[tuple[int, ...]], *, steps: int = STEPS, inject: bool = False, **options: object
+) -> float:
+    """Runs both implementations on their own weights and the same noise; returns the largest relative difference."""
+    ours, theirs = Problem(*shapes), Problem(*shapes)
+    params = [torch.nn.Parameter(w.clone()) for w in ours.weights]
+    optimizer = SOAP(params, **{**SETTINGS, **options})
+    reference = ReferenceSOAP([w.clone() for w in theirs.weights], **{**SETTINGS, **options})
+    worst = 0.0
+    for step in range(steps):
+        for param, grad in zip(params, ours.gradients([p.detach() for p in params]), strict=True):
+            param.grad = grad
+        optimizer.step()
+        reference.step(theirs.gradients(reference.weights))
+        if inject and step == 0:
+            inject_full_rank(optimizer, params, reference)
+        for param, weight in zip(params, reference.weights, strict=True):
+            worst = max(worst, float((param.detach() - weight).abs().max() / weight.abs().max()))
+    moved = max(float((p.detach() - w).abs().max()) for p, w in zip(params, ours.weights, strict=True))
+    assert moved > 0.1, "the comparison says nothing if the weights stay where they were"
+    return worst
+
+
+@pytest.mark.parametrize("frequency", [1, 5, 10])
+@pytest.mark.parametrize(
+    ("shapes", "options"),
+    [
+        pytest.param([(25,), (7,)], {}, id="vectors"),
+        pytest.param([(25, 25)], {}, id="square"),
+        pytest.param([(25, 25), (25, 25), (11, 11), (25,), (25, 25)], {}, id="buckets of many"),
+        pytest.param([(4, 6, 4, 6)], {"max_precond_dim": 24, "merge_dims": True}, id="4-D merged"),
+        pytest.param([(5, 4, 5, 4)], {}, id="4-D"),
+        pytest.param([(6, 6, 6)], {}, id="3-D"),
+        pytest.param([(12, 30)], {"max_precond_dim": 12}, id="right side cut"),
+        pytest.param([(30, 12)], {"max_precond_dim": 12}, id="left side cut"),
+        pytest.param([(25, 25), (9,)], {"normalize_grads": True}, id="normalized"),
+        pytest.param([(25, 25)], {"correct_bias": False, "shampoo_beta": 0.8}, id="no bias correction"),
+        pytest.param([(16, 16), (16, 16), (16, 16)], {"stagger": True}, id="staggered"),
+        pytest.param([(12, 30), (30, 12), (15, 15)], {"one_sided": True}, id="one side"),
+        pytest.param([(20, 30), (30, 30)], {"block_size": 10}, id="even blocks"),
+        pytest.param([(20, 30), (30, 30)], {"block_size": 10, "normalize_grads": True}, id="normalized blocks"),
+    ],
+)
+def test_soap_equals_the_textbook(shapes: list[tuple[int, ...]], options: dict[str, object], frequency: int) -> None:
+    assert largest_difference(shapes, precondition_frequency=frequency, **options) < TOLERANCE
+
+
+@pytest.mark.parametrize("frequency", [1, 5, 10])
+@pytest.mark.parametrize(
+    ("shapes", "options"),
+    [
+        pytest.param([(25,), (7,)], {"precondition_1d": True, "shampoo_beta": 0.99}, id="factored vectors"),
+        pytest.param([(16, 12), (12, 16), (16, 12)], {}, id="rectangles"),
+        pytest.param([(13, 24), (24, 7)], {"block_size": 8}, id="padded blocks"),
+        pytest.param([(13, 24), (24, 7)], {"block_size": 8, "normalize_grads": True}, id="normalized padded blocks"),
+        pytest.param([(6, 3, 5, 5)], {}, id="convolution"),
+        pytest.param([(6, 3, 5, 5)], {"merge_dims": True, "max_precond_dim": 20}, id="merged convolution"),
+        pytest.param([(1, 9), (9, 1), (5, 1, 4)], {}, id="sides of one entry"),
+    ],
+)
+def test_soap_equals_the_textbook_from_a_full_rank_state(
+    shapes: list[tuple[int, ...]], options: dict[str, object], frequency: int
+) -> None:
+    assert largest_difference(shapes, inject=True, precondition_frequency=frequency, **options) < TOLERANCE
+
+
+def test_one_bucket_and_many_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(params: list[torch.nn.Parameter]) -> list[Tensor]:
+        optimizer = SOAP(params, precondition_frequency=3, **SETTINGS)
+        problem = Problem(*[tuple(p.shape) for p in params])
+        for _ in range(20):
+            for param, grad in zip(params, problem.gradients([p.detach() for p in params]), strict=True):
+                param.grad = grad
+            optimizer.step()
+        return [p.detach() for p in params]
+
+    def fresh() -> list[torch.nn.Parameter]:
+        return [torch.nn.Parameter(w) for w in Problem((9, 9), (9, 9), (5, 7), (9, 9), (4,)).weights]
+
+    stacked = train(fresh())
+    monkeypatch.setattr("hf_soap.blocks.CHUNK_BYTES", 1)
+    for chunked, whole in zip(train(fresh()), stacked, strict=True):
+        torch.testing.assert_close(chunked, whole, rtol=1e-12, atol=1e-12)
