@@ -146,6 +146,25 @@ def plan_layout(
 
 
 @dataclass(frozen=True)
+class Plan:
+    """What happens to one tensor.
+
+    Attributes:
+        rule: Where its direction comes from.
+        layout: How it is cut.
+        lr_scale: Factor on the group's learning rate.
+        weight_decay: In place of the group's, where set.
+        decay_last: Decay the weights after the update, as SOAP's implementation does; else both at once.
+    """
+
+    rule: Rule
+    layout: Layout
+    lr_scale: float = 1.0
+    weight_decay: float | None = None
+    decay_last: bool = False
+
+
+@dataclass(frozen=True)
 class Chunk:
     """The part of a bucket that one call of a rule works on: adjacent tensors at the same stage.
 
@@ -202,18 +221,18 @@ class Bucket:
 
     def __init__(
         self,
-        rule: Rule,
-        layout: Layout,
+        plan: Plan,
         members: Sequence[tuple[int, Tensor]],
         state: Mapping[Tensor, dict[str, Any]],
         *,
         dtype: torch.dtype,
     ) -> None:
-        self.layout = layout
+        self.plan = plan
+        self.dtype = dtype
         self.index = [index for index, _ in members]
         self.params = [param for _, param in members]
         device = self.params[0].device
-        self.stacks = rule.allocate(layout, len(members), dtype=dtype, device=device)
+        self.stacks = plan.rule.allocate(plan.layout, len(members), dtype=dtype, device=device)
         self.steps = torch.zeros(len(members), dtype=torch.float32)
         self._pointers: list[dict[str, int]] = []
         for place, param in enumerate(self.params):
@@ -230,7 +249,7 @@ class Bucket:
 
     def rows(self, first: int, last: int) -> dict[str, Tensor]:
         """Views of the state of the tensors first..last-1, by role."""
-        b = self.layout.blocks
+        b = self.plan.layout.blocks
         return {role: stack[first * b : last * b] for role, stack in self.stacks.items()}
 
     def intact(self, state: Mapping[Tensor, dict[str, Any]]) -> bool:
@@ -245,10 +264,10 @@ class Bucket:
 
     def tensors_per_chunk(self) -> int:
         """How many tensors fit into the byte budget of temporaries, at least one."""
-        block = math.prod(self.layout.block)
-        largest = max((self.layout.block[side] ** 2 for side in self.layout.sides), default=0)
-        item = torch.empty((), dtype=next(iter(self.stacks.values())).dtype).element_size()
-        per_tensor = self.layout.blocks * item * (5 * block + 4 * largest)
+        layout = self.plan.layout
+        block = math.prod(layout.block)
+        largest = max((layout.block[side] ** 2 for side in layout.sides), default=0)
+        per_tensor = layout.blocks * self.dtype.itemsize * (5 * block + 4 * largest)
         return max(1, CHUNK_BYTES // max(1, per_tensor))
 
 

@@ -83,11 +83,11 @@ def routing_table(optimizer: BlockOptimizer) -> str:
         for param in group["params"]:
             if not param.requires_grad:
                 continue
-            layout = optimizer.layout(group, param.shape)
-            count = totals.setdefault(optimizer.describe(layout), [0, 0, 0])
+            plan = optimizer.plan(group, param.shape)
+            count = totals.setdefault(plan.rule.describe(plan.layout), [0, 0, 0])
             count[0] += 1
             count[1] += param.numel()
-            count[2] += 2 * layout.factor_numel() * state_dtype(param).itemsize
+            count[2] += 2 * plan.layout.factor_numel() * state_dtype(param).itemsize
     rows = [("rule", "tensors", "parameters", "factors and bases")]
     rows += [(rule, f"{n:,}", f"{size:,}", f"{octets / 2**20:,.1f} MiB") for rule, (n, size, octets) in totals.items()]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]

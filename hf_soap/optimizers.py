@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, overload
 
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from hf_soap import checkpoint, schema, sharding
-from hf_soap.blocks import Bucket, Chunk, Layout, adjacent, plan_layout
-from hf_soap.rules import Rule, Soap
+from hf_soap.blocks import Bucket, Chunk, Layout, Plan, adjacent, plan_layout
+from hf_soap.rules import Soap
 
 logger = logging.getLogger(__name__)
 
@@ -20,8 +21,8 @@ logger = logging.getLogger(__name__)
 class BlockOptimizer(torch.optim.Optimizer):
     """A torch optimizer that steps batches of same-shape blocks by a rule.
 
-    Subclasses say which rule a param group follows (:meth:`rule`) and how a tensor is cut (:meth:`layout`). State is
-    made at the first step, so that parameters may be moved or replaced after construction.
+    Subclasses say by which rule a tensor is updated and how it is cut (:meth:`plan`). State is made at the first step,
+    so that parameters may be moved or replaced after construction.
     """
 
     config: type[schema.OptimizerConfig]
@@ -31,21 +32,13 @@ class BlockOptimizer(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def _reset_cache(self) -> None:
-        self._buckets: dict[int, tuple[list[Tensor], list[Bucket]]] = {}
+        self._buckets: dict[int, GroupCache] = {}
         self.skipped_steps = 0
         """Steps that were left out because a gradient was not finite, since construction or load."""
 
-    def rule(self, group: dict[str, Any]) -> Rule:
-        """Returns the rule of a param group, made from the group's current settings."""
-        raise TypeError(f"{type(self).__name__} defines no rule; use SOAP or another subclass of BlockOptimizer")
-
-    def layout(self, group: dict[str, Any], shape: Sequence[int]) -> Layout:
-        """Returns how a tensor of ``shape`` in this param group is cut into blocks."""
-        raise TypeError(f"{type(self).__name__} defines no layout; use SOAP or another subclass of BlockOptimizer")
-
-    def describe(self, layout: Layout) -> str:
-        """Names in a few words what happens to a tensor of this layout, for tables."""
-        raise TypeError(f"{type(self).__name__} describes no layout; use SOAP or another subclass of BlockOptimizer")
+    def plan(self, group: dict[str, Any], shape: Sequence[int]) -> Plan:
+        """Returns rule and layout of a tensor of ``shape`` in this param group, made from the current settings."""
+        raise TypeError(f"{type(self).__name__} plans nothing; use SOAP or another subclass of BlockOptimizer")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, also after the first step; its settings are checked like the constructor's.
@@ -137,23 +130,21 @@ class BlockOptimizer(torch.optim.Optimizer):
 
     def _group_buckets(self, number: int, group: dict[str, Any], params: list[Tensor], index: int) -> list[Bucket]:
         """Returns the buckets of a group, built anew where parameters or state were replaced since the last step."""
-        known, buckets = self._buckets.get(number, ([], []))
-        same = len(known) == len(params) and all(a is b for a, b in zip(known, params, strict=True))
-        if same and all(bucket.intact(self.state) for bucket in buckets):
-            return buckets
-        rule = self.rule(group)
-        members: dict[tuple[Layout, torch.dtype, torch.device], list[tuple[int, Tensor]]] = {}
+        settings = {key: value for key, value in group.items() if key not in ("params", "lr", "weight_decay")}
+        cached = self._buckets.get(number)
+        if cached is not None and cached.settings == settings and cached.fits(params, self.state):
+            return cached.buckets
+        members: dict[tuple[Plan, torch.dtype, torch.device], list[tuple[int, Tensor]]] = {}
         for place, param in enumerate(params, start=index):
-            key = (self.layout(group, param.shape), state_dtype(param), param.device)
+            key = (self.plan(group, param.shape), state_dtype(param), param.device)
             members.setdefault(key, []).append((place, param))
-        buckets = [
-            Bucket(rule, layout, entries, self.state, dtype=dtype) for (layout, dtype, _), entries in members.items()
-        ]
-        self._buckets[number] = (params, buckets)
+        buckets = [Bucket(plan, entries, self.state, dtype=dtype) for (plan, dtype, _), entries in members.items()]
+        self._buckets[number] = GroupCache(settings, params, buckets)
         return buckets
 
     def _step_bucket(self, group: dict[str, Any], bucket: Bucket) -> None:
-        rule, layout = self.rule(group), bucket.layout
+        plan, rule, layout = bucket.plan, bucket.plan.rule, bucket.plan.layout
+        decay = group["weight_decay"] if plan.weight_decay is None else plan.weight_decay
         steps = bucket.steps.tolist()
         present = [param.grad is not None for param in bucket.params]
         fresh = [rule.seeds and here and not step for here, step in zip(present, steps, strict=True)]
@@ -171,12 +162,12 @@ class BlockOptimizer(torch.optim.Optimizer):
                 t = tuple(int(step) + 1 - rule.seeds for step in steps[first:last])
                 chunk = Chunk(layout, t, tuple(bucket.index[first:last]))
                 params = bucket.params[first:last]
-                grad = stack_gradients(params, layout, next(iter(bucket.stacks.values())).dtype)
+                grad = stack_gradients(params, layout, bucket.dtype)
                 if seeding:
                     rule.seed(grad, bucket.rows(first, last), chunk)
                 else:
                     direction = rule.update(grad, bucket.rows(first, last), chunk)
-                    apply_(params, direction, layout, lr=group["lr"], weight_decay=group["weight_decay"])
+                    apply_(params, direction, plan, lr=group["lr"] * plan.lr_scale, weight_decay=decay)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -208,8 +199,8 @@ class BlockOptimizer(torch.optim.Optimizer):
     def _wanted_state(self, group: dict[str, Any], param: Tensor) -> dict[str, Tensor]:
         """Shapes and dtypes of the state of one parameter, on the meta device: no memory is taken."""
         device = torch.device("meta")
-        layout = self.layout(group, param.shape)
-        state = self.rule(group).allocate(layout, 1, dtype=state_dtype(param), device=device)
+        plan = self.plan(group, param.shape)
+        state = plan.rule.allocate(plan.layout, 1, dtype=state_dtype(param), device=device)
         return {**state, "step": torch.zeros((), device=device)}
 
     def state_bytes(self) -> int:
@@ -304,36 +295,51 @@ class SOAP(BlockOptimizer):
         if group["rule"] not in ("soap", "adam"):
             raise ValueError(f"rule must be 'soap' or 'adam', got {group['rule']!r}")
 
-    def rule(self, group: dict[str, Any]) -> Soap:
+    def plan(self, group: dict[str, Any], shape: Sequence[int]) -> Plan:
         """Returns the SOAP rule with the group's settings; Adam is SOAP without a factored side."""
-        beta1, beta2 = group["betas"]
-        return Soap(
-            beta1=beta1,
-            beta2=beta2,
-            shampoo_beta=beta2 if group["shampoo_beta"] is None else group["shampoo_beta"],
-            eps=group["eps"],
-            precondition_frequency=group["precondition_frequency"],
-            normalize_grads=group["normalize_grads"],
-            correct_bias=group["correct_bias"],
-            stagger=group["stagger"],
-        )
+        return Plan(soap_rule(group), plan_factors(group, shape), decay_last=True)
 
-    def layout(self, group: dict[str, Any], shape: Sequence[int]) -> Layout:
-        """Returns how a tensor of ``shape`` is cut, and which sides carry a factor."""
-        return plan_layout(
-            shape,
-            max_precond_dim=group["max_precond_dim"],
-            merge_dims=group["merge_dims"],
-            precondition_1d=group["precondition_1d"],
-            one_sided=group["one_sided"],
-            block_size=group["block_size"],
-            factored=group["rule"] == "soap",
-        )
 
-    def describe(self, layout: Layout) -> str:
-        """Names the rule of a tensor of this layout: SOAP with its number of factored sides, or Adam."""
-        sides = len(layout.sides)
-        return f"SOAP, {sides} side{'s' if sides > 1 else ''}" if sides else "Adam"
+def soap_rule(group: dict[str, Any]) -> Soap:
+    """Makes the SOAP rule from the settings of a param group."""
+    beta1, beta2 = group["betas"]
+    return Soap(
+        beta1=beta1,
+        beta2=beta2,
+        shampoo_beta=beta2 if group["shampoo_beta"] is None else group["shampoo_beta"],
+        eps=group["eps"],
+        precondition_frequency=group["precondition_frequency"],
+        normalize_grads=group["normalize_grads"],
+        correct_bias=group["correct_bias"],
+        stagger=group["stagger"],
+    )
+
+
+def plan_factors(group: dict[str, Any], shape: Sequence[int]) -> Layout:
+    """Cuts a tensor of ``shape`` as the settings of a param group say; ``rule="adam"`` factors no side."""
+    return plan_layout(
+        shape,
+        max_precond_dim=group["max_precond_dim"],
+        merge_dims=group["merge_dims"],
+        precondition_1d=group["precondition_1d"],
+        one_sided=group["one_sided"],
+        block_size=group["block_size"],
+        factored=group["rule"] != "adam",
+    )
+
+
+@dataclass
+class GroupCache:
+    """The buckets of a param group, and what they were made from."""
+
+    settings: dict[str, Any]
+    params: list[Tensor]
+    buckets: list[Bucket]
+
+    def fits(self, params: list[Tensor], state: Mapping[Tensor, dict[str, Any]]) -> bool:
+        """Whether parameters and state are still those that the buckets were made from."""
+        same = len(self.params) == len(params) and all(a is b for a, b in zip(self.params, params, strict=True))
+        return same and all(bucket.intact(state) for bucket in self.buckets)
 
 
 def state_dtype(param: Tensor) -> torch.dtype:
@@ -347,22 +353,25 @@ def stack_gradients(params: Sequence[Tensor], layout: Layout, dtype: torch.dtype
     return (cut[0] if len(cut) == 1 else torch.cat(cut)).to(dtype)
 
 
-def apply_(params: Sequence[Tensor], direction: Tensor, layout: Layout, *, lr: float | Tensor, weight_decay: float) -> None:
-    """Takes the step W ← W − lr·direction, then W ← W − lr·weight_decay·W, rounding low-precision weights once.
+def apply_(params: Sequence[Tensor], direction: Tensor, plan: Plan, *, lr: float | Tensor, weight_decay: float) -> None:
+    """Takes the step W ← W − lr·direction with decoupled weight decay, rounding low-precision weights once.
 
     Args:
         params: Tensors of one layout, changed in place.
         direction: (tensors * blocks, d_1, ..., d_k), used up.
-        layout: Layout of every tensor.
+        plan: Their layout, and whether W ← (1 − lr·weight_decay)·W comes before the update (decay and update are then
+            taken from the same weights) or after it.
         lr: Learning rate.
         weight_decay: Decoupled weight decay.
     """
     direction.mul_(lr if isinstance(lr, float) else torch.as_tensor(lr, device=direction.device))
-    pieces = direction.split(layout.blocks)
-    updates = [layout.from_blocks(piece, param.shape) for piece, param in zip(pieces, params, strict=True)]
+    pieces = direction.split(plan.layout.blocks)
+    updates = [plan.layout.from_blocks(piece, param.shape) for piece, param in zip(pieces, params, strict=True)]
     exact = [param if param.dtype == direction.dtype else param.to(direction.dtype) for param in params]
+    if weight_decay and not plan.decay_last:
+        torch._foreach_mul_(exact, 1 - lr * weight_decay)
     torch._foreach_sub_(exact, updates)
-    if weight_decay:
+    if weight_decay and plan.decay_last:
         torch._foreach_mul_(exact, 1 - lr * weight_decay)
     for param, value in zip(params, exact, strict=True):
         if param is not value:

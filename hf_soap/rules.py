@@ -27,6 +27,9 @@ class Rule(Protocol):
     def allocate(self, layout: Layout, tensors: int, *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """Returns fresh state by role, each of shape (tensors * blocks, ...)."""
 
+    def describe(self, layout: Layout) -> str:
+        """Names in a few words what happens to a tensor of this layout, for tables."""
+
     def seed(self, grad: Tensor, state: State, chunk: Chunk) -> None:
         """Absorbs the first non-zero gradient (blocks, d_1, ..., d_k) into ``state``, in place."""
 
@@ -76,6 +79,11 @@ class Soap:
             state[f"factor_{side}"] = torch.zeros(blocks, n, n, dtype=dtype, device=device)
             state[f"basis_{side}"] = torch.zeros(blocks, n, n, dtype=dtype, device=device)
         return state
+
+    def describe(self, layout: Layout) -> str:
+        """Returns SOAP with its number of factored sides, or Adam."""
+        sides = len(layout.sides)
+        return f"SOAP, {sides} side{'s' if sides > 1 else ''}" if sides else "Adam"
 
     def seed(self, grad: Tensor, state: State, chunk: Chunk) -> None:
         """Sets factors and bases from the first gradient; no gradient shapes the basis it is rotated into."""
