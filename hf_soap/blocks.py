@@ -19,6 +19,10 @@ CHUNK_BYTES = 256 * 2**20
 """Budget for the temporaries of one step of one bucket; a larger bucket is worked through in chunks."""
 
 
+PREV_PARAM = "prev_param"
+"""Role of the weights before the last update."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """How one tensor becomes a batch of same-shape blocks.
@@ -39,6 +43,11 @@ class Layout:
     def blocks(self) -> int:
         """Number of blocks of one tensor."""
         return math.prod(self.grid)
+
+    @cached_property
+    def numel(self) -> int:
+        """Entries of one tensor, padding not counted."""
+        return math.prod(self.view)
 
     @cached_property
     def padded(self) -> bool:
@@ -155,6 +164,7 @@ class Plan:
         lr_scale: Factor on the group's learning rate.
         weight_decay: In place of the group's, where set.
         decay_last: Decay the weights after the update, as SOAP's implementation does; else both at once.
+        keep_weights: Keep the weights before the last update in the state, for exact MARS.
     """
 
     rule: Rule
@@ -162,6 +172,15 @@ class Plan:
     lr_scale: float = 1.0
     weight_decay: float | None = None
     decay_last: bool = False
+    keep_weights: bool = False
+
+    def allocate(self, tensors: int, *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        """Returns fresh state by role for a number of tensors, each of shape (tensors * blocks, ...)."""
+        state = self.rule.allocate(self.layout, tensors, dtype=dtype, device=device)
+        if self.keep_weights:
+            shape = (tensors * self.layout.blocks, *self.layout.block)
+            state[PREV_PARAM] = torch.zeros(shape, dtype=dtype, device=device)
+        return state
 
 
 @dataclass(frozen=True)
@@ -185,11 +204,10 @@ class Chunk:
         column = torch.tensor(values, dtype=like.dtype, device=like.device)
         return column.repeat_interleave(self.layout.blocks).view(-1, *[1] * (like.dim() - 1))
 
-    def tensor_mean_square(self, blocks: Tensor) -> Tensor:
-        """Mean square over the entries of each tensor, broadcastable against ``blocks`` without padding."""
+    def tensor_square_sum(self, blocks: Tensor) -> Tensor:
+        """Squared norm of each tensor, to broadcast against ``blocks``, whose padding must be zero (see trim)."""
         total = blocks.square().flatten(1).sum(1).view(-1, self.layout.blocks).sum(1)
-        mean = total / math.prod(self.layout.view)
-        return mean.repeat_interleave(self.layout.blocks).view(-1, *[1] * (blocks.dim() - 1))
+        return total.repeat_interleave(self.layout.blocks).view(-1, *[1] * (blocks.dim() - 1))
 
     def runs(self, flags: Iterable[bool]) -> Iterator[tuple[slice, Chunk]]:
         """Yields each run of adjacent tensors whose flag is set, as a slice of blocks and a smaller chunk."""
@@ -232,7 +250,7 @@ class Bucket:
         self.index = [index for index, _ in members]
         self.params = [param for _, param in members]
         device = self.params[0].device
-        self.stacks = plan.rule.allocate(plan.layout, len(members), dtype=dtype, device=device)
+        self.stacks = plan.allocate(len(members), dtype=dtype, device=device)
         self.steps = torch.zeros(len(members), dtype=torch.float32)
         self._pointers: list[dict[str, int]] = []
         for place, param in enumerate(self.params):
@@ -288,6 +306,8 @@ def check_state(known: Mapping[str, Any], wanted: Mapping[str, Tensor], shape: t
         differ = sorted(role for role in got.keys() | want.keys() if got.get(role) != want.get(role))
         raise ValueError(
             f"the optimizer state of a parameter of shape {shape} does not fit the current settings: "
-            + "; ".join(f"{role} got {got.get(role, 'nothing')}, wanted {want.get(role, 'nothing')}" for role in differ)
+            + "; ".join(
+                f"{role} got {got.get(role, 'nothing')}, wanted {want.get(role, 'nothing')}" for role in differ
+            )
             + ". Resume with the optimizer and the optim_args that wrote the checkpoint, or start without its state."
         )

@@ -87,7 +87,9 @@ def restore(
     """
     check_state(saved, wanted, tuple(param.shape))
     state[param] = {
-        role: value.detach().clone().to("cpu" if role == "step" else param.device) if isinstance(value, Tensor) else value
+        role: value.detach().clone().to("cpu" if role == "step" else param.device)
+        if isinstance(value, Tensor)
+        else value
         for role, value in saved.items()
     }
 

@@ -7,9 +7,10 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
-from hf_soap.optimizers import BlockOptimizer, state_dtype
+from hf_soap.stepping import BlockOptimizer, state_dtype
 
 if TYPE_CHECKING:
     from torch import nn
@@ -19,15 +20,16 @@ if TYPE_CHECKING:
 LORA = re.compile(r"lora_(embedding_)?[AB]\b")
 """Names of LoRA matrices in peft: (r, in), (out, r)."""
 
-LORA_SIDES: dict[str, dict[str, Any]] = {"rank": {"one_sided": True}, "both": {}, "none": {"rule": "adam"}}
-
 Overrides = dict[str, Any]
+ADAM: Overrides = {"rule": "adam"}
+ONE_SIDED: Overrides = {"one_sided": True}
 
 
 def split_groups(params: Iterable[Any], model: nn.Module | None, config: OptimizerConfig) -> list[dict[str, Any]]:
     """Splits param groups by the rule that each parameter follows; the first match wins.
 
-    In this order: ``adam_modules``, ``one_sided_modules``, LoRA matrices (``lora_sides``), the optimizer's defaults.
+    In this order: ``adam_modules``, ``one_sided_modules``, LoRA matrices (``lora_sides``), embeddings and output head
+    where the optimizer leaves them to Adam, the optimizer's defaults.
     Tied weights are found under each of their names.
 
     Args:
@@ -58,12 +60,15 @@ def split_groups(params: Iterable[Any], model: nn.Module | None, config: Optimiz
                 else f"{key}={pattern.pattern!r} needs parameter names; build the optimizer with its model"
             )
 
+    embeddings = _embeddings(model) if model is not None and config.adam_embeddings else set()
     split: list[dict[str, Any]] = []
     named = all(param in names for group in groups for param in group["params"])
     for group in groups:
         routed: defaultdict[tuple[tuple[str, Any], ...], list[Any]] = defaultdict(list)
         for param in group["params"]:
             overrides = _route(param, names.get(param, ()), patterns, config)
+            if overrides is None:
+                overrides = ADAM if param in embeddings else {}
             routed[tuple(overrides.items())].append((names[param][0], param) if named else param)
         split.extend({**group, **dict(overrides), "params": members} for overrides, members in routed.items())
     return split
@@ -104,12 +109,19 @@ def _names(model: nn.Module) -> dict[Tensor, list[str]]:
     return dict(names)
 
 
+def _embeddings(model: nn.Module) -> set[Tensor]:
+    tables = {module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    find_head: Any = getattr(model, "get_output_embeddings", None)
+    head = find_head() if find_head is not None else None
+    return tables | ({head.weight} if head is not None else set())
+
+
 def _route(
     param: Tensor, names: Sequence[str], patterns: dict[str, re.Pattern[str]], config: OptimizerConfig
-) -> Overrides:
-    for key, overrides in (("adam_modules", {"rule": "adam"}), ("one_sided_modules", {"one_sided": True})):
+) -> Overrides | None:
+    for key, overrides in (("adam_modules", ADAM), ("one_sided_modules", ONE_SIDED)):
         if key in patterns and any(patterns[key].search(name) for name in names):
             return overrides
-    if param.dim() == 2 and any(LORA.search(name) for name in names):
-        return LORA_SIDES[getattr(config, "lora_sides", "both")]
-    return {}
+    if hasattr(config, "lora_sides") and param.dim() == 2 and any(LORA.search(name) for name in names):
+        return {"rank": ONE_SIDED, "both": {}, "none": ADAM}[config.lora_sides]
+    return None

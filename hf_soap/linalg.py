@@ -134,3 +134,26 @@ def off_diagonal_share(factor: Tensor) -> Tensor:
     diagonal = factor.diagonal(dim1=-2, dim2=-1).square().sum(-1)
     tiny = torch.finfo(factor.dtype).tiny
     return ((total - diagonal).clamp_(min=0.0) / total.clamp_(min=tiny)).sqrt_()
+
+
+def newton_schulz(matrix: Tensor, *, eps: float, steps: int = 5) -> Tensor:
+    """Brings the singular values of matrices near 1 and leaves their singular vectors.
+
+    Args:
+        matrix: (..., rows, cols).
+        eps: Added to the Frobenius norm.
+        steps: Iterations; five bring all but the tiniest singular values into about [0.7, 1.2].
+
+    Returns:
+        (..., rows, cols), a new tensor.
+
+    Source:
+        The quintic iteration of Muon (K. Jordan, 2024) as used by MARS-Shampoo, arXiv:2411.10438.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    wide: Tensor = matrix.mT if matrix.shape[-2] > matrix.shape[-1] else matrix
+    x: Tensor = wide / (wide.flatten(-2).norm(dim=-1)[..., None, None] + eps)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return x.mT.contiguous() if matrix.shape[-2] > matrix.shape[-1] else x

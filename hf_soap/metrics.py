@@ -7,7 +7,7 @@ from collections import defaultdict
 import torch
 
 from hf_soap import linalg
-from hf_soap.optimizers import BlockOptimizer
+from hf_soap.stepping import BlockOptimizer
 
 
 @torch.no_grad()

@@ -1,217 +1,19 @@
-"""The step loop, and the optimizers as users meet them."""
+"""The optimizers as users meet them: settings, and which rule they mean for a tensor."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from hf_soap import checkpoint, schema, sharding
-from hf_soap.blocks import Bucket, Chunk, Layout, Plan, adjacent, plan_layout
-from hf_soap.rules import Soap
-
-logger = logging.getLogger(__name__)
-
-
-class BlockOptimizer(torch.optim.Optimizer):
-    """A torch optimizer that steps batches of same-shape blocks by a rule.
-
-    Subclasses say by which rule a tensor is updated and how it is cut (:meth:`plan`). State is made at the first step,
-    so that parameters may be moved or replaced after construction.
-    """
-
-    config: type[schema.OptimizerConfig]
-
-    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
-        self._reset_cache()
-        super().__init__(params, defaults)
-
-    def _reset_cache(self) -> None:
-        self._buckets: dict[int, GroupCache] = {}
-        self.skipped_steps = 0
-        """Steps that were left out because a gradient was not finite, since construction or load."""
-
-    def plan(self, group: dict[str, Any], shape: Sequence[int]) -> Plan:
-        """Returns rule and layout of a tensor of ``shape`` in this param group, made from the current settings."""
-        raise TypeError(f"{type(self).__name__} plans nothing; use SOAP or another subclass of BlockOptimizer")
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group, also after the first step; its settings are checked like the constructor's.
-
-        Raises:
-            ValueError: If a setting is wrong, or a parameter is complex or sharded over ranks.
-        """
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        try:
-            self._check_group(group)
-        except ValueError:
-            self.param_groups.pop()
-            raise
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        check_learning_rate(group["lr"])
-        check_number("weight_decay", group["weight_decay"])
-        betas = group["betas"]
-        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-            raise ValueError(f"betas must be two numbers, got {betas!r}; for example (0.95, 0.95)")
-        names = schema.option_fields(self.config)
-        values = {key: value for key, value in group.items() if key in names}
-        schema.check_values(self.config, {**values, "beta1": betas[0], "beta2": betas[1]})
-        for param in group["params"]:
-            sharding.require_whole(param)
-            if param.is_complex() or not param.is_floating_point():
-                raise ValueError(
-                    f"parameters must be real floating point, got {param.dtype} of shape {tuple(param.shape)}; "
-                    "hold a complex weight as torch.view_as_real(weight)"
-                )
-
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Updates every parameter that has a gradient.
-
-        Args:
-            closure: Reevaluates the model and returns the loss.
-
-        Returns:
-            What the closure returned.
-
-        Raises:
-            ValueError: If a gradient is sparse or complex, before anything changed.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        if self._gradients_usable():
-            index = 0
-            for number, group in enumerate(self.param_groups):
-                params = [p for p in group["params"] if p.requires_grad and p.numel()]
-                for bucket in self._group_buckets(number, group, params, index):
-                    self._step_bucket(group, bucket)
-                index += len(params)
-        return loss
-
-    def _gradients_usable(self) -> bool:
-        """Refuses sparse gradients, and says whether all gradients are finite where a group wants to know."""
-        checked: list[Tensor] = []
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is None:
-                    continue
-                if param.grad.is_sparse or param.grad.layout != torch.strided:
-                    raise ValueError(
-                        f"{type(self).__name__} needs dense gradients, got {param.grad.layout} for a parameter of shape "
-                        f"{tuple(param.shape)}; build the embedding with sparse=False"
-                    )
-                if group["nonfinite"] == "skip" and param.numel():
-                    checked.append(param.grad)
-        if not checked:
-            return True
-        # The largest magnitude, not a sum of squares: 1e30 is finite and its square is not.
-        peaks = torch.stack([peak.float().cpu() for peak in torch._foreach_norm(checked, float("inf"))])
-        if bool(peaks.isfinite().all()):
-            return True
-        if not self.skipped_steps:
-            logger.warning("A gradient holds NaN or Inf: the whole step is skipped, parameters and state stay as they are.")
-        self.skipped_steps += 1
-        return False
-
-    def _group_buckets(self, number: int, group: dict[str, Any], params: list[Tensor], index: int) -> list[Bucket]:
-        """Returns the buckets of a group, built anew where parameters or state were replaced since the last step."""
-        settings = {key: value for key, value in group.items() if key not in ("params", "lr", "weight_decay")}
-        cached = self._buckets.get(number)
-        if cached is not None and cached.settings == settings and cached.fits(params, self.state):
-            return cached.buckets
-        members: dict[tuple[Plan, torch.dtype, torch.device], list[tuple[int, Tensor]]] = {}
-        for place, param in enumerate(params, start=index):
-            key = (self.plan(group, param.shape), state_dtype(param), param.device)
-            members.setdefault(key, []).append((place, param))
-        buckets = [Bucket(plan, entries, self.state, dtype=dtype) for (plan, dtype, _), entries in members.items()]
-        self._buckets[number] = GroupCache(settings, params, buckets)
-        return buckets
-
-    def _step_bucket(self, group: dict[str, Any], bucket: Bucket) -> None:
-        plan, rule, layout = bucket.plan, bucket.plan.rule, bucket.plan.layout
-        decay = group["weight_decay"] if plan.weight_decay is None else plan.weight_decay
-        steps = bucket.steps.tolist()
-        present = [param.grad is not None for param in bucket.params]
-        fresh = [rule.seeds and here and not step for here, step in zip(present, steps, strict=True)]
-        if any(fresh):
-            # An all-zero gradient (a LoRA matrix behind a zero one, a synthetic step) says nothing about a basis.
-            grads = [p.grad for p, is_fresh in zip(bucket.params, fresh, strict=True) if is_fresh and p.grad is not None]
-            nonzero = iter(torch.stack([grad.count_nonzero() for grad in grads]).tolist())
-            fresh = [is_fresh and next(nonzero) > 0 for is_fresh in fresh]
-        ready = [here and (step > 0 or not rule.seeds) for here, step in zip(present, steps, strict=True)]
-
-        size = bucket.tensors_per_chunk()
-        for seeding, flags in ((True, fresh), (False, ready)):
-            for first, last in adjacent(flags, size):
-                bucket.steps[first:last] += 1
-                t = tuple(int(step) + 1 - rule.seeds for step in steps[first:last])
-                chunk = Chunk(layout, t, tuple(bucket.index[first:last]))
-                params = bucket.params[first:last]
-                grad = stack_gradients(params, layout, bucket.dtype)
-                if seeding:
-                    rule.seed(grad, bucket.rows(first, last), chunk)
-                else:
-                    direction = rule.update(grad, bucket.rows(first, last), chunk)
-                    apply_(params, direction, plan, lr=group["lr"] * plan.lr_scale, weight_decay=decay)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._reset_cache()
-
-    def state_dict(self) -> dict[str, Any]:
-        """Returns a copy of the state: flat tensors by role for each parameter, and the param groups.
-
-        The tensors are copies: what the optimizer holds are views of stacks, and saving one would write its whole stack.
-        """
-        return checkpoint.detach_state(super().state_dict())
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads state by copying it, in the dtype it was saved in.
-
-        The learning rate comes from the checkpoint, as a scheduler expects; all other settings stay as they are now.
-
-        Args:
-            state_dict: What :meth:`state_dict` returned.
-
-        Raises:
-            ValueError: If the groups, a parameter's roles or a shape differ from what the current settings need.
-        """
-        # torch casts loaded state to the parameter's dtype, which would round float32 factors of a bf16 model.
-        super().load_state_dict(checkpoint.groups_to_load(self.param_groups, state_dict))
-        for group, param, saved in checkpoint.saved_state(self.param_groups, state_dict):
-            checkpoint.restore(self.state, param, saved, self._wanted_state(group, param))
-
-    def _wanted_state(self, group: dict[str, Any], param: Tensor) -> dict[str, Tensor]:
-        """Shapes and dtypes of the state of one parameter, on the meta device: no memory is taken."""
-        device = torch.device("meta")
-        plan = self.plan(group, param.shape)
-        state = plan.rule.allocate(plan.layout, 1, dtype=state_dtype(param), device=device)
-        return {**state, "step": torch.zeros((), device=device)}
-
-    def state_bytes(self) -> int:
-        """Returns the bytes that the state of all trainable parameters takes, whether it was made already or not."""
-        return sum(
-            value.numel() * value.element_size()
-            for group in self.param_groups
-            for param in group["params"]
-            if param.requires_grad and param.numel()
-            for value in self._wanted_state(group, param).values()
-        )
+from hf_soap import schema, updates
+from hf_soap.blocks import PREV_PARAM, Layout, Plan, plan_layout
+from hf_soap.rules import AdamW, Lion, Mars, Orthogonal, Rule, Soap
+from hf_soap.stepping import BlockOptimizer, check_choice, check_pair
 
 
 class SOAP(BlockOptimizer):
@@ -270,30 +72,12 @@ class SOAP(BlockOptimizer):
         block_size: int | None = None,
         nonfinite: Literal["skip", "off"] = "skip",
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "shampoo_beta": shampoo_beta,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "precondition_frequency": precondition_frequency,
-            "max_precond_dim": max_precond_dim,
-            "merge_dims": merge_dims,
-            "precondition_1d": precondition_1d,
-            "normalize_grads": normalize_grads,
-            "correct_bias": correct_bias,
-            "stagger": stagger,
-            "one_sided": one_sided,
-            "block_size": block_size,
-            "nonfinite": nonfinite,
-            "rule": "soap",
-        }
-        super().__init__(params, defaults)
+        defaults = {key: value for key, value in locals().items() if key not in ("self", "params", "__class__")}
+        super().__init__(params, {**defaults, "rule": "soap"})
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
-        if group["rule"] not in ("soap", "adam"):
-            raise ValueError(f"rule must be 'soap' or 'adam', got {group['rule']!r}")
+        check_choice("rule", group["rule"], ("soap", "adam"))
 
     def plan(self, group: dict[str, Any], shape: Sequence[int]) -> Plan:
         """Returns the SOAP rule with the group's settings; Adam is SOAP without a factored side."""
@@ -309,8 +93,8 @@ def soap_rule(group: dict[str, Any]) -> Soap:
         shampoo_beta=beta2 if group["shampoo_beta"] is None else group["shampoo_beta"],
         eps=group["eps"],
         precondition_frequency=group["precondition_frequency"],
-        normalize_grads=group["normalize_grads"],
-        correct_bias=group["correct_bias"],
+        normalize_grads=group.get("normalize_grads", False),
+        correct_bias=group.get("correct_bias", True),
         stagger=group["stagger"],
     )
 
@@ -328,76 +112,204 @@ def plan_factors(group: dict[str, Any], shape: Sequence[int]) -> Layout:
     )
 
 
-@dataclass
-class GroupCache:
-    """The buckets of a param group, and what they were made from."""
+class MARS(BlockOptimizer):
+    """Variance reduction in front of a preconditioned update.
 
-    settings: dict[str, Any]
-    params: list[Tensor]
-    buckets: list[Bucket]
-
-    def fits(self, params: list[Tensor], state: Mapping[Tensor, dict[str, Any]]) -> bool:
-        """Whether parameters and state are still those that the buckets were made from."""
-        same = len(self.params) == len(params) and all(a is b for a, b in zip(self.params, params, strict=True))
-        return same and all(bucket.intact(state) for bucket in self.buckets)
-
-
-def state_dtype(param: Tensor) -> torch.dtype:
-    """Returns the dtype of a parameter's state: float32 for bf16 and fp16 parameters, else the parameter's own."""
-    return param.dtype if param.dtype in (torch.float32, torch.float64) else torch.float32
-
-
-def stack_gradients(params: Sequence[Tensor], layout: Layout, dtype: torch.dtype) -> Tensor:
-    """Returns the gradients of ``params`` as one batch of blocks (tensors * blocks, d_1, ..., d_k) in ``dtype``."""
-    cut = [layout.to_blocks(param.grad.reshape(layout.view)) for param in params if param.grad is not None]
-    return (cut[0] if len(cut) == 1 else torch.cat(cut)).to(dtype)
-
-
-def apply_(params: Sequence[Tensor], direction: Tensor, plan: Plan, *, lr: float | Tensor, weight_decay: float) -> None:
-    """Takes the step W ← W − lr·direction with decoupled weight decay, rounding low-precision weights once.
+    The gradient g is replaced by c̃ = clip(g + γ·β₁/(1-β₁)·(g - g')), where g' is the previous step's gradient, or,
+    with ``exact``, the gradient of the current minibatch at the previous weights. Matrices are then updated by
+    ``variant``, all other tensors by AdamW on the plain gradient unless ``optimize_1d``.
 
     Args:
-        params: Tensors of one layout, changed in place.
-        direction: (tensors * blocks, d_1, ..., d_k), used up.
-        plan: Their layout, and whether W ← (1 − lr·weight_decay)·W comes before the update (decay and update are then
-            taken from the same weights) or after it.
-        lr: Learning rate.
+        params: Parameters, named parameters, or groups of either. A group may override any setting, and may set
+            ``rule="adam"`` to update its matrices as vectors are.
+        lr: Learning rate, a number or a tensor of one element.
+        betas: Decay rates of the moments, each in [0, 1); the first also enters the correction.
+        eps: Added to the root of the second moment, or to the norm before Newton–Schulz.
         weight_decay: Decoupled weight decay.
-    """
-    direction.mul_(lr if isinstance(lr, float) else torch.as_tensor(lr, device=direction.device))
-    pieces = direction.split(plan.layout.blocks)
-    updates = [plan.layout.from_blocks(piece, param.shape) for piece, param in zip(pieces, params, strict=True)]
-    exact = [param if param.dtype == direction.dtype else param.to(direction.dtype) for param in params]
-    if weight_decay and not plan.decay_last:
-        torch._foreach_mul_(exact, 1 - lr * weight_decay)
-    torch._foreach_sub_(exact, updates)
-    if weight_decay and plan.decay_last:
-        torch._foreach_mul_(exact, 1 - lr * weight_decay)
-    for param, value in zip(params, exact, strict=True):
-        if param is not value:
-            param.copy_(value)
-
-
-def check_learning_rate(lr: Any) -> None:
-    """Checks a learning rate: a number >= 0, or a tensor of one element.
+        variant: ``"adamw"``, ``"lion"``, ``"shampoo"`` (Newton–Schulz), ``"m"`` (MARS-M) or ``"soap"``.
+        gamma: Strength of the correction.
+        exact: Two backward passes a step: see :meth:`at_previous_weights`. SoapTrainer does it by itself.
+        optimize_1d: Correct tensors that are no matrices too; ``"shampoo"`` and ``"m"`` update them by MARS-AdamW.
+        lr_1d: Learning rate of tensors that are no matrices, following ``lr`` in proportion; None takes ``lr``.
+        betas_1d: Decay rates of their moments.
+        weight_decay_1d: Their weight decay. None takes that of a group which sets its own, else 0.1.
+        nonfinite: ``"skip"`` leaves out a step in which any gradient holds NaN or Inf; ``"off"`` does not look.
+        shampoo_beta: Here and below, settings of SOAP for ``variant="soap"``; see :class:`SOAP`.
 
     Raises:
-        ValueError: If it is anything else.
+        ValueError: If a setting is of the wrong type or out of range, or a parameter is complex or sharded.
+
+    Source:
+        Yuan et al., MARS: Unleashing the Power of Variance Reduction for Training Large Models, arXiv:2411.10438.
     """
-    if isinstance(lr, Tensor):
-        if lr.numel() != 1:
-            raise ValueError(f"lr must be a number or a tensor of one element, got a tensor of shape {tuple(lr.shape)}")
-    else:
-        check_number("lr", lr)
+
+    config = schema.MarsSoapConfig
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 3e-3,
+        betas: tuple[float, float] = (0.95, 0.99),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        variant: Literal["adamw", "lion", "shampoo", "soap", "m"] = "adamw",
+        gamma: float = 0.025,
+        exact: bool = False,
+        optimize_1d: bool = False,
+        lr_1d: float | None = None,
+        betas_1d: tuple[float, float] = (0.9, 0.95),
+        weight_decay_1d: float | None = None,
+        *,
+        nonfinite: Literal["skip", "off"] = "skip",
+        shampoo_beta: float | None = None,
+        precondition_frequency: int = 10,
+        max_precond_dim: int = 10000,
+        merge_dims: bool = False,
+        precondition_1d: bool = False,
+        stagger: bool = False,
+        one_sided: bool = False,
+        block_size: int | None = None,
+    ) -> None:
+        defaults = {key: value for key, value in locals().items() if key not in ("self", "params", "__class__")}
+        self._corrected = False
+        super().__init__(params, {**defaults, "rule": variant})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group; what its vectors take over from its matrices is settled here."""
+        if param_group.get("weight_decay_1d", self.defaults["weight_decay_1d"]) is None:
+            param_group["weight_decay_1d"] = param_group.get("weight_decay", 0.1)
+        param_group.setdefault("base_lr", float(param_group.get("lr", self.defaults["lr"])))
+        super().add_param_group(param_group)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        beta1, beta2 = check_pair("betas_1d", group["betas_1d"])
+        schema.check_values(self.config, {"beta1_1d": beta1, "beta2_1d": beta2})
+        check_choice("rule", group["rule"], ("adamw", "lion", "shampoo", "soap", "m", "adam"))
+        if group["lr_1d"] is not None and group["base_lr"] == 0:
+            raise ValueError("lr must be > 0 where lr_1d is set, got 0; lr_1d follows lr in proportion")
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._corrected = False
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Updates every parameter that has a gradient.
+
+        Args:
+            closure: Clears the gradients, reevaluates the model and returns the loss; exact MARS calls it twice.
+
+        Returns:
+            What the closure returned at the current weights.
+
+        Raises:
+            RuntimeError: If exact MARS got gradients without the correction.
+            ValueError: If a gradient is sparse.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+                if self.exact:
+                    with self.at_previous_weights():
+                        closure()
+        if self.exact and not self._corrected:
+            raise RuntimeError(
+                "exact MARS got gradients without their correction, wanted the same minibatch's gradients at the "
+                "previous weights too; train with hf_soap.SoapTrainer, or in a loop of your own run the backward pass again in "
+                "`with optimizer.at_previous_weights():`, or pass a closure, or use exact=False"
+            )
+        super().step()
+        self._corrected = False
+        return loss
+
+    @property
+    def exact(self) -> bool:
+        """Whether any param group asks for exact MARS."""
+        return any(group["exact"] for group in self.param_groups)
+
+    @property
+    def has_previous_weights(self) -> bool:
+        """Whether some parameter was updated before, so that :meth:`at_previous_weights` has weights to go back to."""
+        return any(state["step"] > 0 and PREV_PARAM in state for state in self.state.values())
+
+    @contextmanager
+    def at_previous_weights(self) -> Iterator[None]:
+        """Swaps in the weights before the last update, for the second backward pass of exact MARS.
+
+        Call it when the gradients of the minibatch are there, and compute them again inside. On leaving, the weights
+        are back and every ``.grad`` holds g + γ·β₁/(1-β₁)·(g - g'), to be clipped and stepped. At a parameter's first
+        step g' counts as zero. ::
+
+            model(batch).loss.backward()
+            with optimizer.at_previous_weights():
+                model(batch).loss.backward()
+            optimizer.step()
+
+        If the body raises, weights and gradients are put back as they were.
+        """
+        stash = [(group, p, p.grad) for group in self.param_groups for p in group["params"] if p.requires_grad]
+        moved = [(p, p.detach().clone(), self._previous(group, p)) for group, p, _ in stash]
+        try:
+            with torch.no_grad():
+                for param, _, previous in moved:
+                    param.grad = None
+                    if previous is not None:
+                        param.copy_(previous)
+            yield
+        except BaseException:
+            for _, param, grad in stash:
+                param.grad = grad
+            raise
+        else:
+            with torch.no_grad():
+                for (group, param, grad), (_, _, previous) in zip(stash, moved, strict=True):
+                    behind = param.grad if previous is not None else None
+                    param.grad = grad if grad is None else self._corrected_grad(group, param, grad, behind)
+            self._corrected = True
+        finally:
+            with torch.no_grad():
+                for param, weight, _ in moved:
+                    param.copy_(weight)
+
+    def _previous(self, group: dict[str, Any], param: Tensor) -> Tensor | None:
+        state = self.state.get(param, {})
+        if PREV_PARAM not in state or not state["step"] > 0:
+            return None
+        return self.plan(group, param.shape).layout.from_blocks(state[PREV_PARAM], param.shape)
+
+    def _corrected_grad(self, group: dict[str, Any], param: Tensor, grad: Tensor, behind: Tensor | None) -> Tensor:
+        if not group["exact"] or not isinstance(self.plan(group, param.shape).rule, Mars):
+            return grad
+        other = torch.zeros_like(grad) if behind is None else behind
+        return updates.mars_correction(grad, other, beta1=group["betas"][0], gamma=group["gamma"])
+
+    def plan(self, group: dict[str, Any], shape: Sequence[int]) -> Plan:
+        """Returns the variant's rule behind the correction, or AdamW for what is no matrix."""
+        matrix = len(shape) == 2 or (group["rule"] == "soap" and len(shape) > 2)
+        whole = plan_layout(shape, max_precond_dim=0)
+        if group["rule"] == "adam" or not (matrix or group["optimize_1d"]):
+            beta1, beta2 = group["betas_1d"]
+            scale = 1.0 if group["lr_1d"] is None else group["lr_1d"] / group["base_lr"]
+            adamw, decay = AdamW(beta1=beta1, beta2=beta2, eps=group["eps"]), group["weight_decay_1d"]
+            return Plan(adamw, whole, lr_scale=scale, weight_decay=decay, keep_weights=group["exact"])
+        soap = group["rule"] == "soap"
+        inner = soap_rule(group) if soap else _mars_inner(group, matrix=matrix)
+        rule = Mars(inner=inner, beta1=group["betas"][0], gamma=group["gamma"], exact=group["exact"])
+        layout = plan_factors(group, shape) if soap else whole
+        return Plan(rule, layout, decay_last=soap, keep_weights=group["exact"])
 
 
-def check_number(name: str, value: Any) -> None:
-    """Checks a setting that must be a finite number >= 0.
-
-    Raises:
-        ValueError: If it is not.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-        raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
-
-
+def _mars_inner(group: dict[str, Any], *, matrix: bool) -> Rule:
+    beta1, beta2 = group["betas"]
+    if group["rule"] == "lion":
+        return Lion(beta1=beta1)
+    if group["rule"] == "adamw" or not matrix:
+        return AdamW(beta1=beta1, beta2=beta2, eps=group["eps"])
+    return Orthogonal(beta1=beta1, eps=group["eps"], scale="aspect" if group["rule"] == "shampoo" else "rms")

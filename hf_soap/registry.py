@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from hf_soap import grouping, schema
 from hf_soap.hooks import after_import
-from hf_soap.optimizers import SOAP, BlockOptimizer
+from hf_soap.optimizers import MARS, SOAP
+from hf_soap.stepping import BlockOptimizer
 
 if TYPE_CHECKING:
     from torch import nn
@@ -32,7 +33,19 @@ class Entry:
     config: type[schema.OptimizerConfig]
 
 
-ENTRIES: dict[str, Entry] = {"soap": Entry(SOAP, schema.SoapConfig)}
+MARS_CONFIGS: tuple[type[schema.MarsConfig], ...] = (
+    schema.MarsConfig,
+    schema.MarsAdamWConfig,
+    schema.MarsLionConfig,
+    schema.MarsShampooConfig,
+    schema.MarsSoapConfig,
+    schema.MarsMConfig,
+)
+
+ENTRIES: dict[str, Entry] = {
+    schema.SoapConfig.name: Entry(SOAP, schema.SoapConfig),
+    **{config.name: Entry(MARS, config) for config in MARS_CONFIGS},
+}
 
 
 def install() -> None:
@@ -54,7 +67,7 @@ def resolve(args: TrainingArguments) -> schema.OptimizerConfig:
         The checked options.
 
     Raises:
-        ValueError: If ``optim_args`` is wrong, or the run shards parameters in a way that the optimizers cannot work on.
+        ValueError: If ``optim_args`` is wrong, or the run shards parameters.
     """
     name = optimizer_name(args)
     _refuse_sharding(args, name)
@@ -158,13 +171,13 @@ def _extend_trainer(trainer: ModuleType) -> None:
 def _refuse_sharding(args: TrainingArguments, name: str) -> None:
     if getattr(args, "deepspeed", None) or getattr(args, "hf_deepspeed_config", None):
         raise ValueError(
-            f"optim={name!r} got DeepSpeed, wanted whole parameters: ZeRO hands the optimizer one flat vector, on which "
-            "it could only be Adam; use DDP"
+            f"optim={name!r} got DeepSpeed, wanted whole parameters: ZeRO hands the optimizer one flat vector, "
+            "on which it could only be Adam; use DDP"
         )
     if getattr(args, "fsdp", None):
         raise ValueError(
-            f"optim={name!r} got fsdp={args.fsdp!r}, wanted whole parameters: sharded training is not supported by this "
-            "version; use DDP"
+            f"optim={name!r} got fsdp={args.fsdp!r}, wanted whole parameters: sharded training is not supported by "
+            "this version; use DDP"
         )
 
 
@@ -185,7 +198,7 @@ def _report_once(name: str, settings: str) -> None:
 @cache
 def _warn_learning_rate_once(name: str, published: float) -> None:
     logger.warning(
-        "learning_rate is %g, the Transformers default for AdamW. %s is published with %g; set learning_rate to tune it.",
+        "learning_rate is %g, the Transformers default for AdamW. %s is published with %g; set learning_rate.",
         HF_LEARNING_RATE,
         name,
         published,

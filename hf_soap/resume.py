@@ -21,7 +21,9 @@ def last_complete_checkpoint(folder: str | Path, *, model_only: bool = False) ->
     Returns:
         The folder, or None if there is no complete one.
     """
-    numbered = [(int(match[1]), path) for path in Path(folder).glob("checkpoint-*") if (match := _NUMBER.search(path.name))]
+    numbered = [
+        (int(match[1]), path) for path in Path(folder).glob("checkpoint-*") if (match := _NUMBER.search(path.name))
+    ]
     for _, path in sorted(numbered, reverse=True):
         problem = find_problem(path, model_only=model_only)
         if problem is None:

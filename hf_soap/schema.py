@@ -22,7 +22,9 @@ AT_LEAST_1: Check = (lambda x: x >= 1, ">= 1")
 DECAY_RATE: Check = (lambda x: 0 <= x < 1, "in [0, 1)")
 
 
-def option(default: Any, help: str, check: Check | None = None, *, remedy: str = "", trainer_only: bool = False) -> Any:
+def option(
+    default: Any, help: str, check: Check | None = None, *, remedy: str = "", trainer_only: bool = False
+) -> Any:
     """Declares one option of a config.
 
     Args:
@@ -50,12 +52,14 @@ class OptimizerConfig:
     name: ClassVar[str]
     lr: ClassVar[float]
     """Published learning rate, for the warning about a forgotten one; the Trainer's ``learning_rate`` decides."""
+    adam_embeddings: ClassVar[bool] = False
+    """Whether embeddings and the output head are updated by Adam."""
 
     def __post_init__(self) -> None:
         check_values(type(self), {f.name: getattr(self, f.name) for f in fields(self)})
 
     def to_optim_args(self) -> str:
-        """Returns the options that differ from their defaults as a string for ``TrainingArguments(optim_args=...)``."""
+        """Returns the options that differ from their defaults as text for ``TrainingArguments(optim_args=...)``."""
         changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
         return ",".join(f"{key}={_to_text(value)}" for key, value in changed.items())
 
@@ -68,18 +72,26 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SoapConfig(OptimizerConfig):
-    """Options of SOAP, with the defaults of its official implementation (arXiv:2409.11321)."""
+class _Guard(OptimizerConfig):
+    nonfinite: Literal["skip", "off"] = option(
+        "skip", "`skip` leaves out the whole step when a gradient holds NaN or Inf; `off` does not look."
+    )
+    adam_modules: str | None = option(
+        None, "Regex on parameter names: what matches is updated by Adam, with no factors.", trainer_only=True
+    )
+    log_every: int = option(
+        0,
+        "SoapTrainer adds optimizer diagnostics to the log at every such step; 0 never.",
+        NON_NEGATIVE,
+        trainer_only=True,
+    )
 
-    name: ClassVar[str] = "soap"
-    lr: ClassVar[float] = 3e-3
 
-    beta1: float = option(0.95, "Decay rate of the first moment.", DECAY_RATE)
-    beta2: float = option(0.95, "Decay rate of the second moment.", DECAY_RATE)
+@dataclass(frozen=True, kw_only=True)
+class _Factors(_Guard):
     shampoo_beta: float | None = option(None, "Decay rate of the Kronecker factors; `none` takes beta2.", DECAY_RATE)
-    eps: float = option(1e-8, "Added to the root of the second moment.", NON_NEGATIVE)
     precondition_frequency: int = option(
-        10, "Updates between two refreshes of the eigenbases.", AT_LEAST_1, remedy="use 1 to refresh at every step"
+        10, "Updates between two refreshes of the preconditioner.", AT_LEAST_1, remedy="use 1 to refresh at every step"
     )
     max_precond_dim: int = option(
         10000,
@@ -87,24 +99,16 @@ class SoapConfig(OptimizerConfig):
         NON_NEGATIVE,
         remedy="use 0 to factor no side at all, which is Adam",
     )
-    merge_dims: bool = option(False, "Merge small neighbouring dimensions of tensors with more than two (convolutions).")
-    precondition_1d: bool = option(False, "Factor vectors too, instead of updating them by Adam.")
-    normalize_grads: bool = option(
-        False, "Divide each tensor's update by its root mean square; helps at frequencies near 100, hurts near 10."
+    merge_dims: bool = option(
+        False, "Merge small neighbouring dimensions of tensors with more than two (convolutions)."
     )
-    correct_bias: bool = option(True, "Adam's bias correction.")
+    precondition_1d: bool = option(False, "Factor vectors too, instead of updating them by Adam.")
     stagger: bool = option(
         False, "Tensor i refreshes i updates earlier, so that refreshes do not all fall on the same step."
     )
     one_sided: bool = option(False, "Factor only the shorter side of each matrix: less memory and time.")
     block_size: int | None = option(
         None, "Cut longer sides into blocks of at most this size, each with its own factors.", AT_LEAST_1
-    )
-    nonfinite: Literal["skip", "off"] = option(
-        "skip", "`skip` leaves out the whole step when a gradient holds NaN or Inf; `off` does not look."
-    )
-    adam_modules: str | None = option(
-        None, "Regex on parameter names: what matches is updated by Adam, with no factors.", trainer_only=True
     )
     one_sided_modules: str | None = option(
         None, "Regex on parameter names: what matches gets a factor on the shorter side only.", trainer_only=True
@@ -114,9 +118,97 @@ class SoapConfig(OptimizerConfig):
         "Sides of LoRA matrices that get a factor: the rank's, both, or none, which is Adam.",
         trainer_only=True,
     )
-    log_every: int = option(
-        0, "SoapTrainer adds optimizer diagnostics to the log at every such step; 0 never.", NON_NEGATIVE, trainer_only=True
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoapConfig(_Factors):
+    """Options of SOAP, with the defaults of its official implementation (arXiv:2409.11321)."""
+
+    name: ClassVar[str] = "soap"
+    lr: ClassVar[float] = 3e-3
+
+    beta1: float = option(0.95, "Decay rate of the first moment.", DECAY_RATE)
+    beta2: float = option(0.95, "Decay rate of the second moment.", DECAY_RATE)
+    eps: float = option(1e-8, "Added to the root of the second moment.", NON_NEGATIVE)
+    normalize_grads: bool = option(
+        False, "Divide each tensor's update by its root mean square; helps at frequencies near 100, hurts near 10."
     )
+    correct_bias: bool = option(True, "Adam's bias correction.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MarsConfig(_Guard):
+    """Options of MARS-AdamW, with the defaults of its official implementation (arXiv:2411.10438)."""
+
+    name: ClassVar[str] = "mars"
+    lr: ClassVar[float] = 3e-3
+    variant: ClassVar[str] = "adamw"
+
+    beta1: float = option(0.95, "Decay rate of the first moment, also in the correction.", DECAY_RATE)
+    beta2: float = option(0.99, "Decay rate of the second moment.", DECAY_RATE)
+    eps: float = option(
+        1e-8, "Added to the root of the second moment, or to the norm before Newton-Schulz.", NON_NEGATIVE
+    )
+    gamma: float = option(0.025, "Strength of the variance reduction; 0 turns it off.", NON_NEGATIVE)
+    exact: bool = option(
+        False, "Take the previous gradient on the current minibatch: two backward passes a step; needs SoapTrainer."
+    )
+    optimize_1d: bool = option(False, "Correct vectors (all but matrices) too, instead of updating them by AdamW.")
+    lr_1d: float | None = option(
+        None, "Learning rate of those vectors, which follows the schedule; `none` takes lr.", POSITIVE
+    )
+    beta1_1d: float = option(0.9, "Decay rate of their first moment.", DECAY_RATE)
+    beta2_1d: float = option(0.95, "Decay rate of their second moment.", DECAY_RATE)
+    weight_decay_1d: float | None = option(
+        None, "Their weight decay; `none` takes the param group's, or 0.1 where the group sets none.", NON_NEGATIVE
+    )
+
+    def constructor_kwargs(self) -> dict[str, Any]:
+        """Returns the keyword arguments for the optimizer's constructor, the variant among them."""
+        kwargs = super().constructor_kwargs()
+        betas_1d = kwargs.pop("beta1_1d"), kwargs.pop("beta2_1d")
+        return {"variant": self.variant, "betas_1d": betas_1d, **kwargs}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MarsAdamWConfig(MarsConfig):
+    """Options of MARS-AdamW under its full name."""
+
+    name: ClassVar[str] = "mars_adamw"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MarsLionConfig(MarsConfig):
+    """Options of MARS-Lion."""
+
+    name: ClassVar[str] = "mars_lion"
+    lr: ClassVar[float] = 1e-3
+    variant: ClassVar[str] = "lion"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MarsShampooConfig(MarsConfig):
+    """Options of MARS-Shampoo."""
+
+    name: ClassVar[str] = "mars_shampoo"
+    variant: ClassVar[str] = "shampoo"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MarsMConfig(MarsConfig):
+    """Options of MARS-M (arXiv:2510.21800); embeddings and output head are updated by AdamW."""
+
+    name: ClassVar[str] = "mars_m"
+    variant: ClassVar[str] = "m"
+    adam_embeddings: ClassVar[bool] = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class MarsSoapConfig(MarsConfig, _Factors):
+    """Options of MARS in front of SOAP."""
+
+    name: ClassVar[str] = "mars_soap"
+    variant: ClassVar[str] = "soap"
 
 
 ConfigT = TypeVar("ConfigT", bound=OptimizerConfig)
@@ -215,7 +307,9 @@ def _pairs(text: str, config: type[OptimizerConfig]) -> Iterable[tuple[str, str]
         if key == "betas":
             betas = [beta.strip() for beta in raw.strip("()[]").split(",")]
             if len(betas) != 2:
-                raise ValueError(f"betas wants two numbers, got {raw!r}; write betas=(0.95,0.95), or beta1= and beta2=")
+                raise ValueError(
+                    f"betas wants two numbers, got {raw!r}; write betas=(0.95,0.95), or beta1= and beta2="
+                )
             yield from zip(("beta1", "beta2"), betas, strict=True)
         elif key not in option_fields(config):
             raise ValueError(_unknown(config, key))
@@ -275,4 +369,5 @@ def _type_name(hint: Any) -> str:
         return " or ".join(_type_name(arg) for arg in typing.get_args(hint))
     if typing.get_origin(hint) is Literal:
         return " or ".join(typing.get_args(hint))
-    return {bool: "true or false", type(None): "none", str: "text"}.get(hint, hint.__name__)
+    names = {bool: "true or false", type(None): "none", str: "text"}
+    return names[hint] if hint in names else str(hint.__name__)

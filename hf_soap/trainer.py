@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_soap import metrics, registry, resume, schema
-from hf_soap.optimizers import BlockOptimizer
+from hf_soap.stepping import BlockOptimizer
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -17,7 +17,7 @@ else:
 
 
 class SoapTrainerMixin(_Base):
-    """Adds to any Trainer subclass: a typed config, early checks, diagnostics in the log, resume past broken checkpoints.
+    """Adds to any Trainer subclass: typed config, early checks, diagnostics, exact MARS, resume past a broken checkpoint.
 
     Put it first: ``class MyTrainer(SoapTrainerMixin, SFTTrainer): ...``.
 
@@ -84,5 +84,5 @@ def _write_config(args: TrainingArguments, config: schema.OptimizerConfig) -> No
         raise ValueError(f"got both optimizer_config and optim_args={args.optim_args!r}, wanted one; drop optim_args")
     if name in registry.ENTRIES and name != config.name:
         raise ValueError(f"got optim={name!r} with a config of {config.name}, wanted one optimizer; drop optim")
-    args.optim = type(args.optim)(config.name) if isinstance(args.optim, Enum) else config.name  # type: ignore[assignment]
+    args.optim = type(args.optim)(config.name) if isinstance(args.optim, Enum) else config.name
     args.optim_args = config.to_optim_args() or None

@@ -5,7 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def adam_direction(grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, beta1: float, beta2: float, eps: float) -> Tensor:
+def adam_direction(
+    grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, beta1: float, beta2: float, eps: float
+) -> Tensor:
     """Updates both moments in place and returns M / (√V + ε), without bias correction.
 
     Args:
@@ -32,3 +34,21 @@ def bias_correction(t: int, *, beta1: float, beta2: float) -> float:
     """Returns √(1-β₂ᵗ)/(1-β₁ᵗ), the factor on an uncorrected Adam direction at the 1-based update ``t``."""
     scale: float = (1 - beta2**t) ** 0.5 / (1 - beta1**t)
     return scale
+
+
+def mars_correction(grad: Tensor, prev_grad: Tensor, *, beta1: float, gamma: float) -> Tensor:
+    """Returns the variance-reduced gradient c = g + γ·β₁/(1-β₁)·(g - g'), before clipping.
+
+    Args:
+        grad: g, any shape.
+        prev_grad: g', same shape: zero at a tensor's first step.
+        beta1: Decay rate of the first moment that c will enter.
+        gamma: Strength of the correction.
+
+    Returns:
+        c, a new tensor.
+
+    Source:
+        MARS, arXiv:2411.10438, equation 6.
+    """
+    return grad.lerp(prev_grad, -gamma * beta1 / (1 - beta1))

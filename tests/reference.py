@@ -8,7 +8,7 @@ Sources:
     SOAP: Vyas et al., arXiv:2409.11321, Algorithm 3, with the order of operations of the authors' implementation.
     KL correction: Lin et al., arXiv:2509.03378.
     Adafactor's factored second moment: Shazeer and Stern, arXiv:1804.04235, Algorithm 1.
-    Blocks: Anil et al., arXiv:2002.09018, section 3 on large tensors.
+    Blocks: Anil et al., arXiv:2002.09018, where large tensors are partitioned.
 """
 
 from __future__ import annotations

@@ -1,49 +1,28 @@
-"""Update rules: arithmetic on batches of blocks. A rule never sees a parameter, a mesh or a Trainer."""
+"""SOAP: Adam in the eigenbasis of Shampoo's factors."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from hf_soap import linalg, updates
 from hf_soap.blocks import Chunk, Layout
-
-State = Mapping[str, Tensor]
+from hf_soap.rules.base import MOMENTS, State, zeros
 
 ORTHONORMALIZE_EVERY = 100
 """Refreshes between two corrections of a basis: 5,000 float32 refreshes leave it 1.7e-5 off orthonormality."""
-
-
-class Rule(Protocol):
-    """What the step loop needs to know of an update rule."""
-
-    seeds: ClassVar[bool]
-    """Whether the first non-zero gradient of a tensor goes to :meth:`seed` and updates nothing."""
-
-    def allocate(self, layout: Layout, tensors: int, *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-        """Returns fresh state by role, each of shape (tensors * blocks, ...)."""
-
-    def describe(self, layout: Layout) -> str:
-        """Names in a few words what happens to a tensor of this layout, for tables."""
-
-    def seed(self, grad: Tensor, state: State, chunk: Chunk) -> None:
-        """Absorbs the first non-zero gradient (blocks, d_1, ..., d_k) into ``state``, in place."""
-
-    def update(self, grad: Tensor, state: State, chunk: Chunk) -> Tensor:
-        """Changes ``state`` in place and returns the direction (blocks, d_1, ..., d_k); ``grad`` stays as it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Soap:
     """Adam in the eigenbasis of Shampoo's factors; with no factored side, Adam.
 
-    The factors are kept in their own eigenbasis, L̂ = Qᵀ L Q. That is the same method, cheaper: they accumulate from the
-    projected gradient that the step has anyway, a refresh decomposes a nearly diagonal matrix, and the eigenvalues
-    can be read off the diagonal.
+    The factors are kept in their own eigenbasis, L̂ = Qᵀ L Q. That is the same method, cheaper: they accumulate from
+    the projected gradient that the step has anyway, a refresh decomposes a nearly diagonal matrix, and the
+    eigenvalues can be read off the diagonal.
 
     Attributes:
         beta1: Decay rate of the first moment, which lives in the rotated space.
@@ -73,7 +52,7 @@ class Soap:
     def allocate(self, layout: Layout, tensors: int, *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """Returns zero moments and factors, and bases to be filled by :meth:`seed`."""
         blocks = tensors * layout.blocks
-        state = {role: torch.zeros(blocks, *layout.block, dtype=dtype, device=device) for role in MOMENTS}
+        state = zeros(layout, tensors, MOMENTS, dtype=dtype, device=device)
         for side in layout.sides:
             n = layout.block[side]
             state[f"factor_{side}"] = torch.zeros(blocks, n, n, dtype=dtype, device=device)
@@ -105,8 +84,8 @@ class Soap:
         for side in sides:
             direction = linalg.mode_product(direction, state[f"basis_{side}"].mT, side)
         if self.normalize_grads:
-            trimmed = chunk.layout.trim(direction)
-            direction.div_(chunk.tensor_mean_square(trimmed).sqrt_().add_(1e-30))
+            square_sum = chunk.tensor_square_sum(chunk.layout.trim(direction))
+            direction.div_(square_sum.div_(chunk.layout.numel).sqrt_().add_(1e-30))
         if self.correct_bias:
             scales = [updates.bias_correction(t, beta1=self.beta1, beta2=self.beta2) for t in chunk.t]
             direction.mul_(chunk.per_block(scales, direction))
@@ -143,6 +122,3 @@ class Soap:
             state["exp_avg_sq"].copy_(torch.take_along_dim(state["exp_avg_sq"], along, side + 1))
             for blocks, _ in chunk.runs(n % ORTHONORMALIZE_EVERY == 0 for n in refreshes):
                 basis[blocks].copy_(linalg.orthonormalize(basis[blocks]))
-
-
-MOMENTS = ("exp_avg", "exp_avg_sq")

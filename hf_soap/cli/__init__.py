@@ -1,0 +1,1 @@
+"""The commands of ``hf-soap``, one thin file each."""

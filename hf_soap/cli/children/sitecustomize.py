@@ -1,0 +1,46 @@
+"""Runs at the start of each Python process below ``hf-soap run``: importing transformers registers the optimizers.
+
+Most of those processes never train anything, so it loads nothing that is slow, such as torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from importlib.machinery import PathFinder, SourceFileLoader
+from types import ModuleType
+
+_HERE = os.path.dirname(os.path.abspath(__file__))  # noqa: PTH100, PTH120 - pathlib costs more than all else here
+_PACKAGE = os.path.dirname(os.path.dirname(_HERE))  # noqa: PTH120
+
+
+def _run(name: str, path: str) -> ModuleType:
+    module = ModuleType(name)
+    SourceFileLoader(name, path).exec_module(module)
+    return module
+
+
+def _register(_: ModuleType) -> None:
+    try:
+        importlib.import_module("hf_soap")
+    except ModuleNotFoundError as error:
+        if error.name != "hf_soap":
+            raise
+        # The launcher ran from a source tree, which this process does not have on its path.
+        sys.path.append(os.path.dirname(_PACKAGE))  # noqa: PTH120
+        importlib.import_module("hf_soap")
+
+
+def _run_next_sitecustomize() -> None:
+    # Python runs the first sitecustomize on the path only, and the environment may have one of its own.
+    sys.path[:] = [entry for entry in sys.path if entry != _HERE]
+    spec = PathFinder.find_spec("sitecustomize")
+    if spec is not None and spec.origin is not None:
+        _run("sitecustomize", spec.origin)
+
+
+# By its path, since importing it from the package would import the package, and that torch.
+_hooks = _run("_hf_soap_hooks", os.path.join(_PACKAGE, "hooks.py"))  # noqa: PTH118
+_hooks.after_import("transformers", _register)
+_run_next_sitecustomize()

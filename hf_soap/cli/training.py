@@ -1,0 +1,275 @@
+"""One training run of ``hf-soap compare``: a small GPT-2 from scratch through the real Trainer, timed."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import Dataset
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+    default_data_collator,
+    set_seed,
+)
+
+import hf_soap  # noqa: F401 - registers the optimizers
+from hf_soap.cli.corpus import Corpus
+
+OnStep = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Everything that decides the outcome of one run, given a corpus.
+
+    Attributes:
+        optimizer: A name that ``TrainingArguments(optim=...)`` takes.
+        optim_args: Options of the optimizer, as ``TrainingArguments(optim_args=...)`` takes them.
+        lr: Peak learning rate.
+        steps: Training steps; the schedule ends with them.
+        batch_size: Sequences per step.
+        layers: Transformer blocks of the model.
+        width: Size of its hidden states.
+        heads: Attention heads.
+        schedule: A name that ``TrainingArguments(lr_scheduler_type=...)`` takes.
+        warmup: Fraction of the steps over which the learning rate rises.
+        weight_decay: Decoupled weight decay of the matrices.
+        max_grad_norm: Gradients are clipped to this norm.
+        eval_every: Steps between evaluations.
+        seed: Seed of the weights and of the data order.
+    """
+
+    optimizer: str
+    optim_args: str
+    lr: float
+    steps: int
+    batch_size: int
+    layers: int
+    width: int
+    heads: int
+    schedule: str
+    warmup: float
+    weight_decay: float
+    max_grad_norm: float
+    eval_every: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class EvalPoint:
+    """Loss on the held-out text after ``step`` steps, which took ``seconds``."""
+
+    step: int
+    seconds: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What one run gave.
+
+    Attributes:
+        settings: What was asked for.
+        evals: Held-out loss along the way, from step 0 to the last step.
+        train_losses: Training loss of every step.
+        seconds: Time of all training steps, evaluations and checkpoint not counted.
+        optimizer_seconds: The part of it spent in ``optimizer.step``.
+        state_bytes: Size of the optimizer's state.
+        parameters: Number of trained parameters.
+        checkpoint: Folder of the final checkpoint: model, tokenizer, optimizer and scheduler.
+    """
+
+    settings: RunSettings
+    evals: list[EvalPoint]
+    train_losses: list[float]
+    seconds: float
+    optimizer_seconds: float
+    state_bytes: int
+    parameters: int
+    checkpoint: Path
+
+    @property
+    def final_loss(self) -> float:
+        """Held-out loss after the last step."""
+        return self.evals[-1].loss
+
+    def steps_to(self, loss: float) -> float | None:
+        """Find when the held-out loss first came down to a value.
+
+        Args:
+            loss: The value to reach.
+
+        Returns:
+            The step, interpolated between two evaluations; None if the run did not get there.
+        """
+        reached = next((i for i, point in enumerate(self.evals) if point.loss <= loss), None)
+        if not reached:
+            return reached
+        before, after = self.evals[reached - 1], self.evals[reached]
+        return before.step + (after.step - before.step) * (before.loss - loss) / (before.loss - after.loss)
+
+
+class _Blocks(Dataset[dict[str, Tensor]]):
+    def __init__(self, blocks: Tensor) -> None:
+        self.blocks = blocks
+        self.labels = blocks.clone()
+        # Nothing predicts the first token, but the Trainer counts its label when it divides the sum of the losses.
+        self.labels[:, 0] = -100
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.blocks[index], "labels": self.labels[index]}
+
+
+class _Clock(TrainerCallback):
+    """Times the steps and what of them is the optimizer's, and takes down the evaluations."""
+
+    def __init__(self, on_step: OnStep) -> None:
+        self.on_step = on_step
+        self.seconds = 0.0
+        self.optimizer_seconds = 0.0
+        self.evals: list[EvalPoint] = []
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.step_began = _now()
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        self.optimizer_began = _now()
+
+    def on_optimizer_step(self, *_: Any, **__: Any) -> None:
+        self.optimizer_seconds += _now() - self.optimizer_began
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        self.seconds += _now() - self.step_began
+        self.on_step(state.global_step)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.evals.append(EvalPoint(state.global_step, self.seconds, kwargs["metrics"]["eval_loss"]))
+
+
+def train_once(settings: RunSettings, corpus: Corpus, output_dir: Path, on_step: OnStep) -> RunResult:
+    """Train one model from scratch; equal settings and data give equal bits on one machine's CPU.
+
+    Args:
+        settings: What to train, how and for how long.
+        corpus: What to train and to evaluate on.
+        output_dir: Folder for the final checkpoint.
+        on_step: Called with the number of each finished step.
+
+    Returns:
+        The loss curves and what they cost.
+
+    Raises:
+        ValueError: If the Trainer or the optimizer refuses the settings.
+    """
+    model = _build_model(settings, corpus)
+    clock = _Clock(on_step)
+    trainer = Trainer(
+        model=model,
+        args=_training_arguments(settings, output_dir),
+        train_dataset=_Blocks(corpus.train),
+        eval_dataset=_Blocks(corpus.held_out),
+        processing_class=corpus.tokenizer,
+        data_collator=default_data_collator,
+        callbacks=[clock],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    if clock.evals[-1].step != settings.steps:
+        trainer.evaluate()
+    assert trainer.optimizer is not None
+    tensors = (leaf for leaf in tree_leaves(list(trainer.optimizer.state.values())) if isinstance(leaf, Tensor))
+    return RunResult(
+        settings=settings,
+        evals=clock.evals,
+        train_losses=[entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
+        seconds=clock.seconds,
+        optimizer_seconds=clock.optimizer_seconds,
+        state_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        checkpoint=output_dir / f"checkpoint-{settings.steps}",
+    )
+
+
+def check_settings(settings: RunSettings, corpus: Corpus) -> None:
+    """Have model, Trainer and optimizer refuse wrong settings now, and not when an earlier run has ended.
+
+    Args:
+        settings: Settings of one run.
+        corpus: The corpus that it will run on.
+
+    Raises:
+        ValueError: If they do.
+    """
+    model = _build_model(settings, corpus)
+    Trainer.get_optimizer_cls_and_kwargs(_training_arguments(settings, Path()), model)
+
+
+def _build_model(settings: RunSettings, corpus: Corpus) -> GPT2LMHeadModel:
+    set_seed(settings.seed)
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=len(corpus.tokenizer),
+            n_positions=corpus.train.shape[1],
+            n_layer=settings.layers,
+            n_embd=settings.width,
+            n_head=settings.heads,
+            # No text is seen twice, so that there is nothing to regularise.
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=None,
+            eos_token_id=None,
+        )
+    )
+
+
+def _training_arguments(settings: RunSettings, output_dir: Path) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(output_dir),
+        optim=settings.optimizer,
+        optim_args=settings.optim_args or None,
+        learning_rate=settings.lr,
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size,
+        per_device_eval_batch_size=settings.batch_size,
+        lr_scheduler_type=settings.schedule,
+        warmup_steps=math.ceil(settings.warmup * settings.steps),
+        weight_decay=settings.weight_decay,
+        max_grad_norm=settings.max_grad_norm,
+        eval_strategy="steps",
+        eval_steps=settings.eval_every,
+        eval_on_start=True,
+        save_strategy="steps",
+        save_steps=settings.steps,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        disable_tqdm=True,
+        report_to="none",
+        seed=settings.seed,
+    )
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()

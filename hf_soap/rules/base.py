@@ -1,0 +1,44 @@
+"""What the step loop needs to know of an update rule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from hf_soap.blocks import Chunk, Layout
+
+State = Mapping[str, Tensor]
+"""State of a batch of blocks by role, views of (blocks, ...) that are changed in place."""
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Rule(Protocol):
+    """Arithmetic on batches of blocks, with settings and no state of its own; equal settings make equal rules."""
+
+    @property
+    def seeds(self) -> bool:
+        """Whether the first non-zero gradient of a tensor goes to :meth:`seed` and updates nothing."""
+
+    def allocate(self, layout: Layout, tensors: int, *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        """Returns fresh state by role, each of shape (tensors * blocks, ...)."""
+
+    def describe(self, layout: Layout) -> str:
+        """Names in a few words what happens to a tensor of this layout, for tables."""
+
+    def seed(self, grad: Tensor, state: State, chunk: Chunk) -> None:
+        """Absorbs the first non-zero gradient (blocks, d_1, ..., d_k) into ``state``, in place."""
+
+    def update(self, grad: Tensor, state: State, chunk: Chunk) -> Tensor:
+        """Changes ``state`` in place and returns the direction (blocks, d_1, ..., d_k); ``grad`` stays as it is."""
+
+
+def zeros(
+    layout: Layout, tensors: int, roles: tuple[str, ...], *, dtype: torch.dtype, device: torch.device
+) -> dict[str, Tensor]:
+    """Returns zero state of the shape of the blocks, (tensors * blocks, d_1, ..., d_k), for each of ``roles``."""
+    shape = (tensors * layout.blocks, *layout.block)
+    return {role: torch.zeros(shape, dtype=dtype, device=device) for role in roles}

@@ -1,0 +1,53 @@
+"""The momentum's nearest orthogonal matrix, by Newton–Schulz: what MARS-Shampoo and MARS-M apply."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from hf_soap import linalg
+from hf_soap.blocks import Chunk, Layout
+from hf_soap.rules.base import State, zeros
+
+
+@dataclass(frozen=True, kw_only=True)
+class Orthogonal:
+    """Newton–Schulz of the first moment of a matrix, scaled by its shape.
+
+    Attributes:
+        beta1: Decay rate of the first moment.
+        eps: Added to the Frobenius norm that the moment is divided by.
+        scale: ``"aspect"`` multiplies by √max(1, rows/cols), MARS-Shampoo's choice; ``"rms"`` by 0.2·√max(rows, cols),
+            which gives updates the root mean square of Adam's, MARS-M's choice.
+
+    Source:
+        MARS-Shampoo, arXiv:2411.10438, section 3.3; MARS-M, arXiv:2510.21800.
+    """
+
+    beta1: float
+    eps: float
+    scale: Literal["aspect", "rms"]
+
+    seeds: ClassVar[bool] = False
+
+    def allocate(self, layout: Layout, tensors: int, *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        """Returns a zero first moment."""
+        return zeros(layout, tensors, ("exp_avg",), dtype=dtype, device=device)
+
+    def describe(self, layout: Layout) -> str:
+        """Returns Newton–Schulz."""
+        return "Newton-Schulz"
+
+    def seed(self, grad: Tensor, state: State, chunk: Chunk) -> None:
+        """Absorbs nothing: the first gradient is a gradient like the others."""
+
+    def update(self, grad: Tensor, state: State, chunk: Chunk) -> Tensor:
+        """Returns the scaled orthogonal factor of M, (blocks, rows, cols)."""
+        exp_avg = state["exp_avg"].lerp_(grad, 1 - self.beta1)
+        rows, cols = exp_avg.shape[-2:]
+        if self.scale == "aspect":
+            return linalg.newton_schulz(exp_avg / (1 - self.beta1), eps=self.eps).mul_(max(1.0, rows / cols) ** 0.5)
+        return linalg.newton_schulz(exp_avg, eps=self.eps).mul_(0.2 * max(rows, cols) ** 0.5)

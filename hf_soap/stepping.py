@@ -1,0 +1,316 @@
+"""The step loop that all optimizers share."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from hf_soap import checkpoint, schema, sharding
+from hf_soap.blocks import PREV_PARAM, Bucket, Chunk, Layout, Plan, adjacent
+
+logger = logging.getLogger(__name__)
+
+
+class BlockOptimizer(torch.optim.Optimizer):
+    """A torch optimizer that steps batches of same-shape blocks by a rule.
+
+    Subclasses say by which rule a tensor is updated and how it is cut (:meth:`plan`). State is made at the first step,
+    so that parameters may be moved or replaced after construction.
+    """
+
+    config: type[schema.OptimizerConfig]
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        self._reset_cache()
+        super().__init__(params, defaults)
+
+    def _reset_cache(self) -> None:
+        self._buckets: dict[int, GroupCache] = {}
+        self.skipped_steps = 0
+        """Steps that were left out because a gradient was not finite, since construction or load."""
+
+    def plan(self, group: dict[str, Any], shape: Sequence[int]) -> Plan:
+        """Returns rule and layout of a tensor of ``shape`` in this param group, made from the current settings."""
+        raise TypeError(f"{type(self).__name__} plans nothing; use SOAP or another subclass of BlockOptimizer")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, also after the first step; its settings are checked like the constructor's.
+
+        Raises:
+            ValueError: If a setting is wrong, or a parameter is complex or sharded over ranks.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            self._check_group(group)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        check_learning_rate(group["lr"])
+        check_number("weight_decay", group["weight_decay"])
+        beta1, beta2 = check_pair("betas", group["betas"])
+        names = schema.option_fields(self.config)
+        values = {key: value for key, value in group.items() if key in names}
+        schema.check_values(self.config, {**values, "beta1": beta1, "beta2": beta2})
+        for param in group["params"]:
+            sharding.require_whole(param)
+            if param.is_complex() or not param.is_floating_point():
+                raise ValueError(
+                    f"parameters must be real floating point, got {param.dtype} of shape {tuple(param.shape)}; "
+                    "hold a complex weight as torch.view_as_real(weight)"
+                )
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Updates every parameter that has a gradient.
+
+        Args:
+            closure: Reevaluates the model and returns the loss.
+
+        Returns:
+            What the closure returned.
+
+        Raises:
+            ValueError: If a gradient is sparse or complex, before anything changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._gradients_usable():
+            index = 0
+            for number, group in enumerate(self.param_groups):
+                params = [p for p in group["params"] if p.requires_grad and p.numel()]
+                for bucket in self._group_buckets(number, group, params, index):
+                    self._step_bucket(group, bucket)
+                index += len(params)
+        return loss
+
+    def _gradients_usable(self) -> bool:
+        """Refuses sparse gradients, and says whether all gradients are finite where a group wants to know."""
+        checked: list[Tensor] = []
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is None:
+                    continue
+                if param.grad.is_sparse or param.grad.layout != torch.strided:
+                    raise ValueError(
+                        f"{type(self).__name__} needs dense gradients, got {param.grad.layout} for a parameter of "
+                        f"shape {tuple(param.shape)}; build the embedding with sparse=False"
+                    )
+                if group["nonfinite"] == "skip" and param.numel():
+                    checked.append(param.grad)
+        if not checked:
+            return True
+        # The largest magnitude, not a sum of squares: 1e30 is finite and its square is not.
+        peaks = torch.stack([peak.float().cpu() for peak in torch._foreach_norm(checked, float("inf"))])
+        if bool(peaks.isfinite().all()):
+            return True
+        if not self.skipped_steps:
+            logger.warning(
+                "A gradient holds NaN or Inf: the whole step is skipped, parameters and state stay as they are."
+            )
+        self.skipped_steps += 1
+        return False
+
+    def _group_buckets(self, number: int, group: dict[str, Any], params: list[Tensor], index: int) -> list[Bucket]:
+        """Returns the buckets of a group, built anew where parameters or state were replaced since the last step."""
+        settings = {key: value for key, value in group.items() if key not in ("params", "lr", "weight_decay")}
+        cached = self._buckets.get(number)
+        if cached is not None and cached.settings == settings and cached.fits(params, self.state):
+            return cached.buckets
+        members: dict[tuple[Plan, torch.dtype, torch.device], list[tuple[int, Tensor]]] = {}
+        for place, param in enumerate(params, start=index):
+            key = (self.plan(group, param.shape), state_dtype(param), param.device)
+            members.setdefault(key, []).append((place, param))
+        buckets = [Bucket(plan, entries, self.state, dtype=dtype) for (plan, dtype, _), entries in members.items()]
+        self._buckets[number] = GroupCache(settings, params, buckets)
+        return buckets
+
+    def _step_bucket(self, group: dict[str, Any], bucket: Bucket) -> None:
+        plan, rule, layout = bucket.plan, bucket.plan.rule, bucket.plan.layout
+        decay = group["weight_decay"] if plan.weight_decay is None else plan.weight_decay
+        steps = bucket.steps.tolist()
+        present = [param.grad is not None for param in bucket.params]
+        fresh = [rule.seeds and here and not step for here, step in zip(present, steps, strict=True)]
+        if any(fresh):
+            # An all-zero gradient (a LoRA matrix behind a zero one, a synthetic step) says nothing about a basis.
+            grads = [
+                p.grad for p, is_fresh in zip(bucket.params, fresh, strict=True) if is_fresh and p.grad is not None
+            ]
+            nonzero = iter(torch.stack([grad.count_nonzero() for grad in grads]).tolist())
+            fresh = [is_fresh and next(nonzero) > 0 for is_fresh in fresh]
+        ready = [here and (step > 0 or not rule.seeds) for here, step in zip(present, steps, strict=True)]
+
+        size = bucket.tensors_per_chunk()
+        for seeding, flags in ((True, fresh), (False, ready)):
+            for first, last in adjacent(flags, size):
+                bucket.steps[first:last] += 1
+                t = tuple(int(step) + 1 - rule.seeds for step in steps[first:last])
+                chunk = Chunk(layout, t, tuple(bucket.index[first:last]))
+                params = bucket.params[first:last]
+                grad = stack_gradients(params, layout, bucket.dtype)
+                if seeding:
+                    rule.seed(grad, bucket.rows(first, last), chunk)
+                else:
+                    state = bucket.rows(first, last)
+                    direction = rule.update(grad, state, chunk)
+                    if plan.keep_weights:
+                        state[PREV_PARAM].copy_(torch.cat([layout.to_blocks(param) for param in params]))
+                    apply_(params, direction, plan, lr=group["lr"] * plan.lr_scale, weight_decay=decay)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._reset_cache()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns a copy of the state: flat tensors by role for each parameter, and the param groups.
+
+        The tensors are copies: the optimizer holds views of stacks, and saving one would write its whole stack.
+        """
+        return checkpoint.detach_state(super().state_dict())
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads state by copying it, in the dtype it was saved in.
+
+        The learning rate comes from the checkpoint, as a scheduler expects; all other settings stay as they are now.
+
+        Args:
+            state_dict: What :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: If the groups, a parameter's roles or a shape differ from what the current settings need.
+        """
+        # torch casts loaded state to the parameter's dtype, which would round float32 factors of a bf16 model.
+        super().load_state_dict(checkpoint.groups_to_load(self.param_groups, state_dict))
+        for group, param, saved in checkpoint.saved_state(self.param_groups, state_dict):
+            checkpoint.restore(self.state, param, saved, self._wanted_state(group, param))
+
+    def _wanted_state(self, group: dict[str, Any], param: Tensor) -> dict[str, Tensor]:
+        """Shapes and dtypes of the state of one parameter, on the meta device: no memory is taken."""
+        device = torch.device("meta")
+        plan = self.plan(group, param.shape)
+        state = plan.allocate(1, dtype=state_dtype(param), device=device)
+        return {**state, "step": torch.zeros((), device=device)}
+
+    def state_bytes(self) -> int:
+        """Returns the bytes that the state of all trainable parameters takes, whether it was made already or not."""
+        return sum(
+            value.numel() * value.element_size()
+            for group in self.param_groups
+            for param in group["params"]
+            if param.requires_grad and param.numel()
+            for value in self._wanted_state(group, param).values()
+        )
+
+
+@dataclass
+class GroupCache:
+    """The buckets of a param group, and what they were made from."""
+
+    settings: dict[str, Any]
+    params: list[Tensor]
+    buckets: list[Bucket]
+
+    def fits(self, params: list[Tensor], state: Mapping[Tensor, dict[str, Any]]) -> bool:
+        """Whether parameters and state are still those that the buckets were made from."""
+        same = len(self.params) == len(params) and all(a is b for a, b in zip(self.params, params, strict=True))
+        return same and all(bucket.intact(state) for bucket in self.buckets)
+
+
+def state_dtype(param: Tensor) -> torch.dtype:
+    """Returns the dtype of a parameter's state: float32 for bf16 and fp16 parameters, else the parameter's own."""
+    return param.dtype if param.dtype in (torch.float32, torch.float64) else torch.float32
+
+
+def stack_gradients(params: Sequence[Tensor], layout: Layout, dtype: torch.dtype) -> Tensor:
+    """Returns the gradients of ``params`` as one batch of blocks (tensors * blocks, d_1, ..., d_k) in ``dtype``."""
+    cut = [layout.to_blocks(param.grad.reshape(layout.view)) for param in params if param.grad is not None]
+    return (cut[0] if len(cut) == 1 else torch.cat(cut)).to(dtype)
+
+
+def apply_(
+    params: Sequence[Tensor], direction: Tensor, plan: Plan, *, lr: float | Tensor, weight_decay: float
+) -> None:
+    """Takes the step W ← W − lr·direction with decoupled weight decay, rounding low-precision weights once.
+
+    Args:
+        params: Tensors of one layout, changed in place.
+        direction: (tensors * blocks, d_1, ..., d_k), used up.
+        plan: Their layout, and whether W ← (1 − lr·weight_decay)·W comes before the update (decay and update are then
+            taken from the same weights) or after it.
+        lr: Learning rate.
+        weight_decay: Decoupled weight decay.
+    """
+    direction.mul_(lr if isinstance(lr, float) else torch.as_tensor(lr, device=direction.device))
+    pieces = direction.split(plan.layout.blocks)
+    updates = [plan.layout.from_blocks(piece, param.shape) for piece, param in zip(pieces, params, strict=True)]
+    exact = [param if param.dtype == direction.dtype else param.to(direction.dtype) for param in params]
+    if weight_decay and not plan.decay_last:
+        torch._foreach_mul_(exact, 1 - lr * weight_decay)
+    torch._foreach_sub_(exact, updates)
+    if weight_decay and plan.decay_last:
+        torch._foreach_mul_(exact, 1 - lr * weight_decay)
+    for param, value in zip(params, exact, strict=True):
+        if param is not value:
+            param.copy_(value)
+
+
+def check_learning_rate(lr: Any) -> None:
+    """Checks a learning rate: a number >= 0, or a tensor of one element.
+
+    Raises:
+        ValueError: If it is anything else.
+    """
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(
+                f"lr must be a number or a tensor of one element, got a tensor of shape {tuple(lr.shape)}"
+            )
+    else:
+        check_number("lr", lr)
+
+
+def check_number(name: str, value: Any) -> None:
+    """Checks a setting that must be a finite number >= 0.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+        raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+
+
+def check_pair(name: str, value: Any) -> tuple[Any, Any]:
+    """Returns the two items of a setting such as betas.
+
+    Raises:
+        ValueError: If it does not have two.
+    """
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise ValueError(f"{name} must be two numbers, got {value!r}; for example (0.9, 0.95)")
+    return value[0], value[1]
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Checks a setting that must be one of a few words.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")

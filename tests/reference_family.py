@@ -1,0 +1,696 @@
+"""Textbook Shampoo, KL-Shampoo, MARS, AdamW and Lion in float64: slow loops, one matrix at a time.
+
+Companion of reference.py, in the same spirit: written from the papers' equations and sharing nothing with the package.
+
+Sources:
+    Shampoo: Gupta, Koren and Singer, arXiv:1802.09568, Algorithms 1 and 2.
+    Blocks, grafting, stale roots, start step: Anil et al., arXiv:2002.09018.
+    KL-Shampoo: Lin et al., arXiv:2509.03378.
+    Shampoo as Adafactor in the eigenbasis: Vyas et al., arXiv:2409.11321, Claim 1.
+    MARS: Yuan et al., arXiv:2411.10438 (AdamW, Lion and Shampoo instances). MARS-M: arXiv:2510.21800.
+    AdamW: Loshchilov and Hutter, arXiv:1711.05101. Lion: Chen et al., arXiv:2302.06675.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from reference import TINY, block_grid, gram, merged_shape, mode_product, unfold
+from torch import Tensor
+
+
+def float64_copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.detach().to(torch.float64, copy=True) for tensor in tensors]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Inverse roots
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def inverse_power(eigenvalues: Tensor, exponent: float, ridge: float = 0.0) -> Tensor:
+    """(lambda + ridge lambda_max)^exponent for an exponent < 0.
+
+    Negative eigenvalues are rounding noise and count as zero. A zero that the ridge leaves at zero maps to zero, as in
+    the pseudo-inverse.
+    """
+    eigenvalues = eigenvalues.clamp(min=0)
+    eigenvalues = eigenvalues + ridge * eigenvalues.max()
+    return torch.where(eigenvalues > 0, eigenvalues**exponent, torch.zeros_like(eigenvalues))
+
+
+def matrix_power(matrix: Tensor, exponent: float, ridge: float = 0.0) -> Tensor:
+    """(A + ridge lambda_max I)^exponent of a symmetric positive semi-definite A, for an exponent < 0."""
+    eigenvalues, eigenvectors = torch.linalg.eigh(matrix)
+    return eigenvectors @ torch.diag(inverse_power(eigenvalues, exponent, ridge)) @ eigenvectors.T
+
+
+def inverse_root(matrix: Tensor, p: float, ridge: float = 0.0) -> Tensor:
+    """(A + ridge lambda_max I)^(-1/p); p need not be whole."""
+    return matrix_power(matrix, -1 / p, ridge)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shampoo
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class ShampooBlock:
+    """One block. A mode's statistic is a matrix, or a vector (the diagonal of that matrix) where it is too long."""
+
+    statistics: list[Tensor]
+    roots: list[Tensor] | None = None  # as last computed
+
+
+@dataclass
+class ShampooParameter:
+    """State of one parameter. `t` counts its gradients from the first non-zero one, which is t = 1."""
+
+    shape: tuple[int, ...]
+    slices: list[tuple[slice, ...]]
+    blocks: list[ShampooBlock]
+    t: int = 0
+    momentum: Tensor | None = None
+    graft: dict[str, Tensor] = field(default_factory=dict)
+
+
+class ReferenceShampoo:
+    """Shampoo with the techniques of Scalable Shampoo.
+
+    Readings chosen where the sources are silent:
+        - The current gradient enters the statistics, then the roots (if due), then the direction.
+        - Gradients that are all zero before the first non-zero one change nothing, not even t.
+        - Roots are computed when first needed, and again whenever t is a multiple of `precondition_frequency`; from
+          t = `start_step` on they are in use, before it the grafted rule (plain SGD without one) runs alone.
+        - The order k in the exponent -1/(2k) counts every dimension of the tensor (after `merge_dims`): those of size
+          1 and those that only keep a diagonal, too. Vectors keep a diagonal, which makes them AdaGrad, unless
+          `precondition_1d`.
+        - `beta` None sums the statistics. With a beta they are not debiased, unless `correct_bias`.
+        - `max_precond_dim` looks at the block. Blocks are not padded here: zero rows and columns decouple from the
+          rest, and leave neither the largest eigenvalue nor the result changed.
+        - Grafting rescales the direction of the whole tensor to the norm of the grafted rule's step. That rule sees
+          the raw gradient. Adam is the full rule, with both moments debiased.
+        - Momentum is a heavy ball on the (grafted) direction, M <- mu M + D, and weight decay is decoupled:
+          W <- W - lr (M + lambda W).
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[Tensor],
+        *,
+        lr: float = 1e-3,
+        beta: float | None = None,
+        exponent: float | None = None,
+        eps: float = 1e-12,
+        correct_bias: bool = False,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        graft: str | None = None,
+        graft_betas: tuple[float, float] = (0.9, 0.999),
+        graft_eps: float = 1e-8,
+        start_step: int = 0,
+        precondition_frequency: int = 1,
+        max_precond_dim: int = 10000,
+        merge_dims: bool = False,
+        precondition_1d: bool = False,
+        block_size: int | None = None,
+        stagger: bool = False,
+    ) -> None:
+        self.weights = float64_copies(weights)
+        self.lr = lr
+        self.beta = beta
+        self.exponent = exponent
+        self.eps = eps
+        self.correct_bias = correct_bias
+        self.momentum = momentum
+        self.weight_decay = weight_decay
+        self.graft = graft
+        self.graft_betas = graft_betas
+        self.graft_eps = graft_eps
+        self.start_step = start_step
+        self.precondition_frequency = precondition_frequency
+        self.max_precond_dim = max_precond_dim
+        self.merge_dims = merge_dims
+        self.precondition_1d = precondition_1d
+        self.block_size = block_size
+        self.stagger = stagger
+        self.state = [self._initial_state(weight) for weight in self.weights]
+
+    def _initial_state(self, weight: Tensor) -> ShampooParameter:
+        shape = tuple(weight.shape) or (1,)
+        if self.merge_dims:
+            shape = merged_shape(shape, self.max_precond_dim)
+        _, slices = block_grid(shape, self.block_size)
+        whole_matrix = weight.dim() > 1 or self.precondition_1d
+        blocks = []
+        for cut in slices:
+            sizes = [piece.stop - piece.start for piece in cut]
+            statistics = [
+                torch.zeros((size, size) if whole_matrix and size <= self.max_precond_dim else (size,)).double()
+                for size in sizes
+            ]
+            blocks.append(ShampooBlock(statistics))
+        return ShampooParameter(shape, slices, blocks)
+
+    def step(self, grads: Sequence[Tensor | None], lr: float | None = None) -> None:
+        """One step. A parameter whose gradient is None is left alone.
+
+        Source: arXiv:1802.09568, Algorithm 1 (matrices) and 2 (tensors).
+        """
+        lr = self.lr if lr is None else lr
+        for index, grad in enumerate(grads):
+            if grad is None:
+                continue
+            state = self.state[index]
+            if state.t == 0 and not grad.any():
+                continue
+            state.t += 1
+            grad = grad.detach().to(torch.float64).reshape(state.shape)
+            grafted = self._grafted_step(state, grad)
+
+            for block, cut in zip(state.blocks, state.slices, strict=True):
+                self._accumulate(block, grad[cut])
+
+            if state.t < self.start_step:
+                direction = grafted
+            else:
+                offset = index if self.stagger else 0
+                due = (state.t + offset) % self.precondition_frequency == 0
+                direction = torch.zeros_like(grad)
+                for block, cut in zip(state.blocks, state.slices, strict=True):
+                    if due or block.roots is None:
+                        block.roots = self._roots(block, state)
+                    direction[cut] = self._precondition(block.roots, grad[cut])
+                if self.graft is not None:
+                    direction = direction * grafted.norm() / direction.norm().clamp(min=TINY)
+
+            if self.momentum > 0:
+                previous = torch.zeros_like(grad) if state.momentum is None else state.momentum
+                state.momentum = self.momentum * previous + direction
+                direction = state.momentum
+
+            weight = self.weights[index]
+            self.weights[index] = weight - lr * (direction.reshape(weight.shape) + self.weight_decay * weight)
+
+    def _accumulate(self, block: ShampooBlock, grad: Tensor) -> None:
+        """L <- L + GG^T, or L <- beta L + (1 - beta) GG^T; only the diagonal of GG^T where a mode is too long."""
+        for mode, statistic in enumerate(block.statistics):
+            new = gram(grad, mode) if statistic.dim() == 2 else unfold(grad, mode).square().sum(dim=1)
+            if self.beta is None:
+                block.statistics[mode] = statistic + new
+            else:
+                block.statistics[mode] = self.beta * statistic + (1 - self.beta) * new
+
+    def _roots(self, block: ShampooBlock, state: ShampooParameter) -> list[Tensor]:
+        """L^(-1/4), R^(-1/4), and L_i^(-1/2k) for a tensor of order k."""
+        exponent = -1 / (2 * len(state.shape)) if self.exponent is None else self.exponent
+        roots = []
+        for statistic in block.statistics:
+            if self.beta is not None and self.correct_bias:
+                statistic = statistic / (1 - self.beta**state.t)
+            if statistic.dim() == 2:
+                roots.append(matrix_power(statistic, exponent, self.eps))
+            else:
+                roots.append(inverse_power(statistic, exponent, self.eps))
+        return roots
+
+    def _precondition(self, roots: Sequence[Tensor], grad: Tensor) -> Tensor:
+        """L^(-1/4) G R^(-1/4)."""
+        for mode, root in enumerate(roots):
+            if root.dim() == 2:
+                grad = mode_product(grad, root, mode)
+            else:
+                grad = (grad.movedim(mode, -1) * root).movedim(-1, mode)
+        return grad
+
+    def _grafted_step(self, state: ShampooParameter, grad: Tensor) -> Tensor:
+        """The step of the rule whose length is borrowed.
+
+        Source: grafting, arXiv:2002.11803; in Shampoo, arXiv:2002.09018.
+        """
+        if self.graft is None or self.graft == "sgd":
+            return grad
+        beta1, beta2 = self.graft_betas
+        m = state.graft.get("m", torch.zeros_like(grad))
+        v = state.graft.get("v", torch.zeros_like(grad))
+        if self.graft == "adagrad":
+            v = v + grad * grad
+            step = grad / (v.sqrt() + self.graft_eps)
+        elif self.graft == "rmsprop":
+            v = beta2 * v + (1 - beta2) * grad * grad
+            step = grad / (v.sqrt() + self.graft_eps)
+        elif self.graft == "adam":
+            m = beta1 * m + (1 - beta1) * grad
+            v = beta2 * v + (1 - beta2) * grad * grad
+            m_hat = m / (1 - beta1**state.t)
+            v_hat = v / (1 - beta2**state.t)
+            step = m_hat / (v_hat.sqrt() + self.graft_eps)
+        else:
+            raise ValueError(f"graft must be sgd, adagrad, rmsprop, adam or None, got {self.graft!r}")
+        state.graft = {"m": m, "v": v}
+        return step
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# KL-Shampoo
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class KLShampooParameter:
+    """Factors, and their eigendecompositions as last computed. `t` counts updates."""
+
+    t: int = 0
+    factors: list[Tensor] = field(default_factory=list)  # empty until seeded
+    eigenvalues: list[Tensor] = field(default_factory=list)
+    bases: list[Tensor] = field(default_factory=list)
+
+
+class ReferenceKLShampoo:
+    """KL-Shampoo: each factor is estimated from gradients whitened by the other one, and the exponent is -1/2.
+
+        L <- beta L + (1 - beta) G R^-1 G^T / n
+        R <- beta R + (1 - beta) G^T L^-1 G / m
+        W <- W - lr (L^-1/2 G R^-1/2 + lambda W)
+
+    Readings chosen where the source is silent:
+        - The first non-zero gradient seeds plain factors (1 - beta) GG^T and (1 - beta) G^T G and moves nothing: with
+          those factors alone the direction would have the reciprocals of the gradient's singular values.
+        - Both factors see the other one as it was before this step. The current gradient enters the factors, then
+          the eigendecompositions (if t is a multiple of `precondition_frequency`), then the direction.
+        - The inverses in the statistics and the inverse square roots in the direction come from the same, last
+          computed eigendecompositions, whose eigenvalues are raised to at least `eps_kl` times the largest.
+        - For a tensor of any order, every other mode is whitened, and its size divided by.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[Tensor],
+        *,
+        lr: float = 1e-3,
+        beta: float = 0.95,
+        eps_kl: float = 1e-8,
+        weight_decay: float = 0.0,
+        precondition_frequency: int = 1,
+    ) -> None:
+        self.weights = float64_copies(weights)
+        self.lr = lr
+        self.beta = beta
+        self.eps_kl = eps_kl
+        self.weight_decay = weight_decay
+        self.precondition_frequency = precondition_frequency
+        self.state = [KLShampooParameter() for _ in self.weights]
+
+    def step(self, grads: Sequence[Tensor | None], lr: float | None = None) -> None:
+        """One step. A parameter whose gradient is None is left alone.
+
+        Source: arXiv:2509.03378.
+        """
+        lr = self.lr if lr is None else lr
+        for index, grad in enumerate(grads):
+            if grad is None:
+                continue
+            state = self.state[index]
+            grad = grad.detach().to(torch.float64)
+            modes = range(grad.dim())
+
+            if not state.factors:
+                if grad.any():
+                    state.factors = [(1 - self.beta) * gram(grad, mode) for mode in modes]
+                    self._decompose(state)
+                continue
+
+            state.t += 1
+            statistics = []
+            for mode in modes:
+                whitened = grad
+                for other in modes:
+                    if other != mode:
+                        whitened = mode_product(whitened, self._power(state, other, -1.0), other)
+                others = grad.numel() // grad.shape[mode]
+                statistics.append(unfold(grad, mode) @ unfold(whitened, mode).T / others)
+            state.factors = [
+                self.beta * factor + (1 - self.beta) * statistic
+                for factor, statistic in zip(state.factors, statistics, strict=True)
+            ]
+            if state.t % self.precondition_frequency == 0:
+                self._decompose(state)
+
+            direction = grad
+            for mode in modes:
+                direction = mode_product(direction, self._power(state, mode, -0.5), mode)
+            weight = self.weights[index]
+            self.weights[index] = weight - lr * (direction + self.weight_decay * weight)
+
+    def _decompose(self, state: KLShampooParameter) -> None:
+        decompositions = [torch.linalg.eigh(factor) for factor in state.factors]
+        state.bases = [eigenvectors for _, eigenvectors in decompositions]
+        state.eigenvalues = [
+            eigenvalues.clamp(min=max(self.eps_kl * eigenvalues.max().item(), TINY))
+            for eigenvalues, _ in decompositions
+        ]
+
+    def _power(self, state: KLShampooParameter, mode: int, exponent: float) -> Tensor:
+        basis = state.bases[mode]
+        return basis @ torch.diag(state.eigenvalues[mode] ** exponent) @ basis.T
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Shampoo with power 1/2 is Adafactor in the eigenbasis
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def idealized_shampoo(sample: Sequence[Tensor], grad: Tensor) -> Tensor:
+    """L = E[GG^T], R = E[G^T G], H = L (x) R / trace(L); returns H^(-1/2) g = sqrt(trace(L)) L^(-1/2) G R^(-1/2).
+
+    Args:
+        sample: The gradients that the expectation runs over.
+        grad: The gradient to precondition.
+
+    Source: arXiv:2409.11321, Algorithm 1.
+    """
+    left = torch.stack([g @ g.T for g in sample]).mean(dim=0)
+    right = torch.stack([g.T @ g for g in sample]).mean(dim=0)
+    return left.trace().sqrt() * inverse_root(left, 2) @ grad @ inverse_root(right, 2)
+
+
+def idealized_adafactor_in_eigenbasis(sample: Sequence[Tensor], grad: Tensor) -> Tensor:
+    """Rotate into the eigenbases of E[GG^T] and E[G^T G], divide by Adafactor's sqrt(V), rotate back.
+
+    A_i = E[sum_j G'_ij^2], C_j = E[sum_i G'_ij^2], V = A C^T / sum(A).
+
+    Source: arXiv:2409.11321, Algorithm 2.
+    """
+    q_left = torch.linalg.eigh(torch.stack([g @ g.T for g in sample]).mean(dim=0)).eigenvectors
+    q_right = torch.linalg.eigh(torch.stack([g.T @ g for g in sample]).mean(dim=0)).eigenvectors
+    squares = torch.stack([(q_left.T @ g @ q_right) ** 2 for g in sample]).mean(dim=0)
+    rows = squares.sum(dim=1)
+    cols = squares.sum(dim=0)
+    second_moment = torch.outer(rows, cols) / rows.sum()
+    return q_left @ ((q_left.T @ grad @ q_right) / second_moment.sqrt()) @ q_right.T
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# AdamW and Lion
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Moments:
+    """What Adam and Lion keep per parameter."""
+
+    m: Tensor
+    v: Tensor
+    t: int = 0
+
+
+def zero_moments(weights: Sequence[Tensor]) -> list[Moments]:
+    return [Moments(torch.zeros_like(weight), torch.zeros_like(weight)) for weight in weights]
+
+
+def adam_direction(state: Moments, grad: Tensor, *, betas: tuple[float, float], eps: float) -> Tensor:
+    """Advance m and v by `grad`; return m / ((sqrt(v) / sqrt(1 - beta2^t) + eps) (1 - beta1^t))."""
+    beta1, beta2 = betas
+    state.m = beta1 * state.m + (1 - beta1) * grad
+    state.v = beta2 * state.v + (1 - beta2) * grad * grad
+    denominator = state.v.sqrt() / math.sqrt(1 - beta2**state.t) + eps
+    return state.m / (denominator * (1 - beta1**state.t))
+
+
+class ReferenceAdamW:
+    """AdamW: W <- W - lr (direction + lambda W).
+
+    Source: arXiv:1711.05101, Algorithm 2.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[Tensor],
+        *,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+    ) -> None:
+        self.weights = float64_copies(weights)
+        self.lr = lr
+        self.betas = betas
+        self.eps = eps
+        self.weight_decay = weight_decay
+        self.state = zero_moments(self.weights)
+
+    def step(self, grads: Sequence[Tensor | None], lr: float | None = None) -> None:
+        lr = self.lr if lr is None else lr
+        for index, grad in enumerate(grads):
+            if grad is None:
+                continue
+            state = self.state[index]
+            state.t += 1
+            direction = adam_direction(state, grad.detach().to(torch.float64), betas=self.betas, eps=self.eps)
+            weight = self.weights[index]
+            self.weights[index] = weight - lr * (direction + self.weight_decay * weight)
+
+
+class ReferenceLion:
+    """Lion: W <- W - lr (sign(beta1 m + (1 - beta1) g) + lambda W), then m <- beta2 m + (1 - beta2) g.
+
+    Source: arXiv:2302.06675, Algorithm 2.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[Tensor],
+        *,
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.0,
+    ) -> None:
+        self.weights = float64_copies(weights)
+        self.lr = lr
+        self.betas = betas
+        self.weight_decay = weight_decay
+        self.state = zero_moments(self.weights)
+
+    def step(self, grads: Sequence[Tensor | None], lr: float | None = None) -> None:
+        lr = self.lr if lr is None else lr
+        beta1, beta2 = self.betas
+        for index, grad in enumerate(grads):
+            if grad is None:
+                continue
+            state = self.state[index]
+            grad = grad.detach().to(torch.float64)
+            direction = (beta1 * state.m + (1 - beta1) * grad).sign()
+            weight = self.weights[index]
+            self.weights[index] = weight - lr * (direction + self.weight_decay * weight)
+            state.m = beta2 * state.m + (1 - beta2) * grad
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# MARS
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def mars_correction(grad: Tensor, previous_grad: Tensor, *, beta1: float, gamma: float, clip: bool = True) -> Tensor:
+    """c = g + gamma beta1 / (1 - beta1) (g - g'), clipped to norm 1: c / max(1, ||c||_2).
+
+    Source: arXiv:2411.10438, equations of c_t and of its clipping.
+    """
+    corrected = grad + gamma * beta1 / (1 - beta1) * (grad - previous_grad)
+    if clip:
+        corrected = corrected / max(1.0, corrected.norm().item())
+    return corrected
+
+
+class MarsCorrection:
+    """The correction of one parameter's gradients, with the g' that it remembers.
+
+    Approximate MARS takes the gradient of the step before as g'. Exact MARS is given it: the current minibatch's
+    gradient at the previous weights. At a parameter's first gradient g' = 0 in both.
+    """
+
+    def __init__(self, *, beta1: float, gamma: float, clip: bool, exact: bool) -> None:
+        self.beta1 = beta1
+        self.gamma = gamma
+        self.clip = clip
+        self.exact = exact
+        self.previous_grad: Tensor | None = None
+
+    def __call__(self, grad: Tensor, at_previous_weights: Tensor | None) -> Tensor:
+        if self.previous_grad is None:
+            previous_grad = torch.zeros_like(grad)
+        elif not self.exact:
+            previous_grad = self.previous_grad
+        elif at_previous_weights is not None:
+            previous_grad = at_previous_weights.detach().to(torch.float64)
+        else:
+            raise ValueError("exact MARS needs the gradient at the previous weights from the second step on")
+        self.previous_grad = grad.clone()
+        return mars_correction(grad, previous_grad, beta1=self.beta1, gamma=self.gamma, clip=self.clip)
+
+
+def newton_schulz_5(matrix: Tensor, eps: float = 1e-7) -> Tensor:
+    """Five quintic Newton-Schulz steps towards UV^T, in the dtype of `matrix`.
+
+    Source: arXiv:2411.10438, MARS-Shampoo; coefficients from Muon.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrix / (matrix.norm() + eps)
+    tall = x.shape[0] > x.shape[1]
+    if tall:
+        x = x.T
+    for _ in range(5):
+        big_a = x @ x.T
+        big_b = big_a @ x
+        x = a * x + b * big_b + c * big_a @ big_b
+    return x.T if tall else x
+
+
+class ReferenceMARS:
+    """MARS-AdamW, MARS-Lion, MARS-Shampoo and MARS-M ("adamw", "lion", "shampoo", "m").
+
+    Two-dimensional parameters; others take plain AdamW with lr_1d, betas_1d and weight_decay_1d, unless `optimize_1d`.
+
+    Readings chosen where the sources are silent:
+        - A step counts for a parameter when it has a gradient, be it zero.
+        - "Newton-Schulz of m" divides by the norm plus `ns_eps`, which is `eps` unless given, and stays in float64.
+        - `as_1d` names parameters (by index) that are treated as vectors are: embeddings and head in MARS-M.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[Tensor],
+        *,
+        rule: str = "adamw",
+        lr: float = 3e-3,
+        betas: tuple[float, float] = (0.95, 0.99),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        gamma: float = 0.025,
+        clip: bool = True,
+        exact: bool = False,
+        optimize_1d: bool = False,
+        lr_1d: float = 3e-3,
+        betas_1d: tuple[float, float] = (0.9, 0.95),
+        weight_decay_1d: float = 0.1,
+        ns_eps: float | None = None,
+        as_1d: Collection[int] = (),
+    ) -> None:
+        self.weights = float64_copies(weights)
+        self.rule = rule
+        self.lr = lr
+        self.betas = betas
+        self.eps = eps
+        self.weight_decay = weight_decay
+        self.optimize_1d = optimize_1d
+        self.lr_1d = lr_1d
+        self.betas_1d = betas_1d
+        self.weight_decay_1d = weight_decay_1d
+        self.ns_eps = eps if ns_eps is None else ns_eps
+        self.as_1d = as_1d
+        self.state = zero_moments(self.weights)
+        self.corrections = [MarsCorrection(beta1=betas[0], gamma=gamma, clip=clip, exact=exact) for _ in self.weights]
+
+    def step(
+        self,
+        grads: Sequence[Tensor | None],
+        lr: float | None = None,
+        previous_grads: Sequence[Tensor | None] | None = None,
+    ) -> None:
+        """One step.
+
+        Args:
+            grads: Gradients at the current weights.
+            lr: The scheduled learning rate; lr_1d follows it in proportion.
+            previous_grads: Exact MARS only: the same minibatch's gradients at the previous weights.
+        """
+        lr = self.lr if lr is None else lr
+        for index, grad in enumerate(grads):
+            if grad is None:
+                continue
+            state = self.state[index]
+            weight = self.weights[index]
+            grad = grad.detach().to(torch.float64)
+            state.t += 1
+            two_dimensional = weight.dim() == 2 and index not in self.as_1d
+
+            if not two_dimensional and not self.optimize_1d:
+                lr_1d = lr * (self.lr_1d / self.lr)
+                direction = adam_direction(state, grad, betas=self.betas_1d, eps=self.eps)
+                self.weights[index] = weight - lr_1d * (direction + self.weight_decay_1d * weight)
+                continue
+
+            corrected = self.corrections[index](grad, previous_grads[index] if previous_grads else None)
+            direction = self._direction(state, corrected, two_dimensional)
+            self.weights[index] = weight - lr * (direction + self.weight_decay * weight)
+
+    def _direction(self, state: Moments, corrected: Tensor, two_dimensional: bool) -> Tensor:
+        """The rule's direction from c~.
+
+        Source: arXiv:2411.10438 (MARS-AdamW, MARS-Lion, MARS-Shampoo); arXiv:2510.21800 (MARS-M).
+        """
+        if self.rule == "adamw" or (self.rule in ("shampoo", "m") and not two_dimensional):
+            return adam_direction(state, corrected, betas=self.betas, eps=self.eps)
+        beta1 = self.betas[0]
+        state.m = beta1 * state.m + (1 - beta1) * corrected
+        if self.rule == "lion":
+            return state.m.sign()
+        rows, cols = corrected.shape
+        if self.rule == "shampoo":
+            return math.sqrt(max(1.0, rows / cols)) * newton_schulz_5(state.m / (1 - beta1), self.ns_eps)
+        if self.rule == "m":
+            return 0.2 * math.sqrt(max(rows, cols)) * newton_schulz_5(state.m, self.ns_eps)
+        raise ValueError(f"rule must be adamw, lion, shampoo or m, got {self.rule!r}")
+
+
+class SteppedByGradients(Protocol):
+    """What every reference here offers."""
+
+    weights: list[Tensor]
+
+    def step(self, grads: Sequence[Tensor | None], lr: float | None = None) -> None: ...
+
+
+class ReferenceMarsInFront:
+    """The MARS correction in front of any other reference: MARS-SOAP when `inner` is a ReferenceSOAP.
+
+    `inner` receives c~ for g and never sees the gradient itself, so SOAP also seeds from c~ and accumulates c~. Every
+    tensor is corrected; with `optimize_1d` False those that are not two-dimensional reach `inner` as they are.
+    """
+
+    def __init__(
+        self,
+        inner: SteppedByGradients,
+        *,
+        beta1: float,
+        gamma: float = 0.025,
+        clip: bool = True,
+        exact: bool = False,
+        optimize_1d: bool = True,
+    ) -> None:
+        self.inner = inner
+        self.optimize_1d = optimize_1d
+        self.corrections = [MarsCorrection(beta1=beta1, gamma=gamma, clip=clip, exact=exact) for _ in inner.weights]
+
+    @property
+    def weights(self) -> list[Tensor]:
+        return self.inner.weights
+
+    def step(
+        self,
+        grads: Sequence[Tensor | None],
+        lr: float | None = None,
+        previous_grads: Sequence[Tensor | None] | None = None,
+    ) -> None:
+        corrected: list[Tensor | None] = []
+        for index, grad in enumerate(grads):
+            if grad is None or (grad.dim() != 2 and not self.optimize_1d):
+                corrected.append(grad)
+                continue
+            grad = grad.detach().to(torch.float64)
+            corrected.append(self.corrections[index](grad, previous_grads[index] if previous_grads else None))
+        self.inner.step(corrected, lr=lr)
