@@ -8,14 +8,43 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from hf_soap import registry
-from hf_soap.optimizers import SOAP
-from hf_soap.schema import OptimizerConfig, SoapConfig
+from hf_soap.optimizers import MARS, SOAP, Shampoo
+from hf_soap.schema import (
+    KlShampooConfig,
+    KlSoapConfig,
+    MarsAdamWConfig,
+    MarsConfig,
+    MarsLionConfig,
+    MarsMConfig,
+    MarsShampooConfig,
+    MarsSoapConfig,
+    OptimizerConfig,
+    ShampooConfig,
+    SoapConfig,
+)
 
 if TYPE_CHECKING:
     from hf_soap.trainer import SoapTrainer, SoapTrainerMixin
 
 __version__ = "0.1.0"
-__all__ = ["SOAP", "OptimizerConfig", "SoapConfig", "SoapTrainer", "SoapTrainerMixin"]
+__all__ = [
+    "MARS",
+    "SOAP",
+    "KlShampooConfig",
+    "KlSoapConfig",
+    "MarsAdamWConfig",
+    "MarsConfig",
+    "MarsLionConfig",
+    "MarsMConfig",
+    "MarsShampooConfig",
+    "MarsSoapConfig",
+    "OptimizerConfig",
+    "Shampoo",
+    "ShampooConfig",
+    "SoapConfig",
+    "SoapTrainer",
+    "SoapTrainerMixin",
+]
 
 registry.install()
 

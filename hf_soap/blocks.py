@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from hf_soap.background import Background
     from hf_soap.rules import Rule
 
 CHUNK_BYTES = 256 * 2**20
@@ -191,11 +192,13 @@ class Chunk:
         layout: Layout of every tensor in it.
         t: 1-based number of this update, a number per tensor.
         index: Place of each tensor in the whole optimizer, which staggers refreshes.
+        background: Where work may go on beside the training loop.
     """
 
     layout: Layout
     t: tuple[int, ...]
     index: tuple[int, ...]
+    background: Background | None = None
 
     def per_block(self, values: Sequence[float], like: Tensor) -> float | Tensor:
         """Spreads one number a tensor over its blocks, to broadcast against (blocks, d_1, ..., d_k)."""
@@ -213,7 +216,7 @@ class Chunk:
         """Yields each run of adjacent tensors whose flag is set, as a slice of blocks and a smaller chunk."""
         for first, last in adjacent(flags):
             blocks = slice(first * self.layout.blocks, last * self.layout.blocks)
-            yield blocks, Chunk(self.layout, self.t[first:last], self.index[first:last])
+            yield blocks, Chunk(self.layout, self.t[first:last], self.index[first:last], self.background)
 
 
 def adjacent(flags: Iterable[bool], longest: int | None = None) -> Iterator[tuple[int, int]]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_soap import grouping, schema
 from hf_soap.hooks import after_import
-from hf_soap.optimizers import MARS, SOAP
+from hf_soap.optimizers import MARS, SOAP, Shampoo
 from hf_soap.stepping import BlockOptimizer
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class Entry:
     config: type[schema.OptimizerConfig]
 
 
-MARS_CONFIGS: tuple[type[schema.MarsConfig], ...] = (
+MARS_CONFIGS: tuple[type[schema.OptimizerConfig], ...] = (
     schema.MarsConfig,
     schema.MarsAdamWConfig,
     schema.MarsLionConfig,
@@ -42,9 +42,13 @@ MARS_CONFIGS: tuple[type[schema.MarsConfig], ...] = (
     schema.MarsMConfig,
 )
 
+SOAP_CONFIGS: tuple[type[schema.OptimizerConfig], ...] = (schema.SoapConfig, schema.KlSoapConfig)
+SHAMPOO_CONFIGS: tuple[type[schema.OptimizerConfig], ...] = (schema.ShampooConfig, schema.KlShampooConfig)
+
 ENTRIES: dict[str, Entry] = {
-    schema.SoapConfig.name: Entry(SOAP, schema.SoapConfig),
-    **{config.name: Entry(MARS, config) for config in MARS_CONFIGS},
+    config.name: Entry(optimizer, config)
+    for optimizer, configs in ((SOAP, SOAP_CONFIGS), (Shampoo, SHAMPOO_CONFIGS), (MARS, MARS_CONFIGS))
+    for config in configs
 }
 
 

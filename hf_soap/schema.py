@@ -134,6 +134,66 @@ class SoapConfig(_Factors):
         False, "Divide each tensor's update by its root mean square; helps at frequencies near 100, hurts near 10."
     )
     correct_bias: bool = option(True, "Adam's bias correction.")
+    factorized: bool = option(False, "Keep the second moment of a matrix as a product of row and column means.")
+    kl: bool = option(False, "KL-SOAP: whiten the gradient by the other factors before it enters a factor.")
+    include_current: bool = option(False, "Let the current gradient into the basis before it is rotated, not after.")
+    refresh_tol: float = option(
+        0.0, "Skip the refresh of a basis whose factor is off diagonal by at most this share.", NON_NEGATIVE
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class KlSoapConfig(SoapConfig):
+    """Options of KL-SOAP (arXiv:2509.03378): SOAP with kl on."""
+
+    name: ClassVar[str] = "kl_soap"
+
+    kl: bool = option(True, "Whiten the gradient by the other factors before it enters a factor.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShampooConfig(_Factors):
+    """Options of Shampoo (arXiv:1802.09568, arXiv:2002.09018)."""
+
+    name: ClassVar[str] = "shampoo"
+    lr: ClassVar[float] = 1e-3
+
+    beta1: float = option(0.9, "Decay rate of the gradient's moving average; 0 takes the gradient itself.", DECAY_RATE)
+    beta2: float = option(0.95, "Decay rate of the grafted rule's second moment.", DECAY_RATE)
+    eps: float = option(1e-8, "Added to the root of the grafted rule's second moment.", NON_NEGATIVE)
+    exponent: float | None = option(
+        None, "Power of each factor; `none` takes -1/(2k) for k axes, -1/2 with kl.", (lambda x: x < 0, "< 0")
+    )
+    statistics: Literal["ema", "sum"] = option("ema", "Average the factors, or sum them up as the original does.")
+    graft: Literal["adam", "adagrad", "rmsprop", "sgd"] | None = option(
+        "adam", "Rule whose step length each tensor gets; `none` for Shampoo's own."
+    )
+    root_method: Literal["eigh", "newton"] = option("eigh", "How inverse roots are computed.")
+    ridge: float = option(1e-6, "Added to each factor, relative to its largest eigenvalue.", NON_NEGATIVE)
+    start_step: int | None = option(
+        None,
+        "First update with preconditioning; `none` takes precondition_frequency, or 1 without grafting.",
+        NON_NEGATIVE,
+    )
+    asynchronous: bool = option(False, "Compute roots in the background and go on with the old ones meanwhile.")
+    delay: int | None = option(
+        None,
+        "Use background roots exactly this many updates after their snapshot; `none` as soon as they are done.",
+        NON_NEGATIVE,
+    )
+    momentum: float = option(0.0, "Heavy ball on the direction.", DECAY_RATE)
+    correct_bias: bool = option(True, "Debias the moving averages.")
+    kl: bool = option(False, "KL-Shampoo: whiten the gradient by the other factors; wants `graft=none`.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KlShampooConfig(ShampooConfig):
+    """Options of KL-Shampoo (arXiv:2509.03378): Shampoo with kl on and nothing grafted."""
+
+    name: ClassVar[str] = "kl_shampoo"
+
+    graft: Literal["adam", "adagrad", "rmsprop", "sgd"] | None = option(None, "Nothing can be grafted.")
+    kl: bool = option(True, "Whiten the gradient by the other factors before it enters a factor.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -330,7 +390,7 @@ def _split(text: str) -> list[str]:
 
 
 def _from_text(key: str, raw: str, hint: Any) -> Any:
-    args = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    args = _alternatives(hint)
     if type(None) in args and raw.lower() in ("none", "null"):
         return None
     kind = next(arg for arg in args if arg is not type(None))
@@ -348,13 +408,18 @@ def _from_text(key: str, raw: str, hint: Any) -> Any:
         raise ValueError(f"{key} must be {_type_name(hint)}, got {raw!r}") from None
 
 
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    union = typing.get_origin(hint) in (types.UnionType, typing.Union)
+    return typing.get_args(hint) if union else (hint,)
+
+
 def _to_text(value: Any) -> str:
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def _has_type(value: Any, hint: Any) -> bool:
-    if isinstance(hint, types.UnionType):
-        return any(_has_type(value, arg) for arg in typing.get_args(hint))
+    if len(_alternatives(hint)) > 1:
+        return any(_has_type(value, arg) for arg in _alternatives(hint))
     if typing.get_origin(hint) is Literal:
         return value in typing.get_args(hint)
     if hint is float:
@@ -365,8 +430,8 @@ def _has_type(value: Any, hint: Any) -> bool:
 
 
 def _type_name(hint: Any) -> str:
-    if isinstance(hint, types.UnionType):
-        return " or ".join(_type_name(arg) for arg in typing.get_args(hint))
+    if len(_alternatives(hint)) > 1:
+        return " or ".join(_type_name(arg) for arg in _alternatives(hint))
     if typing.get_origin(hint) is Literal:
         return " or ".join(typing.get_args(hint))
     names = {bool: "true or false", type(None): "none", str: "text"}

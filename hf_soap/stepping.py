@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from hf_soap import checkpoint, schema, sharding
+from hf_soap.background import Background
 from hf_soap.blocks import PREV_PARAM, Bucket, Chunk, Layout, Plan, adjacent
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ class BlockOptimizer(torch.optim.Optimizer):
 
     def _reset_cache(self) -> None:
         self._buckets: dict[int, GroupCache] = {}
+        self._background = Background()
         self.skipped_steps = 0
         """Steps that were left out because a gradient was not finite, since construction or load."""
 
@@ -146,22 +148,25 @@ class BlockOptimizer(torch.optim.Optimizer):
         decay = group["weight_decay"] if plan.weight_decay is None else plan.weight_decay
         steps = bucket.steps.tolist()
         present = [param.grad is not None for param in bucket.params]
-        fresh = [rule.seeds and here and not step for here, step in zip(present, steps, strict=True)]
+        fresh = [rule.waits and here and not step for here, step in zip(present, steps, strict=True)]
         if any(fresh):
-            # An all-zero gradient (a LoRA matrix behind a zero one, a synthetic step) says nothing about a basis.
+            # An all-zero gradient (a LoRA matrix behind a zero one, a synthetic step) shapes no preconditioner.
             grads = [
                 p.grad for p, is_fresh in zip(bucket.params, fresh, strict=True) if is_fresh and p.grad is not None
             ]
             nonzero = iter(torch.stack([grad.count_nonzero() for grad in grads]).tolist())
             fresh = [is_fresh and next(nonzero) > 0 for is_fresh in fresh]
-        ready = [here and (step > 0 or not rule.seeds) for here, step in zip(present, steps, strict=True)]
+        ready = [
+            here and (step > 0 or not rule.waits or (new and not rule.seeds))
+            for here, step, new in zip(present, steps, fresh, strict=True)
+        ]
 
         size = bucket.tensors_per_chunk()
-        for seeding, flags in ((True, fresh), (False, ready)):
+        for seeding, flags in ((True, fresh if rule.seeds else []), (False, ready)):
             for first, last in adjacent(flags, size):
                 bucket.steps[first:last] += 1
                 t = tuple(int(step) + 1 - rule.seeds for step in steps[first:last])
-                chunk = Chunk(layout, t, tuple(bucket.index[first:last]))
+                chunk = Chunk(layout, t, tuple(bucket.index[first:last]), self._background)
                 params = bucket.params[first:last]
                 grad = stack_gradients(params, layout, bucket.dtype)
                 if seeding:

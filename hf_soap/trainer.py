@@ -17,7 +17,7 @@ else:
 
 
 class SoapTrainerMixin(_Base):
-    """Adds to any Trainer subclass: typed config, early checks, diagnostics, exact MARS, resume past a broken checkpoint.
+    """Adds to a Trainer: typed config, early checks, diagnostics, exact MARS, resume past a broken checkpoint.
 
     Put it first: ``class MyTrainer(SoapTrainerMixin, SFTTrainer): ...``.
 

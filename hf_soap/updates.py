@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -52,3 +53,62 @@ def mars_correction(grad: Tensor, prev_grad: Tensor, *, beta1: float, gamma: flo
         MARS, arXiv:2411.10438, equation 6.
     """
     return grad.lerp(prev_grad, -gamma * beta1 / (1 - beta1))
+
+
+def factorized_adam_direction(
+    grad: Tensor, exp_avg: Tensor, row: Tensor, column: Tensor, *, beta1: float, beta2: float, eps: float
+) -> Tensor:
+    """As :func:`adam_direction`, with V of a matrix kept as V_ij = r_i c_j / mean(r).
+
+    Args:
+        grad: (blocks, m, n).
+        exp_avg: First moment, (blocks, m, n), changed in place.
+        row: r, moving average of the mean squares of the rows, (blocks, m), changed in place.
+        column: c, the same of the columns, (blocks, n), changed in place.
+        beta1: Decay rate of the first moment.
+        beta2: Decay rate of the second moment.
+        eps: Added to √V.
+
+    Returns:
+        The direction, a new tensor.
+
+    Source:
+        Adafactor, arXiv:1804.04235, algorithm 1, as SOAP's paper uses it, arXiv:2409.11321, section 7.
+    """
+    exp_avg.lerp_(grad, 1 - beta1)
+    square = grad.square()
+    row.lerp_(square.mean(2), 1 - beta2)
+    column.lerp_(square.mean(1), 1 - beta2)
+    scale = row.mean(1, keepdim=True).clamp_(min=torch.finfo(row.dtype).tiny)
+    denominator = torch.mul(row.div(scale).unsqueeze(2), column.unsqueeze(1), out=square).sqrt_().add_(eps)
+    return exp_avg.div(denominator)
+
+
+def along(values: Tensor, mode: int, dim: int) -> Tensor:
+    """Shapes (blocks, d_mode) to broadcast along mode ``mode`` of a tensor with ``dim`` dimensions, blocks counted."""
+    return values.view(values.shape[0], *[values.shape[1] if i == mode + 1 else 1 for i in range(1, dim)])
+
+
+def graft_denominator(
+    kind: str, exp_avg_sq: Tensor, grad: Tensor, *, beta2: float, eps: float, debias: float | Tensor
+) -> Tensor:
+    """Updates a second moment in place and returns what the grafted rule divides its gradient by.
+
+    Args:
+        kind: ``"adagrad"`` (sum of squares), ``"rmsprop"`` (moving average) or ``"adam"`` (debiased moving average).
+        exp_avg_sq: Second moment, shape of ``grad``, changed in place.
+        grad: The raw gradient.
+        beta2: Decay rate of the moving average.
+        eps: Added to the root.
+        debias: √(1-β₂ᵗ), for Adam.
+
+    Returns:
+        The denominator, a new tensor.
+
+    Source:
+        Grafting, arXiv:2002.11803; in Shampoo, arXiv:2002.09018 and arXiv:2309.06497.
+    """
+    if kind == "adagrad":
+        return exp_avg_sq.addcmul_(grad, grad).sqrt().add_(eps)
+    root = exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2).sqrt()
+    return (root.div_(debias) if kind == "adam" else root).add_(eps)

@@ -76,6 +76,7 @@ class ShampooParameter:
     blocks: list[ShampooBlock]
     t: int = 0
     momentum: Tensor | None = None
+    filtered: Tensor | float = 0.0
     graft: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -94,7 +95,9 @@ class ReferenceShampoo:
         - `max_precond_dim` looks at the block. Blocks are not padded here: zero rows and columns decouple from the
           rest, and leave neither the largest eigenvalue nor the result changed.
         - Grafting rescales the direction of the whole tensor to the norm of the grafted rule's step. That rule sees
-          the raw gradient. Adam is the full rule, with both moments debiased.
+          the same filtered gradient and takes its second moment from the raw one; Adam's is debiased.
+        - `beta1` filters the gradient that is preconditioned (debiased, arXiv:2309.06497); 0 takes it as it is.
+        - A tensor that has no matrix of its own (a vector) follows the grafted rule, where there is one.
         - Momentum is a heavy ball on the (grafted) direction, M <- mu M + D, and weight decay is decoupled:
           W <- W - lr (M + lambda W).
     """
@@ -111,7 +114,7 @@ class ReferenceShampoo:
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         graft: str | None = None,
-        graft_betas: tuple[float, float] = (0.9, 0.999),
+        graft_beta2: float = 0.999,
         graft_eps: float = 1e-8,
         start_step: int = 0,
         precondition_frequency: int = 1,
@@ -120,9 +123,11 @@ class ReferenceShampoo:
         precondition_1d: bool = False,
         block_size: int | None = None,
         stagger: bool = False,
+        beta1: float = 0.0,
     ) -> None:
         self.weights = float64_copies(weights)
         self.lr = lr
+        self.beta1 = beta1
         self.beta = beta
         self.exponent = exponent
         self.eps = eps
@@ -130,7 +135,7 @@ class ReferenceShampoo:
         self.momentum = momentum
         self.weight_decay = weight_decay
         self.graft = graft
-        self.graft_betas = graft_betas
+        self.graft_beta2 = graft_beta2
         self.graft_eps = graft_eps
         self.start_step = start_step
         self.precondition_frequency = precondition_frequency
@@ -171,12 +176,15 @@ class ReferenceShampoo:
                 continue
             state.t += 1
             grad = grad.detach().to(torch.float64).reshape(state.shape)
-            grafted = self._grafted_step(state, grad)
+            state.filtered = self.beta1 * state.filtered + (1 - self.beta1) * grad
+            filtered = state.filtered / (1 - self.beta1**state.t)
+            grafted = self._grafted_step(state, grad, filtered)
+            diagonal_only = all(statistic.dim() == 1 for statistic in state.blocks[0].statistics)
 
             for block, cut in zip(state.blocks, state.slices, strict=True):
                 self._accumulate(block, grad[cut])
 
-            if state.t < self.start_step:
+            if state.t < self.start_step or (diagonal_only and self.graft is not None):
                 direction = grafted
             else:
                 offset = index if self.stagger else 0
@@ -185,7 +193,7 @@ class ReferenceShampoo:
                 for block, cut in zip(state.blocks, state.slices, strict=True):
                     if due or block.roots is None:
                         block.roots = self._roots(block, state)
-                    direction[cut] = self._precondition(block.roots, grad[cut])
+                    direction[cut] = self._precondition(self._with_current_diagonals(block, state), filtered[cut])
                 if self.graft is not None:
                     direction = direction * grafted.norm() / direction.norm().clamp(min=TINY)
 
@@ -219,6 +227,12 @@ class ReferenceShampoo:
                 roots.append(inverse_power(statistic, exponent, self.eps))
         return roots
 
+    def _with_current_diagonals(self, block: ShampooBlock, state: ShampooParameter) -> list[Tensor]:
+        """Roots of matrices as last computed; those of diagonals cost nothing and are taken now."""
+        assert block.roots is not None
+        current = self._roots(block, state)
+        return [old if old.dim() == 2 else new for old, new in zip(block.roots, current, strict=True)]
+
     def _precondition(self, roots: Sequence[Tensor], grad: Tensor) -> Tensor:
         """L^(-1/4) G R^(-1/4)."""
         for mode, root in enumerate(roots):
@@ -228,31 +242,28 @@ class ReferenceShampoo:
                 grad = (grad.movedim(mode, -1) * root).movedim(-1, mode)
         return grad
 
-    def _grafted_step(self, state: ShampooParameter, grad: Tensor) -> Tensor:
+    def _grafted_step(self, state: ShampooParameter, grad: Tensor, filtered: Tensor) -> Tensor:
         """The step of the rule whose length is borrowed.
 
         Source: grafting, arXiv:2002.11803; in Shampoo, arXiv:2002.09018.
         """
         if self.graft is None or self.graft == "sgd":
-            return grad
-        beta1, beta2 = self.graft_betas
-        m = state.graft.get("m", torch.zeros_like(grad))
+            return filtered
+        beta2 = self.graft_beta2
         v = state.graft.get("v", torch.zeros_like(grad))
         if self.graft == "adagrad":
             v = v + grad * grad
-            step = grad / (v.sqrt() + self.graft_eps)
+            step = filtered / (v.sqrt() + self.graft_eps)
         elif self.graft == "rmsprop":
             v = beta2 * v + (1 - beta2) * grad * grad
-            step = grad / (v.sqrt() + self.graft_eps)
+            step = filtered / (v.sqrt() + self.graft_eps)
         elif self.graft == "adam":
-            m = beta1 * m + (1 - beta1) * grad
             v = beta2 * v + (1 - beta2) * grad * grad
-            m_hat = m / (1 - beta1**state.t)
             v_hat = v / (1 - beta2**state.t)
-            step = m_hat / (v_hat.sqrt() + self.graft_eps)
+            step = filtered / (v_hat.sqrt() + self.graft_eps)
         else:
             raise ValueError(f"graft must be sgd, adagrad, rmsprop, adam or None, got {self.graft!r}")
-        state.graft = {"m": m, "v": v}
+        state.graft = {"v": v}
         return step
 
 

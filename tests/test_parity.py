@@ -5,8 +5,11 @@ has gradients of full rank in every factored mode from the first step on (square
 square); other shapes start from one injected state of full rank.
 """
 
+from typing import Any
+
 import pytest
 import torch
+from problems import Problem, largest_difference
 from reference import ReferenceSOAP
 from torch import Tensor
 
@@ -15,23 +18,6 @@ from hf_soap import SOAP
 STEPS = 60
 TOLERANCE = 1e-10
 SETTINGS = {"lr": 1e-2, "weight_decay": 0.01, "betas": (0.9, 0.95)}
-
-
-class Problem:
-    """Least squares through two layers, with weights of a given shape, so that gradients depend on the weights."""
-
-    def __init__(self, *shapes: tuple[int, ...], seed: int = 0) -> None:
-        generator = torch.Generator().manual_seed(seed)
-        self.weights = [torch.randn(shape, generator=generator, dtype=torch.float64) / 4 for shape in shapes]
-        self.targets = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
-        self.noise = torch.Generator().manual_seed(seed + 1)
-
-    def gradients(self, weights: list[Tensor]) -> list[Tensor]:
-        """A smooth, state-dependent gradient plus full-rank noise that is drawn anew at each call."""
-        noise = [torch.randn(w.shape, generator=self.noise, dtype=torch.float64) for w in weights]
-        return [
-            torch.tanh(w - t) + 0.3 * n + 0.1 * n * w for w, t, n in zip(weights, self.targets, noise, strict=True)
-        ]
 
 
 def inject_full_rank(optimizer: SOAP, params: list[Tensor], reference: ReferenceSOAP) -> None:
@@ -50,27 +36,15 @@ def inject_full_rank(optimizer: SOAP, params: list[Tensor], reference: Reference
                 optimizer.state[param][f"basis_{mode}"][number] = vectors.flip(1)
 
 
-def largest_difference(
-    shapes: list[tuple[int, ...]], *, steps: int = STEPS, inject: bool = False, **options: object
-) -> float:
-    """Runs both implementations on their own weights and the same noise; returns the largest relative difference."""
-    ours, theirs = Problem(*shapes), Problem(*shapes)
-    params = [torch.nn.Parameter(w.clone()) for w in ours.weights]
-    optimizer = SOAP(params, **{**SETTINGS, **options})
-    reference = ReferenceSOAP([w.clone() for w in theirs.weights], **{**SETTINGS, **options})
-    worst = 0.0
-    for step in range(steps):
-        for param, grad in zip(params, ours.gradients([p.detach() for p in params]), strict=True):
-            param.grad = grad
-        optimizer.step()
-        reference.step(theirs.gradients(reference.weights))
-        if inject and step == 0:
-            inject_full_rank(optimizer, params, reference)
-        for param, weight in zip(params, reference.weights, strict=True):
-            worst = max(worst, float((param.detach() - weight).abs().max() / weight.abs().max()))
-    moved = max(float((p.detach() - w).abs().max()) for p, w in zip(params, ours.weights, strict=True))
-    assert moved > 0.1, "the comparison says nothing if the weights stay where they were"
-    return worst
+def soap_difference(shapes: list[tuple[int, ...]], *, inject: bool = False, **options: Any) -> float:
+    options = {**SETTINGS, **options}
+    return largest_difference(
+        shapes,
+        lambda params: SOAP(params, **options),
+        lambda weights: ReferenceSOAP(weights, **options),
+        steps=STEPS,
+        after_first=inject_full_rank if inject else None,
+    )
 
 
 @pytest.mark.parametrize("frequency", [1, 5, 10])
@@ -90,11 +64,20 @@ def largest_difference(
         pytest.param([(16, 16), (16, 16), (16, 16)], {"stagger": True}, id="staggered"),
         pytest.param([(12, 30), (30, 12), (15, 15)], {"one_sided": True}, id="one side"),
         pytest.param([(20, 30), (30, 30)], {"block_size": 10}, id="even blocks"),
+        pytest.param([(25, 25), (9,)], {"factorized": True}, id="factorized"),
+        pytest.param(
+            [(12, 30), (30, 12), (15, 15)], {"one_sided": True, "factorized": True}, id="one side, factorized"
+        ),
+        pytest.param([(25, 25), (25, 25), (9,)], {"kl": True}, id="KL"),
+        pytest.param([(6, 6, 6)], {"kl": True}, id="KL, 3-D"),
+        pytest.param([(12, 30)], {"kl": True, "max_precond_dim": 12}, id="KL, right side cut"),
+        pytest.param([(25, 25), (16, 16), (16, 16)], {"include_current": True}, id="current gradient included"),
+        pytest.param([(25, 25), (16, 16), (16, 16)], {"refresh_tol": 0.35}, id="adaptive refresh"),
         pytest.param([(20, 30), (30, 30)], {"block_size": 10, "normalize_grads": True}, id="normalized blocks"),
     ],
 )
 def test_soap_equals_the_textbook(shapes: list[tuple[int, ...]], options: dict[str, object], frequency: int) -> None:
-    assert largest_difference(shapes, precondition_frequency=frequency, **options) < TOLERANCE
+    assert soap_difference(shapes, precondition_frequency=frequency, **options) < TOLERANCE
 
 
 @pytest.mark.parametrize("frequency", [1, 5, 10])
@@ -105,6 +88,8 @@ def test_soap_equals_the_textbook(shapes: list[tuple[int, ...]], options: dict[s
         pytest.param([(16, 12), (12, 16), (16, 12)], {}, id="rectangles"),
         pytest.param([(13, 24), (24, 7)], {"block_size": 8}, id="padded blocks"),
         pytest.param([(13, 24), (24, 7)], {"block_size": 8, "normalize_grads": True}, id="normalized padded blocks"),
+        pytest.param([(16, 12), (12, 16)], {"factorized": True, "include_current": True}, id="factorized rectangles"),
+        pytest.param([(16, 12), (12, 16)], {"kl": True, "normalize_grads": True}, id="KL rectangles"),
         pytest.param([(6, 3, 5, 5)], {}, id="convolution"),
         pytest.param([(6, 3, 5, 5)], {"merge_dims": True, "max_precond_dim": 20}, id="merged convolution"),
         pytest.param([(1, 9), (9, 1), (5, 1, 4)], {}, id="sides of one entry"),
@@ -113,7 +98,7 @@ def test_soap_equals_the_textbook(shapes: list[tuple[int, ...]], options: dict[s
 def test_soap_equals_the_textbook_from_a_full_rank_state(
     shapes: list[tuple[int, ...]], options: dict[str, object], frequency: int
 ) -> None:
-    assert largest_difference(shapes, inject=True, precondition_frequency=frequency, **options) < TOLERANCE
+    assert soap_difference(shapes, inject=True, precondition_frequency=frequency, **options) < TOLERANCE
 
 
 def test_one_bucket_and_many_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:

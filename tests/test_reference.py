@@ -395,7 +395,7 @@ def test_shampoo_takes_its_direction_from_shampoo_and_its_length_from_the_grafte
 
 def test_shampoo_before_its_start_step_is_the_grafted_rule():
     grads = gradients((4, 4), 6)
-    options = {"lr": 0.1, "graft": "adam", "graft_betas": (0.9, 0.99), "weight_decay": 0.1}
+    options = {"lr": 0.1, "graft": "adam", "beta1": 0.9, "graft_beta2": 0.99, "weight_decay": 0.1}
     shampoo = ReferenceShampoo([normal(4, 4)], start_step=6, **options)
     adam = run_torch_adamw(normal(4, 4), grads[:5], lr=0.1, betas=(0.9, 0.99), weight_decay=0.1)
     assert_close(run(shampoo, grads[:5]), adam)

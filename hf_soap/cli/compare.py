@@ -25,8 +25,11 @@ if TYPE_CHECKING:
     from hf_soap.cli.corpus import Corpus
     from hf_soap.cli.training import RunResult
 
-DEFAULT_LR = {"adamw_torch": 5e-3, "adamw_torch_fused": 5e-3, "soap": 1e-2}
+DEFAULT_LR = {"adamw_torch": 2.5e-3, "adamw_torch_fused": 2.5e-3, "soap": 1e-2}
 """Best of a sweep in powers of two at the default settings; other optimizers and settings need ``--lr``."""
+
+DEFAULT_BETA2 = {"adamw_torch": 0.95, "adamw_torch_fused": 0.95}
+"""Best of 0.95 and 0.999, each at its best learning rate. The Trainer's 0.999 stands for an optimizer's own default."""
 
 DEFAULT_STEPS = 120
 
@@ -50,6 +53,10 @@ def compare(
     lr: Annotated[
         list[str] | None,
         typer.Option(help="Peak learning rate: LR for all, NAME=LR for one.", show_default="tuned where known"),
+    ] = None,
+    adam_beta2: Annotated[
+        list[str] | None,
+        typer.Option(help="The Trainer's argument: BETA2 for all, NAME=BETA2 for one.", show_default="adamw=0.95"),
     ] = None,
     optim_args: Annotated[
         list[str] | None,
@@ -95,6 +102,7 @@ def compare(
     steps_of = dict.fromkeys(names, DEFAULT_STEPS) | per_optimizer("--steps", steps or [], names, _positive_int)
     lr_of = {name: DEFAULT_LR[name] for name in names if name in DEFAULT_LR}
     lr_of |= per_optimizer("--lr", lr or [], names, float)
+    beta2_of = DEFAULT_BETA2 | per_optimizer("--adam-beta2", adam_beta2 or [], names, float)
     args_of = per_optimizer("--optim-args", optim_args or [], names, str)
     if missing := [name for name in names if name not in lr_of]:
         raise typer.BadParameter(f"no tuned learning rate is known for {missing[0]}; give one: --lr {missing[0]}=1e-3")
@@ -103,6 +111,7 @@ def compare(
             optimizer=name,
             optim_args=args_of.get(name, ""),
             lr=lr_of[name],
+            adam_beta2=beta2_of.get(name, 0.999),
             steps=steps_of[name],
             batch_size=batch_size,
             layers=layers,

@@ -40,6 +40,7 @@ class RunSettings:
         optimizer: A name that ``TrainingArguments(optim=...)`` takes.
         optim_args: Options of the optimizer, as ``TrainingArguments(optim_args=...)`` takes them.
         lr: Peak learning rate.
+        adam_beta2: What ``TrainingArguments(adam_beta2=...)`` takes; its default 0.999 leaves SOAP and its kin their own.
         steps: Training steps; the schedule ends with them.
         batch_size: Sequences per step.
         layers: Transformer blocks of the model.
@@ -56,6 +57,7 @@ class RunSettings:
     optimizer: str
     optim_args: str
     lr: float
+    adam_beta2: float
     steps: int
     batch_size: int
     layers: int
@@ -248,6 +250,7 @@ def _training_arguments(settings: RunSettings, output_dir: Path) -> TrainingArgu
         optim=settings.optimizer,
         optim_args=settings.optim_args or None,
         learning_rate=settings.lr,
+        adam_beta2=settings.adam_beta2,
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=settings.batch_size,

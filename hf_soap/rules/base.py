@@ -23,6 +23,10 @@ class Rule(Protocol):
     def seeds(self) -> bool:
         """Whether the first non-zero gradient of a tensor goes to :meth:`seed` and updates nothing."""
 
+    @property
+    def waits(self) -> bool:
+        """Whether all-zero gradients before the first non-zero one are passed over, uncounted."""
+
     def allocate(self, layout: Layout, tensors: int, *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """Returns fresh state by role, each of shape (tensors * blocks, ...)."""
 

@@ -30,6 +30,7 @@ class AdamW:
     eps: float
 
     seeds: ClassVar[bool] = False
+    waits: ClassVar[bool] = False
 
     def allocate(self, layout: Layout, tensors: int, *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """Returns zero moments."""
@@ -68,6 +69,7 @@ class Lion:
     beta1: float
 
     seeds: ClassVar[bool] = False
+    waits: ClassVar[bool] = False
 
     def allocate(self, layout: Layout, tensors: int, *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """Returns a zero first moment."""

@@ -37,6 +37,11 @@ class Mars:
         """As the inner rule."""
         return self.inner.seeds
 
+    @property
+    def waits(self) -> bool:
+        """As the inner rule."""
+        return self.inner.waits
+
     def allocate(self, layout: Layout, tensors: int, *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """Returns the inner rule's state and, unless exact, the previous gradient."""
         state = self.inner.allocate(layout, tensors, dtype=dtype, device=device)

@@ -32,6 +32,7 @@ class Orthogonal:
     scale: Literal["aspect", "rms"]
 
     seeds: ClassVar[bool] = False
+    waits: ClassVar[bool] = False
 
     def allocate(self, layout: Layout, tensors: int, *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """Returns a zero first moment."""

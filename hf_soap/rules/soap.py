@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,11 +10,14 @@ import torch
 from torch import Tensor
 
 from hf_soap import linalg, updates
-from hf_soap.blocks import Chunk, Layout
+from hf_soap.blocks import Chunk, Layout, adjacent
 from hf_soap.rules.base import MOMENTS, State, zeros
 
 ORTHONORMALIZE_EVERY = 100
 """Refreshes between two corrections of a basis: 5,000 float32 refreshes leave it 1.7e-5 off orthonormality."""
+
+KL_FLOOR = 1e-8
+"""The KL correction divides by eigenvalues; smaller ones than this share of the largest are raised to it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,9 +37,14 @@ class Soap:
         normalize_grads: Divide the direction of each tensor by its root mean square.
         correct_bias: Multiply the direction by √(1-β₂ᵗ)/(1-β₁ᵗ).
         stagger: Shift the refreshes of tensor i by i updates, so that they do not all fall on the same step.
+        factorized: Keep V of a factored matrix as a product of row and column means.
+        kl: Whiten the gradient by the other factors before it enters a factor.
+        include_current: Factor and basis see the current gradient before it is rotated, not after.
+        refresh_tol: Leave a basis alone that diagonalises its factor to this share, ‖L̂ - diag L̂‖ ≤ tol·‖L̂‖.
 
     Source:
-        SOAP, arXiv:2409.11321, algorithm 3, with the conventions of its official implementation.
+        SOAP, arXiv:2409.11321, algorithm 3, with the conventions of its official implementation; factorized V there
+        and in Adafactor, arXiv:1804.04235; KL, arXiv:2509.03378; refresh_tol, arXiv:2506.03595.
     """
 
     beta1: float
@@ -46,23 +55,38 @@ class Soap:
     normalize_grads: bool = False
     correct_bias: bool = True
     stagger: bool = False
+    factorized: bool = False
+    kl: bool = False
+    include_current: bool = False
+    refresh_tol: float = 0.0
 
     seeds: ClassVar[bool] = True
+    waits: ClassVar[bool] = True
 
     def allocate(self, layout: Layout, tensors: int, *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """Returns zero moments and factors, and bases to be filled by :meth:`seed`."""
         blocks = tensors * layout.blocks
-        state = zeros(layout, tensors, MOMENTS, dtype=dtype, device=device)
+        if self.factorizes(layout):
+            state = zeros(layout, tensors, MOMENTS[:1], dtype=dtype, device=device)
+            for role, size in zip(V_FACTORS, layout.block, strict=True):
+                state[role] = torch.zeros(blocks, size, dtype=dtype, device=device)
+        else:
+            state = zeros(layout, tensors, MOMENTS, dtype=dtype, device=device)
         for side in layout.sides:
             n = layout.block[side]
             state[f"factor_{side}"] = torch.zeros(blocks, n, n, dtype=dtype, device=device)
             state[f"basis_{side}"] = torch.zeros(blocks, n, n, dtype=dtype, device=device)
         return state
 
+    def factorizes(self, layout: Layout) -> bool:
+        """Whether V of this layout is kept as a product: only of a matrix with a factored side."""
+        return self.factorized and len(layout.block) == 2 and bool(layout.sides)
+
     def describe(self, layout: Layout) -> str:
         """Returns SOAP with its number of factored sides, or Adam."""
         sides = len(layout.sides)
-        return f"SOAP, {sides} side{'s' if sides > 1 else ''}" if sides else "Adam"
+        name = "KL-SOAP" if self.kl else "SOAP"
+        return f"{name}, {sides} side{'s' if sides > 1 else ''}" if sides else "Adam"
 
     def seed(self, grad: Tensor, state: State, chunk: Chunk) -> None:
         """Sets factors and bases from the first gradient; no gradient shapes the basis it is rotated into."""
@@ -75,13 +99,17 @@ class Soap:
 
     def update(self, grad: Tensor, state: State, chunk: Chunk) -> Tensor:
         """Rotates, takes the Adam direction, rotates back; then accumulates, and refreshes the bases that are due."""
-        sides = chunk.layout.sides
-        for side in sides:
-            grad = linalg.mode_product(grad, state[f"basis_{side}"], side)
-        direction = updates.adam_direction(
-            grad, state["exp_avg"], state["exp_avg_sq"], beta1=self.beta1, beta2=self.beta2, eps=self.eps
-        )
-        for side in sides:
+        rotated = self._rotate(grad, state, chunk.layout.sides)
+        if self.include_current:
+            self._accumulate(rotated, state, chunk.layout)
+            for blocks, due in chunk.runs(self._due(chunk)):
+                part = {role: value[blocks] for role, value in state.items()}
+                self._refresh(part, due)
+                if chunk.layout.sides:
+                    rotated[blocks] = self._rotate(grad[blocks], part, chunk.layout.sides)
+
+        direction = self._adam_direction(rotated, state, chunk.layout)
+        for side in chunk.layout.sides:
             direction = linalg.mode_product(direction, state[f"basis_{side}"].mT, side)
         if self.normalize_grads:
             square_sum = chunk.tensor_square_sum(chunk.layout.trim(direction))
@@ -90,17 +118,45 @@ class Soap:
             scales = [updates.bias_correction(t, beta1=self.beta1, beta2=self.beta2) for t in chunk.t]
             direction.mul_(chunk.per_block(scales, direction))
 
-        # Accumulate after use: a gradient must not shape the basis it is rotated into.
-        for side in sides:
-            beta = self.shampoo_beta
-            linalg.add_gram_(state[f"factor_{side}"], grad, side, beta=beta, alpha=1 - beta)
-        if sides:
+        if not self.include_current:
+            # Accumulate after use: a gradient must not shape the basis it is rotated into.
+            self._accumulate(rotated, state, chunk.layout)
             for blocks, due in chunk.runs(self._due(chunk)):
                 self._refresh({role: value[blocks] for role, value in state.items()}, due)
         return direction
 
+    def _rotate(self, grad: Tensor, state: State, sides: Sequence[int]) -> Tensor:
+        for side in sides:
+            grad = linalg.mode_product(grad, state[f"basis_{side}"], side)
+        return grad
+
+    def _adam_direction(self, rotated: Tensor, state: State, layout: Layout) -> Tensor:
+        betas = {"beta1": self.beta1, "beta2": self.beta2}
+        if self.factorizes(layout):
+            row, column = (state[role] for role in V_FACTORS)
+            return updates.factorized_adam_direction(rotated, state["exp_avg"], row, column, eps=self.eps, **betas)
+        return updates.adam_direction(rotated, state["exp_avg"], state["exp_avg_sq"], eps=self.eps, **betas)
+
+    def _accumulate(self, rotated: Tensor, state: State, layout: Layout) -> None:
+        beta = self.shampoo_beta
+        scales = {side: self._inverse_root_eigenvalues(state[f"factor_{side}"]) for side in layout.sides if self.kl}
+        for side in layout.sides:
+            whitened, alpha = rotated, 1 - beta
+            if self.kl:
+                alpha /= rotated[0].numel() // layout.block[side]
+                for other, scale in scales.items():
+                    if other != side:
+                        whitened = whitened * updates.along(scale, other, rotated.dim())
+            linalg.add_gram_(state[f"factor_{side}"], whitened, side, beta=beta, alpha=alpha)
+
+    def _inverse_root_eigenvalues(self, factor: Tensor) -> Tensor:
+        values = factor.diagonal(dim1=-2, dim2=-1)
+        floor = values.amax(-1, keepdim=True).mul(KL_FLOOR).clamp_(min=torch.finfo(values.dtype).tiny)
+        return values.maximum(floor).rsqrt()
+
     def _due(self, chunk: Chunk) -> list[bool]:
-        return [self._age(t, i) % self.precondition_frequency == 0 for t, i in zip(chunk.t, chunk.index, strict=True)]
+        due = [self._age(t, i) % self.precondition_frequency == 0 for t, i in zip(chunk.t, chunk.index, strict=True)]
+        return due if chunk.layout.sides else [False] * len(due)
 
     def _age(self, t: int, index: int) -> int:
         return t + index if self.stagger else t
@@ -108,17 +164,32 @@ class Soap:
     def _refresh(self, state: State, chunk: Chunk) -> None:
         refreshes = [self._age(t, i) // self.precondition_frequency for t, i in zip(chunk.t, chunk.index, strict=True)]
         for side in chunk.layout.sides:
-            factor, basis = state[f"factor_{side}"], state[f"basis_{side}"]
-            order = factor.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
-            rows = torch.take_along_dim(factor, order.unsqueeze(-1), -2)
-            rotation, refreshed = linalg.refresh(torch.take_along_dim(rows, order.unsqueeze(-2), -1))
-            factor.copy_(refreshed)
-            # Rows of the rotation go back to where the columns came from: the sort costs Q and M no pass of their own.
-            rotation = torch.empty_like(rotation).scatter_(-2, order.unsqueeze(-1).expand_as(rotation), rotation)
-            basis.copy_(basis @ rotation)
-            state["exp_avg"].copy_(linalg.mode_product(state["exp_avg"], rotation, side))
-            # The second moments belong to columns: unless they are permuted with them, the sort scrambles them.
-            along = order.view(order.shape[0], *[-1 if mode == side else 1 for mode in range(len(chunk.layout.block))])
-            state["exp_avg_sq"].copy_(torch.take_along_dim(state["exp_avg_sq"], along, side + 1))
+            if self.refresh_tol:
+                stale = linalg.off_diagonal_share(state[f"factor_{side}"]) > self.refresh_tol
+                for first, last in adjacent(stale.tolist()):
+                    self._refresh_side({role: value[first:last] for role, value in state.items()}, side)
+            else:
+                self._refresh_side(state, side)
+            basis = state[f"basis_{side}"]
             for blocks, _ in chunk.runs(n % ORTHONORMALIZE_EVERY == 0 for n in refreshes):
                 basis[blocks].copy_(linalg.orthonormalize(basis[blocks]))
+
+    def _refresh_side(self, state: State, side: int) -> None:
+        factor, basis, exp_avg = state[f"factor_{side}"], state[f"basis_{side}"], state["exp_avg"]
+        order = factor.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
+        rows = torch.take_along_dim(factor, order.unsqueeze(-1), -2)
+        rotation, refreshed = linalg.refresh(torch.take_along_dim(rows, order.unsqueeze(-2), -1))
+        factor.copy_(refreshed)
+        # Rows of the rotation go back to where the columns came from: the sort costs Q and M no pass of their own.
+        rotation = torch.empty_like(rotation).scatter_(-2, order.unsqueeze(-1).expand_as(rotation), rotation)
+        basis.copy_(basis @ rotation)
+        exp_avg.copy_(linalg.mode_product(exp_avg, rotation, side))
+        # The second moments belong to columns: unless they are permuted with them, the sort scrambles them.
+        if "exp_avg_sq" in state:
+            along = updates.along(order, side, exp_avg.dim())
+            state["exp_avg_sq"].copy_(torch.take_along_dim(state["exp_avg_sq"], along, side + 1))
+        else:
+            state[V_FACTORS[side]].copy_(torch.take_along_dim(state[V_FACTORS[side]], order, 1))
+
+
+V_FACTORS = ("exp_avg_sq_row", "exp_avg_sq_col")

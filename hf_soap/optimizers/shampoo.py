@@ -1,0 +1,154 @@
+"""Shampoo, with the techniques of Scalable Shampoo."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from hf_soap import rules, schema
+from hf_soap.blocks import Plan
+from hf_soap.optimizers.soap import plan_factors
+from hf_soap.stepping import BlockOptimizer, check_choice
+
+
+class Shampoo(BlockOptimizer):
+    """Multiplies every axis of the gradient by an inverse root of its Kronecker factor.
+
+    A matrix G gets factors L = EMA(GGᵀ) and R = EMA(GᵀG) and the direction L^(-1/4) Ĝ R^(-1/4), where Ĝ is the moving
+    average of G, scaled to the length of the step that ``graft`` would take. What has no factor follows ``graft``.
+
+    Args:
+        params: Parameters, named parameters, or groups of either. A group may override any setting, and may set
+            ``rule="adam"`` to have no factors.
+        lr: Learning rate, a number or a tensor of one element.
+        betas: Decay rates of the gradient's moving average (0 for none) and of the grafted rule's second moment.
+        shampoo_beta: Decay rate of the factors; None takes ``betas[1]``.
+        eps: Added to the root of the grafted rule's second moment.
+        weight_decay: Decoupled weight decay.
+        precondition_frequency: Updates between two computations of the inverse roots; factors accumulate at each.
+        max_precond_dim: A side longer than that keeps only the diagonal of its factor.
+        block_size: Cut longer sides into blocks of at most this size, each with its own factors.
+        exponent: Power of each factor, below 0; None takes -1/(2k) for a tensor with k axes, -1/2 with ``kl``.
+        statistics: ``"ema"`` averages, ``"sum"`` sums up as the original Shampoo does.
+        graft: ``"adam"``, ``"adagrad"``, ``"rmsprop"``, ``"sgd"``, or None for Shampoo's own step length.
+        root_method: ``"eigh"``, or ``"newton"`` for coupled Newton, which is faster only on GPUs.
+        ridge: Added to each factor before the root, relative to its largest eigenvalue.
+        start_step: The first update with preconditioning, 1-based; the grafted rule (or the gradient) goes before.
+            None takes ``precondition_frequency`` where a rule is grafted, else 1.
+        asynchronous: Compute roots in the background from a snapshot, and go on with the old ones meanwhile.
+        delay: With ``asynchronous``: use new roots exactly this many updates after their snapshot, at most
+            ``precondition_frequency``, so that runs can be repeated and resumed bit for bit; 0 is the same as
+            ``asynchronous=False``. None uses them as soon as they are done.
+        momentum: Heavy ball on the direction.
+        correct_bias: Debias the moving averages.
+        merge_dims: Merge small neighbouring dimensions of tensors with more than two dimensions.
+        precondition_1d: Factor vectors too.
+        stagger: Spread the root computations of different parameters over different steps.
+        one_sided: Factor only the shorter side of each matrix, with the exponent -1/2.
+        kl: KL-Shampoo: whiten the gradient by the other factors before it enters a factor; nothing may be grafted.
+        nonfinite: ``"skip"`` leaves out a step in which any gradient holds NaN or Inf; ``"off"`` does not look.
+
+    Raises:
+        ValueError: If a setting is of the wrong type or out of range, settings contradict each other, or a parameter
+            is complex or sharded.
+
+    Source:
+        Gupta et al., arXiv:1802.09568; Anil et al., arXiv:2002.09018; Shi et al., arXiv:2309.06497; Lin et al.,
+        arXiv:2509.03378.
+    """
+
+    config = schema.ShampooConfig
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        shampoo_beta: float | None = None,
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        precondition_frequency: int = 10,
+        max_precond_dim: int = 10000,
+        block_size: int | None = None,
+        exponent: float | None = None,
+        statistics: Literal["ema", "sum"] = "ema",
+        graft: Literal["adam", "adagrad", "rmsprop", "sgd"] | None = "adam",
+        root_method: Literal["eigh", "newton"] = "eigh",
+        ridge: float = 1e-6,
+        start_step: int | None = None,
+        asynchronous: bool = False,
+        delay: int | None = None,
+        *,
+        momentum: float = 0.0,
+        correct_bias: bool = True,
+        merge_dims: bool = False,
+        precondition_1d: bool = False,
+        stagger: bool = False,
+        one_sided: bool = False,
+        kl: bool = False,
+        nonfinite: Literal["skip", "off"] = "skip",
+    ) -> None:
+        defaults = {key: value for key, value in locals().items() if key not in ("self", "params", "__class__")}
+        super().__init__(params, {**defaults, "rule": "shampoo"})
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        check_choice("rule", group["rule"], ("shampoo", "adam"))
+        frequency, delay = group["precondition_frequency"], group["delay"]
+        if delay is not None and delay > frequency:
+            raise ValueError(
+                f"delay must be <= precondition_frequency={frequency}, got {delay}; the next snapshot replaces one"
+            )
+        if delay and not group["asynchronous"]:
+            raise ValueError(f"got delay={delay} without asynchronous, wanted both or none; set asynchronous=True")
+        if group["kl"] and (group["graft"] or group["exponent"] or group["statistics"] == "sum"):
+            raise ValueError(
+                "kl=True wants graft=None, exponent=None and statistics='ema', got "
+                f"graft={group['graft']!r}, exponent={group['exponent']}, statistics={group['statistics']!r}"
+            )
+        exponent = group["exponent"]
+        if group["root_method"] == "newton" and exponent and abs(1 / exponent - round(1 / exponent)) > 1e-9:
+            raise ValueError(
+                f"root_method='newton' wants an exponent -1/p with a whole p, got {exponent}; use root_method='eigh'"
+            )
+
+    def plan(self, group: dict[str, Any], shape: Sequence[int]) -> Plan:
+        """Returns the Shampoo rule with the group's settings, or AdamW where KL-Shampoo has nothing to factor."""
+        beta1, beta2 = group["betas"]
+        layout = plan_factors(group, shape)
+        if not layout.sides and (group["kl"] or group["rule"] == "adam"):
+            return Plan(rules.AdamW(beta1=beta1, beta2=beta2, eps=group["eps"]), layout)
+        shampoo_beta = beta2 if group["shampoo_beta"] is None else group["shampoo_beta"]
+        start = group["start_step"]
+        if start is None:
+            start = group["precondition_frequency"] if group["graft"] else 1
+        return Plan(
+            rules.Shampoo(
+                beta1=beta1,
+                beta2=beta2,
+                shampoo_beta=None if group["statistics"] == "sum" else shampoo_beta,
+                start_step=start,
+                delay=group["delay"] if group["asynchronous"] else 0,
+                **{name: group[name] for name in PASSED_ON},
+            ),
+            layout,
+        )
+
+
+PASSED_ON = (
+    "eps",
+    "precondition_frequency",
+    "exponent",
+    "graft",
+    "root_method",
+    "ridge",
+    "momentum",
+    "correct_bias",
+    "one_sided",
+    "stagger",
+    "kl",
+)
+"""Settings that the rule takes under their own names."""

@@ -1,0 +1,119 @@
+"""SOAP."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from hf_soap import schema
+from hf_soap.blocks import Layout, Plan, plan_layout
+from hf_soap.rules import Soap
+from hf_soap.stepping import BlockOptimizer, check_choice
+
+
+class SOAP(BlockOptimizer):
+    """Adam in the eigenbasis of Shampoo's preconditioner.
+
+    Every matrix G gets factors L = EMA(GGᵀ) and R = EMA(GᵀG); Adam runs on the gradient rotated into their eigenbases,
+    which are refreshed every ``precondition_frequency`` updates. The first non-zero gradient of a parameter seeds its
+    bases and updates nothing. Vectors are updated by Adam.
+
+    Args:
+        params: Parameters, named parameters, or groups of either. A group may override any setting, and may set
+            ``rule="adam"`` to have no factors.
+        lr: Learning rate, a number or a tensor of one element.
+        betas: Decay rates of the moments, each in [0, 1).
+        shampoo_beta: Decay rate of the factors; None takes ``betas[1]``.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled weight decay; applied after the update as W ← W − lr·weight_decay·W.
+        precondition_frequency: Updates between two refreshes of the bases.
+        max_precond_dim: A side longer than that keeps an identity basis.
+        merge_dims: Merge small neighbouring dimensions of tensors with more than two dimensions.
+        precondition_1d: Factor vectors too.
+        normalize_grads: Divide each tensor's update by its root mean square.
+        correct_bias: Adam's bias correction.
+        stagger: Spread the refreshes of different parameters over different steps.
+        one_sided: Factor only the shorter side of each matrix.
+        block_size: Cut longer sides into blocks of at most this size, each with its own factors.
+        factorized: Keep the second moment of a factored matrix as a product of row and column means.
+        kl: Whiten the gradient by the other factors before it enters a factor (KL-SOAP, arXiv:2509.03378).
+        include_current: Let the current gradient into factor and basis before it is rotated, not after.
+        refresh_tol: Skip the refresh of a basis that diagonalises its factor up to this share (arXiv:2506.03595).
+        nonfinite: ``"skip"`` leaves out a step in which any gradient holds NaN or Inf; ``"off"`` does not look.
+
+    Raises:
+        ValueError: If a setting is of the wrong type or out of range, or a parameter is complex or sharded.
+
+    Source:
+        Vyas et al., SOAP: Improving and Stabilizing Shampoo using Adam, arXiv:2409.11321; conventions and defaults of
+        its official implementation.
+    """
+
+    config = schema.SoapConfig
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 3e-3,
+        betas: tuple[float, float] = (0.95, 0.95),
+        shampoo_beta: float | None = None,
+        eps: float = 1e-8,
+        weight_decay: float = 0.01,
+        precondition_frequency: int = 10,
+        max_precond_dim: int = 10000,
+        merge_dims: bool = False,
+        precondition_1d: bool = False,
+        normalize_grads: bool = False,
+        correct_bias: bool = True,
+        *,
+        stagger: bool = False,
+        one_sided: bool = False,
+        block_size: int | None = None,
+        factorized: bool = False,
+        kl: bool = False,
+        include_current: bool = False,
+        refresh_tol: float = 0.0,
+        nonfinite: Literal["skip", "off"] = "skip",
+    ) -> None:
+        defaults = {key: value for key, value in locals().items() if key not in ("self", "params", "__class__")}
+        super().__init__(params, {**defaults, "rule": "soap"})
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        check_choice("rule", group["rule"], ("soap", "adam"))
+
+    def plan(self, group: dict[str, Any], shape: Sequence[int]) -> Plan:
+        """Returns the SOAP rule with the group's settings; Adam is SOAP without a factored side."""
+        return Plan(soap_rule(group), plan_factors(group, shape), decay_last=True)
+
+
+def soap_rule(group: dict[str, Any]) -> Soap:
+    """Makes the SOAP rule from the settings of a param group."""
+    beta1, beta2 = group["betas"]
+    return Soap(
+        beta1=beta1,
+        beta2=beta2,
+        shampoo_beta=beta2 if group["shampoo_beta"] is None else group["shampoo_beta"],
+        eps=group["eps"],
+        precondition_frequency=group["precondition_frequency"],
+        normalize_grads=group.get("normalize_grads", False),
+        correct_bias=group.get("correct_bias", True),
+        stagger=group["stagger"],
+        **{name: group[name] for name in ("factorized", "kl", "include_current", "refresh_tol") if name in group},
+    )
+
+
+def plan_factors(group: dict[str, Any], shape: Sequence[int]) -> Layout:
+    """Cuts a tensor of ``shape`` as the settings of a param group say; ``rule="adam"`` factors no side."""
+    return plan_layout(
+        shape,
+        max_precond_dim=group["max_precond_dim"],
+        merge_dims=group["merge_dims"],
+        precondition_1d=group["precondition_1d"],
+        one_sided=group["one_sided"],
+        block_size=group["block_size"],
+        factored=group["rule"] != "adam",
+    )

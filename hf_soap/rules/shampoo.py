@@ -1,0 +1,257 @@
+"""Shampoo: gradients between inverse roots of their Kronecker factors, with the techniques of Scalable Shampoo."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from hf_soap import linalg, updates
+from hf_soap.background import Background, Roots
+from hf_soap.blocks import Chunk, Layout, adjacent
+from hf_soap.rules.base import State, zeros
+
+Graft = Literal["adam", "adagrad", "rmsprop", "sgd"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shampoo:
+    """Multiplies every axis of the gradient by an inverse root of its factor, and borrows its length by grafting.
+
+    An axis longer than ``max_precond_dim`` keeps only its factor's diagonal. A tensor with no factor at all follows
+    the grafted rule, or is preconditioned by its diagonal where there is none.
+
+    Attributes:
+        beta1: Decay rate of the gradient's moving average, which is what gets preconditioned; 0 takes the gradient.
+        beta2: Decay rate of the grafted rule's second moment.
+        shampoo_beta: Decay rate of the factors; None sums them.
+        eps: Added to the root of the grafted rule's second moment.
+        precondition_frequency: Updates between two computations of the roots.
+        exponent: Power of each factor; None takes -1/(2k) for k axes, or -1/2 with ``kl``.
+        graft: Rule whose step length each tensor gets.
+        root_method: ``"eigh"`` or ``"newton"``.
+        ridge: Added to each factor, relative to its largest eigenvalue.
+        start_step: The first update with preconditioning; the grafted rule, or the plain gradient, goes before.
+        momentum: Heavy ball on the direction.
+        correct_bias: Debias moving averages.
+        one_sided: The layout leaves one side of a matrix alone on purpose: it gets no diagonal either.
+        stagger: Shift the roots of tensor i by i updates.
+        kl: Whiten the gradient by the other factors before it enters a factor (KL-Shampoo).
+        delay: Updates between a snapshot and the use of its roots, computed in the background meanwhile; 0 computes in
+            place, None takes roots as soon as they are done.
+
+    Source:
+        Shampoo, arXiv:1802.09568; Scalable Shampoo, arXiv:2002.09018; the filtered gradient and grafting as in
+        Distributed Shampoo, arXiv:2309.06497; KL-Shampoo, arXiv:2509.03378.
+    """
+
+    beta1: float
+    beta2: float
+    shampoo_beta: float | None
+    eps: float
+    precondition_frequency: int
+    exponent: float | None
+    graft: Graft | None
+    root_method: Literal["eigh", "newton"]
+    ridge: float
+    start_step: int
+    momentum: float = 0.0
+    correct_bias: bool = True
+    one_sided: bool = False
+    stagger: bool = False
+    kl: bool = False
+    delay: int | None = 0
+
+    waits: ClassVar[bool] = True
+
+    @property
+    def seeds(self) -> bool:
+        """KL-Shampoo's first gradient makes plain factors, with which no direction can be trusted."""
+        return self.kl
+
+    def allocate(self, layout: Layout, tensors: int, *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        """Returns zero factors, roots and moments, as far as the settings need them."""
+        roles = [("exp_avg", self.beta1 > 0), ("momentum", self.momentum > 0)]
+        roles += [("exp_avg_sq", self.graft not in (None, "sgd"))]
+        state = zeros(layout, tensors, tuple(role for role, used in roles if used), dtype=dtype, device=device)
+        blocks = tensors * layout.blocks
+        matrices = ("factor", "root", "snapshot") if self.delay else ("factor", "root")
+        for side in layout.sides:
+            n = layout.block[side]
+            for role in matrices:
+                state[f"{role}_{side}"] = torch.zeros(blocks, n, n, dtype=dtype, device=device)
+        for axis in self._diagonals(layout):
+            state[f"diagonal_{axis}"] = torch.zeros(blocks, layout.block[axis], dtype=dtype, device=device)
+        return state
+
+    def describe(self, layout: Layout) -> str:
+        """Returns Shampoo with its number of factored sides, or what stands in for it."""
+        sides = len(layout.sides)
+        if not sides:
+            return f"Shampoo: {self.graft} alone" if self.graft else "Shampoo, diagonal"
+        return f"{'KL-Shampoo' if self.kl else 'Shampoo'}, {sides} side{'s' if sides > 1 else ''}"
+
+    def seed(self, grad: Tensor, state: State, chunk: Chunk) -> None:
+        """Sets plain factors and their roots from the first gradient."""
+        for side in chunk.layout.sides:
+            linalg.add_gram_(state[f"factor_{side}"], grad, side, beta=0.0, alpha=1 - (self.shampoo_beta or 0.0))
+        self._compute_roots(state, chunk)
+
+    def update(self, grad: Tensor, state: State, chunk: Chunk) -> Tensor:
+        """Accumulates the factors, computes the roots that are due, preconditions and grafts."""
+        layout = chunk.layout
+        filtered = self._filtered(grad, state, chunk)
+        grafted = self._grafted(filtered, grad, state, chunk)
+        if not layout.sides and self.graft:
+            return self._with_momentum(grafted, state)
+        self._accumulate(grad, state, layout)
+        if layout.sides:
+            self._refresh(state, chunk)
+        direction = filtered
+        for side in layout.sides:
+            direction = linalg.mode_product(direction, state[f"root_{side}"], side)
+        for axis in self._diagonals(layout):
+            power = self._power(self._debiased(state[f"diagonal_{axis}"].unsqueeze(-1), chunk).squeeze(-1), layout)
+            direction = direction * updates.along(power, axis, direction.dim())
+        if self.graft:
+            wanted = chunk.tensor_square_sum(layout.trim(grafted))
+            got = chunk.tensor_square_sum(layout.trim(direction))
+            direction = direction * (wanted / got.clamp_(min=torch.finfo(got.dtype).tiny)).sqrt_()
+        for blocks, _ in chunk.runs(t < self.start_step for t in chunk.t):
+            direction[blocks] = grafted[blocks]
+        return self._with_momentum(direction, state)
+
+    def _filtered(self, grad: Tensor, state: State, chunk: Chunk) -> Tensor:
+        if not self.beta1:
+            return grad.clone()
+        average = state["exp_avg"].lerp_(grad, 1 - self.beta1)
+        debias = [1 - self.beta1**t if self.correct_bias else 1.0 for t in chunk.t]
+        return average / chunk.per_block(debias, average)
+
+    def _grafted(self, filtered: Tensor, grad: Tensor, state: State, chunk: Chunk) -> Tensor:
+        if self.graft in (None, "sgd"):
+            return filtered.clone()
+        debias = chunk.per_block([(1 - self.beta2**t) ** 0.5 for t in chunk.t], grad)
+        kind, moment = str(self.graft), state["exp_avg_sq"]
+        denominator = updates.graft_denominator(kind, moment, grad, beta2=self.beta2, eps=self.eps, debias=debias)
+        return filtered / denominator
+
+    def _with_momentum(self, direction: Tensor, state: State) -> Tensor:
+        return state["momentum"].mul_(self.momentum).add_(direction).clone() if self.momentum else direction
+
+    def _accumulate(self, grad: Tensor, state: State, layout: Layout) -> None:
+        beta, alpha = (1.0, 1.0) if self.shampoo_beta is None else (self.shampoo_beta, 1 - self.shampoo_beta)
+        roots = {side: state[f"root_{side}"] for side in layout.sides if self.kl}
+        for side in layout.sides:
+            whitened, weight = grad, alpha
+            if self.kl:
+                weight /= grad[0].numel() // layout.block[side]
+                for other, root in roots.items():
+                    if other != side:
+                        whitened = linalg.mode_product(whitened, root, other)
+            linalg.add_gram_(state[f"factor_{side}"], whitened, side, beta=beta, alpha=weight)
+        for axis in self._diagonals(layout):
+            state[f"diagonal_{axis}"].mul_(beta).add_(linalg.unfold(grad, axis).square().sum(-1), alpha=alpha)
+
+    def _diagonals(self, layout: Layout) -> list[int]:
+        """Axes that keep a diagonal: those too long for a factor, and a vector's only one if nothing is grafted."""
+        if self.one_sided or self.kl or (not layout.sides and self.graft):
+            return []
+        return [axis for axis, size in enumerate(layout.block) if size > 1 and axis not in layout.sides]
+
+    def _exponent(self, layout: Layout) -> float:
+        if self.exponent is not None:
+            return self.exponent
+        axes = len(layout.sides) if self.one_sided else len(layout.view)
+        return -0.5 if self.kl else -1 / (2 * axes)
+
+    def _power(self, diagonal: Tensor, layout: Layout) -> Tensor:
+        damped = diagonal + self.ridge * diagonal.amax(-1, keepdim=True)
+        return torch.where(damped > 0, damped ** self._exponent(layout), 0.0)
+
+    def _debiased(self, factor: Tensor, chunk: Chunk) -> Tensor:
+        if self.shampoo_beta is None or not self.correct_bias or self.kl:
+            return factor
+        beta = self.shampoo_beta
+        return factor / chunk.per_block([1 - beta**t for t in chunk.t], factor)
+
+    def _snapshot(self, state: State, chunk: Chunk) -> Roots:
+        return {f"root_{side}": self._debiased(state[f"factor_{side}"], chunk) for side in chunk.layout.sides}
+
+    def _roots_of(self, factors: Roots, layout: Layout) -> Roots:
+        exponent, method = self._exponent(layout), self.root_method
+        return {
+            role: linalg.inverse_root(factor, exponent=exponent, ridge=self.ridge, method=method)
+            for role, factor in factors.items()
+        }
+
+    def _compute_roots(self, state: State, chunk: Chunk) -> None:
+        for role, root in self._roots_of(self._snapshot(state, chunk), chunk.layout).items():
+            state[role].copy_(root)
+
+    @property
+    def _first(self) -> int:
+        """The update at which roots are computed first; KL-Shampoo has them from its seed."""
+        return 0 if self.kl else max(1, self.start_step)
+
+    def _due(self, t: int, index: int) -> bool:
+        offset = index if self.stagger else 0
+        return t == self._first or (t > self._first and (t + offset) % self.precondition_frequency == 0)
+
+    def _last_due(self, t: int, index: int) -> int:
+        """The last update before ``t`` whose number called for new roots, whatever the start step says."""
+        before = t - 1
+        return before - (before + (index if self.stagger else 0)) % self.precondition_frequency
+
+    def _refresh(self, state: State, chunk: Chunk) -> None:
+        # The first roots of a tensor are computed in place: there are no stale ones to go on with.
+        first = [t == self._first for t in chunk.t]
+        if self.delay == 0 or chunk.background is None:
+            first = [self._due(t, i) for t, i in zip(chunk.t, chunk.index, strict=True)]
+        for blocks, part in chunk.runs(first):
+            self._compute_roots({role: value[blocks] for role, value in state.items()}, part)
+        if self.delay != 0 and chunk.background is not None:
+            later = [t > self._first for t in chunk.t]
+            for start, end in adjacent(later, longest=1):
+                flags = [start <= place < end for place in range(len(chunk.t))]
+                for blocks, part in chunk.runs(flags):
+                    self._refresh_later({role: value[blocks] for role, value in state.items()}, part, chunk.background)
+
+    def _refresh_later(self, state: State, chunk: Chunk, background: Background) -> None:
+        """Takes over and starts background work of one tensor."""
+        t, key = chunk.t[0], chunk.index[0]
+        due = self._due(t, key)
+        if self.delay is None:
+            # Waiting when the next roots are due bounds their age by two periods.
+            self._install(background.take(key, wait=due), state)
+            if due:
+                snapshot = {role: value.clone() for role, value in self._snapshot(state, chunk).items()}
+                background.submit(key, lambda factors: self._background_roots(factors, chunk.layout), snapshot)
+            return
+        age = t - self._last_due(t, key)
+        if age <= self.delay and t - age > self._first:
+            if not background.pending(key):  # a resumed run: what was under way is in the state
+                self._submit_snapshot(state, chunk, background)
+            if age == self.delay:
+                self._install(background.take(key, wait=True), state)
+        if due:
+            for role, factor in self._snapshot(state, chunk).items():
+                state[role.replace("root", "snapshot")].copy_(factor)
+            self._submit_snapshot(state, chunk, background)
+
+    def _submit_snapshot(self, state: State, chunk: Chunk, background: Background) -> None:
+        snapshot = {f"root_{side}": state[f"snapshot_{side}"].clone() for side in chunk.layout.sides}
+        key = chunk.index[0]
+        background.submit(key, lambda factors: self._background_roots(factors, chunk.layout), snapshot)
+
+    def _background_roots(self, factors: Roots, layout: Layout) -> Roots:
+        # Off the training loop a CPU can afford float64; a GPU's is slow enough to fall behind.
+        exact = {role: factor.double() if factor.device.type == "cpu" else factor for role, factor in factors.items()}
+        roots = self._roots_of(exact, layout)
+        return {role: root.to(factors[role].dtype) for role, root in roots.items()}
+
+    def _install(self, roots: Roots | None, state: State) -> None:
+        for role, root in (roots or {}).items():
+            state[role].copy_(root)
