@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+from contextlib import nullcontext
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_soap import metrics, registry, resume, schema
+from hf_soap.optimizers import MARS
 from hf_soap.stepping import BlockOptimizer
 
 if TYPE_CHECKING:
@@ -32,6 +37,7 @@ class SoapTrainerMixin(_Base):
 
     def __init__(self, *args: Any, optimizer_config: schema.OptimizerConfig | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._window: list[tuple[RandomState, Any]] = []
         if optimizer_config is not None:
             _write_config(self.args, optimizer_config)
         if registry.optimizer_name(self.args) in registry.ENTRIES:
@@ -54,12 +60,49 @@ class SoapTrainerMixin(_Base):
                     "pass the folder of one, or start without resume_from_checkpoint"
                 )
             resume_from_checkpoint = str(found)
+        self._window.clear()
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Computes the gradients of one batch; for exact MARS those of the accumulated batches are then corrected.
+
+        The correction happens behind the last batch of an accumulation window and before clipping. The window is
+        replayed at the previous weights with the random numbers that it had, so that dropout drops the same units.
+        """
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        if not (isinstance(optimizer, MARS) and optimizer.exact):
+            return super().training_step(model, inputs, *args, **kwargs)
+        self._window.append((_random_state(), copy.copy(inputs)))
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        if self.accelerator.sync_gradients:
+            window, behind, after = self._window[:], optimizer.has_previous_weights, _random_state()
+            self._window.clear()
+            with optimizer.at_previous_weights():
+                for number, (before, batch) in enumerate(window if behind else [], start=1):
+                    _set_random_state(before)
+                    with nullcontext() if number == len(window) else self.accelerator.no_sync(model):
+                        super().training_step(model, batch, *args, **kwargs)
+            _set_random_state(after)
+        return loss
 
     def optimizer_diagnostics(self) -> dict[str, float]:
         """Returns what :func:`hf_soap.metrics.diagnostics` measures, or nothing for an optimizer of another kind."""
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps the prepared one
         return metrics.diagnostics(optimizer) if isinstance(optimizer, BlockOptimizer) else {}
+
+
+RandomState = tuple[Tensor, list[Tensor]]
+
+
+def _random_state() -> RandomState:
+    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+
+
+def _set_random_state(state: RandomState) -> None:
+    cpu, cuda = state
+    torch.set_rng_state(cpu)
+    if cuda:
+        torch.cuda.set_rng_state_all(cuda)
 
 
 class SoapTrainer(SoapTrainerMixin, Trainer):

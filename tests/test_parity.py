@@ -66,7 +66,7 @@ def soap_difference(shapes: list[tuple[int, ...]], *, inject: bool = False, **op
         pytest.param([(20, 30), (30, 30)], {"block_size": 10}, id="even blocks"),
         pytest.param([(25, 25), (9,)], {"factorized": True}, id="factorized"),
         pytest.param(
-            [(12, 30), (30, 12), (15, 15)], {"one_sided": True, "factorized": True}, id="one side, factorized"
+            [(12, 30), (30, 12), (15, 15)], {"one_sided": True, "factorized": True}, id="both"
         ),
         pytest.param([(25, 25), (25, 25), (9,)], {"kl": True}, id="KL"),
         pytest.param([(6, 6, 6)], {"kl": True}, id="KL, 3-D"),

@@ -127,8 +127,8 @@ class MARS(BlockOptimizer):
         if self.exact and not self._corrected:
             raise RuntimeError(
                 "exact MARS got gradients without their correction, wanted the same minibatch's gradients at the "
-                "previous weights too; train with hf_soap.SoapTrainer, or in a loop of your own run the backward pass again "
-                "in `with optimizer.at_previous_weights():`, or pass a closure, or use exact=False"
+                "previous weights too; train with hf_soap.SoapTrainer, or in a loop of your own run the backward pass "
+                "again in `with optimizer.at_previous_weights():`, or pass a closure, or use exact=False"
             )
         super().step()
         self._corrected = False
