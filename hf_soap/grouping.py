@@ -45,6 +45,7 @@ def split_groups(params: Iterable[Any], model: nn.Module | None, config: Optimiz
     """
     given = list(params)
     groups = given if given and isinstance(given[0], dict) else [{"params": given}]
+    groups = [{**group, "params": _listed(group["params"])} for group in groups]
     names = _names(model) if model is not None else {}
     trainable = [name for group in groups for param in group["params"] for name in names.get(param, ())]
     patterns = {
@@ -100,6 +101,12 @@ def routing_table(optimizer: BlockOptimizer) -> str:
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
         for row in rows
     )
+
+
+def _listed(params: Any) -> list[Tensor]:
+    """Lists what torch takes in a group: one tensor, or an iterable of tensors or of (name, tensor)."""
+    listed = [params] if isinstance(params, Tensor) else list(params)
+    return [param[1] if isinstance(param, tuple) else param for param in listed]
 
 
 def _names(model: nn.Module) -> dict[Tensor, list[str]]:

@@ -26,7 +26,8 @@ def diagnostics(optimizer: BlockOptimizer) -> dict[str, float]:
     for state in optimizer.state.values():
         found["seeded_share"].append(float(state["step"] > 0))
         for role, value in state.items():
-            if role.startswith("factor_") and state["step"] > 0:
+            # Without a basis, a factor lives in the space of the gradients, where it need not be diagonal.
+            if role.startswith("factor_") and role.replace("factor", "basis") in state and state["step"] > 0:
                 found["factor_off_diagonal"] += linalg.off_diagonal_share(value).tolist()
     means = {f"optimizer/{key}": sum(values) / len(values) for key, values in found.items()}
     return {**means, "optimizer/skipped_steps": float(optimizer.skipped_steps)}

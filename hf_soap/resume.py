@@ -45,12 +45,16 @@ def find_problem(checkpoint: Path, *, model_only: bool = False) -> str | None:
     if not weights and not any(checkpoint.glob("*model*")):
         return "no model weights"
     for index in checkpoint.glob("*.index.json"):
-        shards = set(json.loads(index.read_text())["weight_map"].values())
+        try:
+            shards = set(json.loads(index.read_text())["weight_map"].values())
+        except ValueError as error:
+            return f"{index.name}: {error}"
         if missing := sorted(shards - {path.name for path in weights}):
             return f"{missing[0]} is missing"
     saved = [*weights]
     if not model_only:
-        saved += [checkpoint / "scheduler.pt"]
+        # A missing random state is the Trainer's to warn about, half of one stops it.
+        saved += [checkpoint / "scheduler.pt", *checkpoint.glob("rng_state*.pth"), *checkpoint.glob("scaler.pt")]
         if not any(checkpoint.glob("optimizer_*")):
             saved += [checkpoint / "optimizer.pt"]
     return next((f"{path.name} is {problem}" for path in saved if (problem := _damage(path))), None)
@@ -69,6 +73,9 @@ def _damage(path: Path) -> str | None:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
             return "cut off"
-        header = json.loads(file.read(length))
+        try:
+            header = json.loads(file.read(length))
+        except ValueError:  # a file system that lost the content may leave zeros
+            return "unreadable"
     end = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
     return None if size == 8 + length + end else "cut off"

@@ -144,39 +144,21 @@ class BlockOptimizer(torch.optim.Optimizer):
         return buckets
 
     def _step_bucket(self, group: dict[str, Any], bucket: Bucket) -> None:
-        plan, rule, layout = bucket.plan, bucket.plan.rule, bucket.plan.layout
+        plan = bucket.plan
+        fresh, ready = _stages(bucket)
         decay = group["weight_decay"] if plan.weight_decay is None else plan.weight_decay
-        steps = bucket.steps.tolist()
-        present = [param.grad is not None for param in bucket.params]
-        fresh = [rule.waits and here and not step for here, step in zip(present, steps, strict=True)]
-        if any(fresh):
-            # An all-zero gradient (a LoRA matrix behind a zero one, a synthetic step) shapes no preconditioner.
-            grads = [
-                p.grad for p, is_fresh in zip(bucket.params, fresh, strict=True) if is_fresh and p.grad is not None
-            ]
-            nonzero = iter(torch.stack([grad.count_nonzero() for grad in grads]).tolist())
-            fresh = [is_fresh and next(nonzero) > 0 for is_fresh in fresh]
-        ready = [
-            here and (step > 0 or not rule.waits or (new and not rule.seeds))
-            for here, step, new in zip(present, steps, fresh, strict=True)
-        ]
-
-        size = bucket.tensors_per_chunk()
-        for seeding, flags in ((True, fresh if rule.seeds else []), (False, ready)):
+        steps, size = bucket.steps.tolist(), bucket.tensors_per_chunk()
+        for seeding, flags in ((True, fresh), (False, ready)):
             for first, last in adjacent(flags, size):
                 bucket.steps[first:last] += 1
-                t = tuple(int(step) + 1 - rule.seeds for step in steps[first:last])
-                chunk = Chunk(layout, t, tuple(bucket.index[first:last]), self._background)
-                params = bucket.params[first:last]
-                grad = stack_gradients(params, layout, bucket.dtype)
+                t = tuple(int(step) + 1 - plan.rule.seeds for step in steps[first:last])
+                chunk = Chunk(plan.layout, t, tuple(bucket.index[first:last]), self._background)
+                params, state = bucket.params[first:last], bucket.rows(first, last)
                 if seeding:
-                    rule.seed(grad, bucket.rows(first, last), chunk)
+                    plan.rule.seed(stack_gradients(params, plan.layout, bucket.dtype), state, chunk)
                 else:
-                    state = bucket.rows(first, last)
-                    direction = rule.update(grad, state, chunk)
-                    if plan.keep_weights:
-                        state[PREV_PARAM].copy_(torch.cat([layout.to_blocks(param) for param in params]))
-                    apply_(params, direction, plan, lr=group["lr"] * plan.lr_scale, weight_decay=decay)
+                    lr = group["lr"] * plan.lr_scale
+                    step_chunk(plan, params, state, chunk, bucket.dtype, lr=lr, weight_decay=decay)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -223,6 +205,25 @@ class BlockOptimizer(torch.optim.Optimizer):
         )
 
 
+def _stages(bucket: Bucket) -> tuple[list[bool], list[bool]]:
+    """Says which tensors of a bucket have the gradient that seeds them, and which have one to be updated with."""
+    rule = bucket.plan.rule
+    grads = [param.grad for param in bucket.params]
+    present = [grad is not None for grad in grads]
+    if not rule.waits:
+        return [], present
+    new = [here and not step for here, step in zip(present, bucket.steps.tolist(), strict=True)]
+    if any(new):
+        # An all-zero gradient (a LoRA matrix behind a zero one, a synthetic step) shapes no preconditioner.
+        unseen = [grad for grad, is_new in zip(grads, new, strict=True) if is_new and grad is not None]
+        nonzero = iter(torch.stack([grad.count_nonzero() for grad in unseen]).tolist())
+        fresh = [is_new and next(nonzero) > 0 for is_new in new]
+    else:
+        fresh = new
+    old = [here and not is_new for here, is_new in zip(present, new, strict=True)]
+    return (fresh, old) if rule.seeds else ([], [a or b for a, b in zip(fresh, old, strict=True)])
+
+
 @dataclass
 class GroupCache:
     """The buckets of a param group, and what they were made from."""
@@ -246,6 +247,33 @@ def stack_gradients(params: Sequence[Tensor], layout: Layout, dtype: torch.dtype
     """Returns the gradients of ``params`` as one batch of blocks (tensors * blocks, d_1, ..., d_k) in ``dtype``."""
     cut = [layout.to_blocks(param.grad.reshape(layout.view)) for param in params if param.grad is not None]
     return (cut[0] if len(cut) == 1 else torch.cat(cut)).to(dtype)
+
+
+def step_chunk(
+    plan: Plan,
+    params: Sequence[Tensor],
+    state: Mapping[str, Tensor],
+    chunk: Chunk,
+    dtype: torch.dtype,
+    *,
+    lr: float | Tensor,
+    weight_decay: float,
+) -> None:
+    """Updates adjacent tensors of a bucket: by the rule's fused kernels where they apply, else by its direction."""
+    if plan.keep_weights:
+        before = torch.cat([plan.layout.to_blocks(param) for param in params])
+    grads = [param.grad for param in params if param.grad is not None]
+    alike = plan.layout.blocks == 1 and not plan.decay_last
+    done = (
+        alike
+        and all(t.dtype == dtype and t.is_contiguous() for t in (*params, *grads))
+        and plan.rule.fused_step(params, grads, state, chunk, lr=lr, weight_decay=weight_decay)
+    )
+    if not done:
+        direction = plan.rule.update(stack_gradients(params, plan.layout, dtype), state, chunk)
+        apply_(params, direction, plan, lr=lr, weight_decay=weight_decay)
+    if plan.keep_weights:
+        state[PREV_PARAM].copy_(before)
 
 
 def apply_(

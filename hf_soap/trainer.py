@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import nullcontext
+from dataclasses import fields
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
@@ -122,10 +123,12 @@ class _LogDiagnostics(TrainerCallback):
 
 def _write_config(args: TrainingArguments, config: schema.OptimizerConfig) -> None:
     """Puts a config into the arguments as text, so that they say on disk what was trained."""
-    name = registry.optimizer_name(args)
+    name, text = registry.optimizer_name(args), config.to_optim_args() or None
+    if (name, args.optim_args) == (config.name, text):
+        return  # an earlier trainer had the same arguments and config
     if args.optim_args:
         raise ValueError(f"got both optimizer_config and optim_args={args.optim_args!r}, wanted one; drop optim_args")
-    if name in registry.ENTRIES and name != config.name:
+    if name not in (config.name, next(entry.default for entry in fields(args) if entry.name == "optim")):
         raise ValueError(f"got optim={name!r} with a config of {config.name}, wanted one optimizer; drop optim")
     args.optim = type(args.optim)(config.name) if isinstance(args.optim, Enum) else config.name
-    args.optim_args = config.to_optim_args() or None
+    args.optim_args = text

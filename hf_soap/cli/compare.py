@@ -29,7 +29,7 @@ DEFAULT_LR = {"adamw_torch": 2.5e-3, "adamw_torch_fused": 2.5e-3, "soap": 1e-2}
 """Best of a sweep in powers of two at the default settings; other optimizers and settings need ``--lr``."""
 
 DEFAULT_BETA2 = {"adamw_torch": 0.95, "adamw_torch_fused": 0.95}
-"""Best of 0.95 and 0.999, each at its best learning rate. The Trainer's 0.999 stands for an optimizer's own default."""
+"""Best of 0.95 and 0.999, each at its best learning rate. The Trainer's 0.999 leaves our optimizers their own."""
 
 DEFAULT_STEPS = 120
 
@@ -84,9 +84,10 @@ def compare(
     """Train the same small GPT-2 once per optimizer and compare loss, steps, time and memory.
 
     Weights, data and data order are the same for all. The first optimizer is the yardstick: "steps to" counts the
-    steps until another one's held-out loss is down to that with which the first one ended. Within one run this
-    understates the better optimizer, whose learning rate has not decayed yet when it gets there. `--steps NAME=N`
-    gives an optimizer a schedule of its own length: the N at which it ends with the same loss is the fair count.
+    steps until another one's held-out loss is down to that with which the first one ended. Within one run this is a
+    hint, which can err either way: the learning rate has not decayed at that step, and a run of that length would have
+    warmed up faster. `--steps NAME=N` gives an optimizer a schedule of its own length: the N at which it ends with the
+    same loss is the fair count.
 
     Wall time is that of the training steps, without evaluations and checkpoint, on this machine as it is just now.
     """

@@ -82,7 +82,7 @@ def render(rows: Sequence[Row]) -> Table:
     Returns:
         A table for ``rich``.
     """
-    table = Table(box=SIMPLE_HEAD)
+    table = Table(box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     table.add_column("optimizer", no_wrap=True)
     target = _number(rows[0].final_loss, ".3f")
     for header in (
@@ -90,11 +90,11 @@ def render(rows: Sequence[Row]) -> Table:
         "steps",
         "eval\nloss",
         f"steps to\n{target}",
-        "wall\ntime",
+        "wall\nseconds",
         "in opti-\nmizer",
         "state\nB/param",
     ):
-        table.add_column(header, justify="right")
+        table.add_column(header, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(
             row.optimizer,
@@ -102,7 +102,7 @@ def render(rows: Sequence[Row]) -> Table:
             f"{row.steps}",
             _number(row.final_loss, ".4f"),
             _number(row.steps_to_first, ".0f"),
-            f"{row.seconds:.1f} s",
+            f"{row.seconds:.1f}",
             f"{row.optimizer_share:.0%}",
             f"{row.state_bytes_per_parameter:.1f}",
         )

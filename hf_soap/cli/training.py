@@ -40,7 +40,7 @@ class RunSettings:
         optimizer: A name that ``TrainingArguments(optim=...)`` takes.
         optim_args: Options of the optimizer, as ``TrainingArguments(optim_args=...)`` takes them.
         lr: Peak learning rate.
-        adam_beta2: What ``TrainingArguments(adam_beta2=...)`` takes; its default 0.999 leaves SOAP and its kin their own.
+        adam_beta2: What ``TrainingArguments(adam_beta2=...)`` takes; 0.999 leaves our optimizers their own.
         steps: Training steps; the schedule ends with them.
         batch_size: Sequences per step.
         layers: Transformer blocks of the model.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -16,28 +15,58 @@ State = Mapping[str, Tensor]
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class Rule(Protocol):
+class Rule:
     """Arithmetic on batches of blocks, with settings and no state of its own; equal settings make equal rules."""
 
     @property
     def seeds(self) -> bool:
         """Whether the first non-zero gradient of a tensor goes to :meth:`seed` and updates nothing."""
+        return False
 
     @property
     def waits(self) -> bool:
         """Whether all-zero gradients before the first non-zero one are passed over, uncounted."""
+        return self.seeds
 
     def allocate(self, layout: Layout, tensors: int, *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """Returns fresh state by role, each of shape (tensors * blocks, ...)."""
+        raise TypeError(f"{type(self).__name__} must define allocate")
 
     def describe(self, layout: Layout) -> str:
         """Names in a few words what happens to a tensor of this layout, for tables."""
+        return type(self).__name__
 
     def seed(self, grad: Tensor, state: State, chunk: Chunk) -> None:
         """Absorbs the first non-zero gradient (blocks, d_1, ..., d_k) into ``state``, in place."""
 
     def update(self, grad: Tensor, state: State, chunk: Chunk) -> Tensor:
         """Changes ``state`` in place and returns the direction (blocks, d_1, ..., d_k); ``grad`` stays as it is."""
+        raise TypeError(f"{type(self).__name__} must define update")
+
+    def fused_step(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        state: State,
+        chunk: Chunk,
+        *,
+        lr: float | Tensor,
+        weight_decay: float,
+    ) -> bool:
+        """Takes the whole step of :meth:`update` and the weights by fused kernels, where there are such.
+
+        Args:
+            params: Tensors of one block each and of the state's dtype, changed in place.
+            grads: Their gradients.
+            state: As for :meth:`update`.
+            chunk: As for :meth:`update`.
+            lr: Learning rate.
+            weight_decay: Decoupled weight decay, taken from the weights before the update.
+
+        Returns:
+            False if nothing was done.
+        """
+        return False
 
 
 def zeros(

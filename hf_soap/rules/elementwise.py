@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from hf_soap.blocks import Chunk, Layout
-from hf_soap.rules.base import MOMENTS, State, zeros
+from hf_soap.rules.base import MOMENTS, Rule, State, zeros
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdamW:
+class AdamW(Rule):
     """Adam with ε beside the debiased root of the second moment, from the first gradient on.
 
     Attributes:
@@ -29,19 +29,9 @@ class AdamW:
     beta2: float
     eps: float
 
-    seeds: ClassVar[bool] = False
-    waits: ClassVar[bool] = False
-
     def allocate(self, layout: Layout, tensors: int, *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """Returns zero moments."""
         return zeros(layout, tensors, MOMENTS, dtype=dtype, device=device)
-
-    def describe(self, layout: Layout) -> str:
-        """Returns AdamW."""
-        return "AdamW"
-
-    def seed(self, grad: Tensor, state: State, chunk: Chunk) -> None:
-        """Absorbs nothing: Adam's first gradient is a gradient like the others."""
 
     def update(self, grad: Tensor, state: State, chunk: Chunk) -> Tensor:
         """Returns M̂ / (√V̂ + ε)."""
@@ -53,9 +43,66 @@ class AdamW:
         denominator = exp_avg_sq.sqrt().div_(debias2).add_(self.eps).mul_(debias1)
         return exp_avg / denominator
 
+    def fused_step(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        state: State,
+        chunk: Chunk,
+        *,
+        lr: float | Tensor,
+        weight_decay: float,
+    ) -> bool:
+        """Takes the step by torch's fused AdamW."""
+        first, second = ([row.view_as(p) for row, p in zip(state[r], params, strict=True)] for r in MOMENTS)
+        self.fused(params, grads, first, second, chunk.t, lr=lr, weight_decay=weight_decay)
+        return True
+
+    def fused(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        exp_avgs: Sequence[Tensor],
+        exp_avg_sqs: Sequence[Tensor],
+        t: Sequence[int],
+        *,
+        lr: float | Tensor,
+        weight_decay: float,
+        grad_scale: Tensor | None = None,
+    ) -> None:
+        """Calls torch's fused kernel, which updates parameters and moments in one pass.
+
+        Args:
+            params: Any shapes, changed in place.
+            grads: Of the same shapes; divided by ``grad_scale`` in place where that is given.
+            exp_avgs: First moments.
+            exp_avg_sqs: Second moments.
+            t: 1-based number of the update of each.
+            lr: Learning rate.
+            weight_decay: Decoupled weight decay.
+            grad_scale: One number that all gradients are divided by.
+        """
+        device = params[0].device
+        torch._fused_adamw_(
+            list(params),
+            list(grads),
+            list(exp_avgs),
+            list(exp_avg_sqs),
+            [],
+            [torch.full((), float(step), device=device) for step in t],
+            amsgrad=False,
+            lr=lr,
+            beta1=self.beta1,
+            beta2=self.beta2,
+            weight_decay=weight_decay,
+            eps=self.eps,
+            maximize=False,
+            grad_scale=grad_scale,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
-class Lion:
+class Lion(Rule):
     """The sign of the first moment.
 
     Attributes:
@@ -68,19 +115,9 @@ class Lion:
 
     beta1: float
 
-    seeds: ClassVar[bool] = False
-    waits: ClassVar[bool] = False
-
     def allocate(self, layout: Layout, tensors: int, *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """Returns a zero first moment."""
         return zeros(layout, tensors, ("exp_avg",), dtype=dtype, device=device)
-
-    def describe(self, layout: Layout) -> str:
-        """Returns Lion."""
-        return "Lion"
-
-    def seed(self, grad: Tensor, state: State, chunk: Chunk) -> None:
-        """Absorbs nothing: the first gradient is a gradient like the others."""
 
     def update(self, grad: Tensor, state: State, chunk: Chunk) -> Tensor:
         """Returns sign(M)."""

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from hf_soap import linalg
 from hf_soap.blocks import Chunk, Layout
-from hf_soap.rules.base import State, zeros
+from hf_soap.rules.base import Rule, State, zeros
 
 
 @dataclass(frozen=True, kw_only=True)
-class Orthogonal:
+class Orthogonal(Rule):
     """Newton–Schulz of the first moment of a matrix, scaled by its shape.
 
     Attributes:
@@ -31,9 +31,6 @@ class Orthogonal:
     eps: float
     scale: Literal["aspect", "rms"]
 
-    seeds: ClassVar[bool] = False
-    waits: ClassVar[bool] = False
-
     def allocate(self, layout: Layout, tensors: int, *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """Returns a zero first moment."""
         return zeros(layout, tensors, ("exp_avg",), dtype=dtype, device=device)
@@ -41,9 +38,6 @@ class Orthogonal:
     def describe(self, layout: Layout) -> str:
         """Returns Newton–Schulz."""
         return "Newton-Schulz"
-
-    def seed(self, grad: Tensor, state: State, chunk: Chunk) -> None:
-        """Absorbs nothing: the first gradient is a gradient like the others."""
 
     def update(self, grad: Tensor, state: State, chunk: Chunk) -> Tensor:
         """Returns the scaled orthogonal factor of M, (blocks, rows, cols)."""

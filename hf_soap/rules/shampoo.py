@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,13 +11,13 @@ from torch import Tensor
 from hf_soap import linalg, updates
 from hf_soap.background import Background, Roots
 from hf_soap.blocks import Chunk, Layout, adjacent
-from hf_soap.rules.base import State, zeros
+from hf_soap.rules.base import Rule, State, zeros
 
 Graft = Literal["adam", "adagrad", "rmsprop", "sgd"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shampoo:
+class Shampoo(Rule):
     """Multiplies every axis of the gradient by an inverse root of its factor, and borrows its length by grafting.
 
     An axis longer than ``max_precond_dim`` keeps only its factor's diagonal. A tensor with no factor at all follows
@@ -64,12 +64,15 @@ class Shampoo:
     kl: bool = False
     delay: int | None = 0
 
-    waits: ClassVar[bool] = True
-
     @property
     def seeds(self) -> bool:
         """KL-Shampoo's first gradient makes plain factors, with which no direction can be trusted."""
         return self.kl
+
+    @property
+    def waits(self) -> bool:
+        """A zero gradient makes zero factors, which have no inverse root."""
+        return True
 
     def allocate(self, layout: Layout, tensors: int, *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """Returns zero factors, roots and moments, as far as the settings need them."""

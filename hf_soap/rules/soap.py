@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from hf_soap import linalg, updates
 from hf_soap.blocks import Chunk, Layout, adjacent
-from hf_soap.rules.base import MOMENTS, State, zeros
+from hf_soap.rules.base import MOMENTS, Rule, State, zeros
 
 ORTHONORMALIZE_EVERY = 100
 """Refreshes between two corrections of a basis: 5,000 float32 refreshes leave it 1.7e-5 off orthonormality."""
@@ -21,7 +20,7 @@ KL_FLOOR = 1e-8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Soap:
+class Soap(Rule):
     """Adam in the eigenbasis of Shampoo's factors; with no factored side, Adam.
 
     The factors are kept in their own eigenbasis, L̂ = Qᵀ L Q. That is the same method, cheaper: they accumulate from
@@ -60,8 +59,10 @@ class Soap:
     include_current: bool = False
     refresh_tol: float = 0.0
 
-    seeds: ClassVar[bool] = True
-    waits: ClassVar[bool] = True
+    @property
+    def seeds(self) -> bool:
+        """The first gradient only makes the bases, so that it is not rotated into one that it shaped."""
+        return True
 
     def allocate(self, layout: Layout, tensors: int, *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """Returns zero moments and factors, and bases to be filled by :meth:`seed`."""
