@@ -7,6 +7,7 @@ from collections.abc import Callable
 import typer
 
 from hf_soap.cli.compare import compare
+from hf_soap.cli.options import options
 from hf_soap.cli.run import run
 
 app = typer.Typer(
@@ -19,6 +20,7 @@ app = typer.Typer(
 # Everything behind the program's name is the program's, --help included.
 app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})(run)
 app.command()(compare)
+app.command()(options)
 
 
 def main() -> None:

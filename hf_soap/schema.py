@@ -332,7 +332,10 @@ def option_table(config: type[OptimizerConfig]) -> str:
     """Returns the options of an optimizer as a Markdown table: name, type, default, range and meaning."""
     hints = typing.get_type_hints(config)
     rows = ["| option | type | default | what it does |", "|---|---|---|---|"]
-    for key, entry in option_fields(config).items():
+    known = option_fields(config)
+    own_first = [key for cls in config.__mro__ for key in vars(cls).get("__annotations__", {}) if key in known]
+    for key in dict.fromkeys(own_first):
+        entry = known[key]
         check = entry.metadata["check"]
         kind = _type_name(hints[key]).replace("|", "\\|") + (f", {check[1]}" if check else "")
         rows.append(f"| `{key}` | {kind} | `{_to_text(entry.default)}` | {entry.metadata['help']} |")

@@ -1,0 +1,26 @@
+"""``hf-soap options``: what ``optim_args`` may say for an optimizer."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markdown import Markdown
+
+
+def options(
+    optimizer: Annotated[str, typer.Argument(help="A name for TrainingArguments(optim=...).")] = "soap",
+    markdown: Annotated[bool, typer.Option(help="Print Markdown as it stands, for a README.")] = False,
+) -> None:
+    """Print the options of an optimizer: type, default and meaning."""
+    from hf_soap import registry, schema
+
+    if optimizer not in registry.ENTRIES:
+        match = schema.nearest(optimizer, registry.ENTRIES)
+        raise typer.BadParameter(f"unknown optimizer {optimizer!r}: {match}Names are {', '.join(registry.ENTRIES)}.")
+    table = schema.option_table(registry.ENTRIES[optimizer].config)
+    if markdown:
+        typer.echo(table)
+    else:
+        Console().print(Markdown(table))
