@@ -18,8 +18,9 @@ def diagnostics(optimizer: BlockOptimizer) -> dict[str, float]:
         optimizer: Any optimizer of the family.
 
     Returns:
-        ``factor_off_diagonal``: mean over factors of ‖L̂ - diag L̂‖_F / ‖L̂‖_F, 0 where the bases diagonalise the
-        factors exactly; ``seeded_share``: share of the tensors with state that have had a non-zero gradient;
+        ``factor_off_diagonal``: mean over the factors of SOAP of ‖L̂ - diag L̂‖_F / ‖L̂‖_F, 0 where the bases
+        diagonalise the factors exactly; ``seeded_share``: share of the tensors with state that have had a non-zero
+        gradient;
         ``skipped_steps``: steps left out because of a non-finite gradient. Names carry the prefix ``optimizer/``.
     """
     found: defaultdict[str, list[float]] = defaultdict(list)

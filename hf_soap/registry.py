@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
@@ -173,15 +174,17 @@ def _extend_trainer(trainer: ModuleType) -> None:
 
 
 def _refuse_sharding(args: TrainingArguments, name: str) -> None:
-    if getattr(args, "deepspeed", None) or getattr(args, "hf_deepspeed_config", None):
+    # `accelerate launch` says so by the environment, and the arguments then do not.
+    launched = {way for way in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{way}", "").lower() == "true"}
+    if getattr(args, "deepspeed", None) or getattr(args, "hf_deepspeed_config", None) or "DEEPSPEED" in launched:
         raise ValueError(
             f"optim={name!r} got DeepSpeed, wanted whole parameters: ZeRO hands the optimizer one flat vector, "
             "on which it could only be Adam; use DDP"
         )
-    if getattr(args, "fsdp", None):
+    if getattr(args, "fsdp", None) or "FSDP" in launched:
         raise ValueError(
-            f"optim={name!r} got fsdp={args.fsdp!r}, wanted whole parameters: sharded training is not supported by "
-            "this version; use DDP"
+            f"optim={name!r} got FSDP, wanted whole parameters: sharded training is not supported by this version; "
+            "use DDP"
         )
 
 

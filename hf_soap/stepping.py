@@ -119,8 +119,9 @@ class BlockOptimizer(torch.optim.Optimizer):
         if not checked:
             return True
         # The largest magnitude, not a sum of squares: 1e30 is finite and its square is not.
-        peaks = torch.stack([peak.float().cpu() for peak in torch._foreach_norm(checked, float("inf"))])
-        if bool(peaks.isfinite().all()):
+        peaks = torch._foreach_norm(checked, float("inf"))
+        by_device = {peak.device: [p.float() for p in peaks if p.device == peak.device] for peak in peaks}
+        if all(bool(torch.stack(group).isfinite().all()) for group in by_device.values()):
             return True
         if not self.skipped_steps:
             logger.warning(
@@ -137,7 +138,9 @@ class BlockOptimizer(torch.optim.Optimizer):
             return cached.buckets
         members: dict[tuple[Plan, torch.dtype, torch.device], list[tuple[int, Tensor]]] = {}
         for place, param in enumerate(params, start=index):
+            sharding.require_whole(param)  # accelerate shards parameters after the optimizer was made
             key = (self.plan(group, param.shape), state_dtype(param), param.device)
+            warn_if_flattened(key[0].layout, param)
             members.setdefault(key, []).append((place, param))
         buckets = [Bucket(plan, entries, self.state, dtype=dtype) for (plan, dtype, _), entries in members.items()]
         self._buckets[number] = GroupCache(settings, params, buckets)
@@ -236,6 +239,22 @@ class GroupCache:
         """Whether parameters and state are still those that the buckets were made from."""
         same = len(self.params) == len(params) and all(a is b for a, b in zip(self.params, params, strict=True))
         return same and all(bucket.intact(state) for bucket in self.buckets)
+
+
+def warn_if_flattened(layout: Layout, param: Tensor) -> None:
+    """Warns about a tensor that merging made one long vector, whose factor then has the square of its entries."""
+    if layout.sides and len(layout.view) == 1 and param.dim() > 2:
+        n = layout.block[0]
+        logger.warning(
+            "merge_dims makes one vector of %d entries of a tensor of shape %s: %d factors of %d x %d, %.0f MiB; "
+            "lower max_precond_dim to keep its dimensions apart.",
+            param.numel(),
+            tuple(param.shape),
+            layout.blocks,
+            n,
+            n,
+            2 * layout.factor_numel() * state_dtype(param).itemsize / 2**20,
+        )
 
 
 def state_dtype(param: Tensor) -> torch.dtype:

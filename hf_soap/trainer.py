@@ -118,7 +118,9 @@ class _LogDiagnostics(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.global_step % self.every == 0:
+            due = control.should_log
             self.trainer.log(self.trainer.optimizer_diagnostics())
+            control.should_log = due  # logging clears it, and the loss of this step would go unlogged
 
 
 def _write_config(args: TrainingArguments, config: schema.OptimizerConfig) -> None:
