@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# From a fresh clone to a picture: installs hf_soap, trains a small model with AdamW and with SOAP, plots both.
+# Usage: bash scripts/quickstart.sh [arguments for `hf-soap compare`]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. scripts/_venv.sh
+
+ensure_venv .venv '.[plot]' constraints.txt
+
+output=outputs/quickstart
+say "training with adamw and with soap"
+.venv/bin/hf-soap compare adamw soap --output-dir "$output" "$@"
+
+say "done"
+find "$output" -name '*.png' -exec echo "plot:       {}" \;
+find "$output" -type d -name 'checkpoint-*' -exec echo "checkpoint: {}" \;

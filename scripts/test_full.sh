@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# test.sh plus the slow tests, and all of them once more with the oldest supported transformers.
+# Usage: bash scripts/test_full.sh [--no-oldest] [arguments for pytest]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. scripts/_venv.sh
+
+oldest=true
+if [ "${1:-}" = --no-oldest ]; then
+    oldest=false
+    shift
+fi
+
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+summaries=()
+
+# summarize FOLDER: remembers what the log's last line says about the environment FOLDER.
+summarize() {
+    local versions result
+    versions=$("$1/bin/python" - <<'PY'
+import platform
+from importlib.metadata import version
+
+print(f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in ("torch", "transformers")), sep=", ")
+PY
+    )
+    result=$(tail -n 1 "$log" | sed 's/\x1b\[[0-9;]*m//g; s/^=* *//; s/ *=*$//')
+    summaries+=("$versions: $result")
+}
+
+failed=0
+bash scripts/test.sh --slow "$@" 2>&1 | tee "$log" || failed=1
+summarize .venv
+
+if $oldest; then
+    ensure_venv .venv-oldest '.[dev]' constraints-oldest.txt
+    say "pytest with the oldest supported transformers"
+    .venv-oldest/bin/python -m pytest --slow "$@" 2>&1 | tee "$log" || failed=1
+    summarize .venv-oldest
+fi
+
+say "for CONTRIBUTING.md, last full test run"
+for summary in "${summaries[@]}"; do
+    echo "- $(date +%F), commit $(git rev-parse --short HEAD 2>/dev/null || echo none), $(nproc) CPU cores, $summary"
+done
+exit $failed

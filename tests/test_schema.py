@@ -1,0 +1,236 @@
+"""Options: what is accepted, and what the error for anything else says."""
+
+import contextlib
+import inspect
+from dataclasses import FrozenInstanceError, replace
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import Parameter
+
+from hf_soap import MARS, SOAP, Shampoo, SoapConfig
+from hf_soap.registry import ENTRIES, Entry
+from hf_soap.schema import OptimizerConfig, nearest, option_fields, option_table, parse_optim_args
+
+entries = pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES.keys())
+
+
+# What is wrong and what it must be answered with: the value as it came, what was wanted, and a way out.
+WRONG = {
+    "precondition_frequency=0": r"precondition_frequency must be >= 1, got 0; use 1 to refresh at every step",
+    "precondition_frequency=-3": r"precondition_frequency must be >= 1, got -3; use 1",
+    "precondition_frequency=2.5": r"precondition_frequency must be int, got '2.5'",
+    "precondition_frequency=often": r"precondition_frequency must be int, got 'often'",
+    "precondition_freq=5": r"unknown option 'precondition_freq' of soap: did you mean precondition_frequency\? It",
+    "freqency=5": r"unknown option 'freqency' of soap: .*It takes .*precondition_frequency",
+    "zzz=5": r"unknown option 'zzz' of soap: It takes .*beta1",
+    "max_precond_dim=-1": r"max_precond_dim must be >= 0, got -1; use 0 to factor no side",
+    "block_size=0": r"block_size must be >= 1, got 0; the default is none",
+    "beta1=1": r"beta1 must be in \[0, 1\), got 1.0; the default is 0.95",
+    "beta2=-0.1": r"beta2 must be in \[0, 1\), got -0.1; the default is 0.95",
+    "shampoo_beta=1.5": r"shampoo_beta must be in \[0, 1\), got 1.5; the default is none",
+    "beta1=nan": r"beta1 must be in \[0, 1\), got nan",
+    "eps=-1e-8": r"eps must be >= 0, got -1e-08; the default is 1e-08",
+    "eps=inf": r"eps must be >= 0, got inf",
+    "eps=nan": r"eps must be >= 0, got nan",
+    "eps=tiny": r"eps must be float, got 'tiny'",
+    "eps=none": r"eps must be float, got 'none'",
+    "merge_dims=maybe": r"merge_dims must be true or false, got 'maybe'",
+    "one_sided=true;stagger=true": r"one_sided must be true or false, got 'true;stagger=true'",
+    "nonfinite=raise": r"nonfinite must be skip or off, got 'raise'",
+    "lora_sides=left": r"lora_sides must be rank or both or none, got 'left'",
+    "log_every=-1": r"log_every must be >= 0, got -1; the default is 0",
+    "adam_modules=(": r"adam_modules must be a regular expression, got '\(': ",
+    "one_sided_modules=*": r"one_sided_modules must be a regular expression, got '\*': ",
+    "stagger": r"optim_args wants key=value pairs split by commas, got 'stagger'; for example eps=1e-8",
+    "eps=": r"optim_args wants key=value pairs split by commas, got 'eps='; for example",
+    "=3": r"optim_args wants key=value pairs split by commas, got '=3'; for example",
+    "eps=1e-8 beta1=0.9": r"eps must be float, got '1e-8 beta1=0.9'",
+    "eps=1e-8,eps=1e-9": r"optim_args names eps twice, wanted it once; remove one",
+    "betas=(0.9,0.95),beta1=0.8": r"optim_args names beta1 twice, wanted it once; remove one",
+    "betas=0.9": r"betas wants two numbers, got '0.9'; write betas=\(0.95,0.95\), or beta1= and beta2=",
+    "betas=(0.9,0.95,0.99)": r"betas wants two numbers, got '\(0.9,0.95,0.99\)'; write betas=",
+    "betas=(0.9,1)": r"beta2 must be in \[0, 1\), got 1.0",
+}
+
+
+@pytest.mark.parametrize(("text", "message"), WRONG.items(), ids=WRONG.keys())
+def test_wrong_optim_args(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_optim_args(text, SoapConfig)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"precondition_frequency": 0}, r"precondition_frequency must be >= 1, got 0; use 1"),
+        ({"precondition_frequency": True}, r"precondition_frequency must be int, got True"),
+        ({"precondition_frequency": 10.0}, r"precondition_frequency must be int, got 10.0"),
+        ({"precondition_frequency": "10"}, r"precondition_frequency must be int, got '10'"),
+        ({"max_precond_dim": None}, r"max_precond_dim must be int, got None"),
+        ({"eps": "1e-8"}, r"eps must be float, got '1e-8'"),
+        ({"eps": True}, r"eps must be float, got True"),
+        ({"merge_dims": 1}, r"merge_dims must be true or false, got 1"),
+        ({"nonfinite": "raise"}, r"nonfinite must be skip or off, got 'raise'"),
+        ({"block_size": 0}, r"block_size must be >= 1, got 0"),
+        ({"shampoo_beta": 1.0}, r"shampoo_beta must be in \[0, 1\), got 1.0"),
+    ],
+    ids=str,
+)
+def test_wrong_values_in_python(values: dict[str, Any], message: str) -> None:
+    """A config, the constructor and a param group answer alike, and nothing was made."""
+    with pytest.raises(ValueError, match=message):
+        SoapConfig(**values)
+    with pytest.raises(ValueError, match=message):
+        SOAP([Parameter(torch.ones(2, 2))], **values)
+    with pytest.raises(ValueError, match=message):
+        SOAP([{"params": [Parameter(torch.ones(2, 2))], **values}])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"betas": 0.9}, r"betas must be two numbers, got 0.9; for example \("),
+        ({"betas": (0.9,)}, r"betas must be two numbers, got \(0.9,\); for example \("),
+        ({"betas": (1.0, 0.9)}, r"beta1 must be in \[0, 1\), got 1.0"),
+        ({"betas": (0.9, torch.nan)}, r"beta2 must be in \[0, 1\), got nan"),
+        ({"lr": -1e-3}, r"lr must be a finite number >= 0, got -0.001"),
+        ({"lr": torch.nan}, r"lr must be a finite number >= 0, got nan"),
+        ({"lr": torch.inf}, r"lr must be a finite number >= 0, got inf"),
+        ({"lr": "1e-3"}, r"lr must be a finite number >= 0, got '1e-3'"),
+        ({"lr": None}, r"lr must be a finite number >= 0, got None"),
+        ({"lr": torch.ones(2)}, r"lr must be a number or a tensor of one element, got a tensor of shape \(2,\)"),
+        ({"lr": torch.tensor(-1.0)}, r"lr must be .*>= 0, got .*-1"),
+        ({"weight_decay": -0.1}, r"weight_decay must be a finite number >= 0, got -0.1"),
+        ({"weight_decay": True}, r"weight_decay must be a finite number >= 0, got True"),
+    ],
+    ids=str,
+)
+def test_wrong_constructor_arguments(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SOAP([Parameter(torch.ones(2, 2))], **values)
+    with pytest.raises(ValueError, match=message):
+        SOAP([{"params": [Parameter(torch.ones(2, 2))], **values}])
+
+
+def test_an_unknown_rule_of_a_group() -> None:
+    with pytest.raises(ValueError, match=r"rule must be one of soap, adam, got 'sgd'"):
+        SOAP([{"params": [Parameter(torch.ones(2, 2))], "rule": "sgd"}])
+
+
+@pytest.mark.parametrize(
+    ("text", "config"),
+    [
+        (None, SoapConfig()),
+        ("", SoapConfig()),
+        (" , ", SoapConfig()),
+        ("eps=1e-6,", SoapConfig(eps=1e-6)),
+        (" eps = 1e-6 , one_sided = True ", SoapConfig(eps=1e-6, one_sided=True)),
+        ("betas=(0.9,0.99)", SoapConfig(beta1=0.9, beta2=0.99)),
+        ("betas=[0.9, 0.99],eps=0", SoapConfig(beta1=0.9, beta2=0.99, eps=0.0)),
+        ("block_size=none,shampoo_beta=None", SoapConfig()),
+        ("stagger=yes,merge_dims=on,one_sided=1", SoapConfig(stagger=True, merge_dims=True, one_sided=True)),
+        ("correct_bias=no", SoapConfig(correct_bias=False)),
+        ("correct_bias=0", SoapConfig(correct_bias=False)),
+        ("adam_modules=(lm_head|wte),log_every=5", SoapConfig(adam_modules="(lm_head|wte)", log_every=5)),
+        (r"adam_modules=h\.[0,1]\.attn", SoapConfig(adam_modules=r"h\.[0,1]\.attn")),
+        (r"adam_modules=a=b{1,2}", SoapConfig(adam_modules="a=b{1,2}")),
+        ("lora_sides=none", SoapConfig(lora_sides="none")),
+    ],
+)
+def test_what_optim_args_can_say(text: str | None, config: SoapConfig) -> None:
+    assert parse_optim_args(text, SoapConfig) == config
+
+
+def test_defaults_may_come_from_elsewhere_and_yield_to_the_text() -> None:
+    config = parse_optim_args("beta1=0.5", SoapConfig, {"beta1": 0.6, "beta2": 0.7})
+    assert (config.beta1, config.beta2) == (0.5, 0.7)
+    with pytest.raises(ValueError, match=r"beta2 must be in \[0, 1\), got 1"):
+        parse_optim_args("", SoapConfig, {"beta2": 1.0})
+
+
+@entries
+@pytest.mark.parametrize("value", [0.125, 1e-12, 3, True, False, None, "rank", "off", "a|b"])
+def test_a_config_survives_being_written_as_text(entry: Entry, value: Any) -> None:
+    """Every option that can be set to the value is."""
+    config = entry.config()
+    for name in option_fields(entry.config):
+        with contextlib.suppress(ValueError):
+            config = replace(config, **{name: value})
+    assert parse_optim_args(config.to_optim_args(), entry.config) == config
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"lm_head|wte",
+        r"h\.[01]\.",
+        r"(a|b)\d{1,3}",
+        "x=y",
+        r"foo\(",
+        "a,b",
+        "[(]",
+        " a",
+        "none",
+        "",
+        "'a'",
+        '"',
+        "x=,'",
+    ],
+)
+def test_a_pattern_survives_being_written_as_text(pattern: str) -> None:
+    """SoapTrainer writes its config into optim_args; a comma or a bracket of a pattern cut the text elsewhere."""
+    config = SoapConfig(adam_modules=pattern, eps=1e-6)
+    assert parse_optim_args(config.to_optim_args(), SoapConfig) == config
+
+
+@entries
+def test_only_changes_are_written(entry: Entry) -> None:
+    assert entry.config().to_optim_args() == ""
+    assert entry.config(eps=1e-5).to_optim_args() == "eps=1e-05"
+
+
+@pytest.mark.parametrize("optimizer", [SOAP, Shampoo, MARS])
+def test_defaults_are_those_of_the_class(optimizer: type) -> None:
+    """The signature and the schema both state the defaults; a change of one must not pass alone."""
+    signature = inspect.signature(optimizer).parameters.values()
+    stated = {entry.name: entry.default for entry in signature if entry.default is not entry.empty}
+    first, *others = [entry.config for entry in ENTRIES.values() if entry.optimizer is optimizer]
+    known: set[str] = set()
+    for config in (first, *others):
+        kwargs = config().constructor_kwargs()
+        known |= kwargs.keys()
+        differ = {name for name, value in kwargs.items() if value != stated[name]}
+        assert differ <= (set() if config is first else {"variant", "kl", "graft"}), "what names stand for"
+    assert stated.keys() - known == {"lr", "weight_decay"}
+    assert stated["lr"] == first.lr
+
+
+@entries
+def test_the_table_has_every_option(entry: Entry) -> None:
+    heading, line, *table = option_table(entry.config).splitlines()
+    assert heading.count("|") == line.count("|") == 5
+    rows = {row.split("`")[1]: row for row in table}
+    assert len(rows) == len(table)
+    assert rows.keys() == option_fields(entry.config).keys()
+    for name, field in option_fields(entry.config).items():
+        assert rows[name].replace("\\|", "").count("|") == 5
+        assert f"`{'none' if field.default is None else str(field.default)}`".lower() in rows[name].lower()
+        assert field.metadata["help"] in rows[name]
+        if field.metadata["check"]:
+            assert field.metadata["check"][1] in rows[name]
+
+
+@entries
+def test_a_config_is_a_value(entry: Entry) -> None:
+    config: OptimizerConfig = entry.config()
+    with pytest.raises(FrozenInstanceError):
+        config.eps = 1.0  # type: ignore[misc, attr-defined]
+    assert config == entry.config()
+    assert hash(config) == hash(entry.config())
+
+
+def test_nearest() -> None:
+    assert nearest("sop", ["soap", "mars"]) == "did you mean soap? "
+    assert nearest("quite different", ["soap", "mars"]) == ""

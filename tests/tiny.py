@@ -1,0 +1,44 @@
+"""A model, data and arguments small enough to train in a second."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
+
+VOCABULARY = 64
+
+
+def gpt2(**config: Any) -> GPT2LMHeadModel:
+    """Two layers of width 32 with dropout, so that a resumed run must restore the random state too."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCABULARY, "n_positions": 16, "n_embd": 32, "n_layer": 2, "n_head": 2}
+    return GPT2LMHeadModel(GPT2Config(**{**sizes, "bos_token_id": 0, "eos_token_id": 0, **config}))
+
+
+class Counting(Dataset[dict[str, torch.Tensor]]):
+    """Sequences that count upwards from anywhere by one or two."""
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        tokens = (index + torch.arange(12) * (1 + index % 2)) % VOCABULARY
+        return {"input_ids": tokens, "labels": tokens}
+
+
+def arguments(folder: Path | str, cls: type[TrainingArguments] = TrainingArguments, **changes: Any) -> Any:
+    """Arguments for a silent run of eight steps on the CPU by `soap`."""
+    settings = {
+        "output_dir": str(folder),
+        "optim": "soap",
+        "learning_rate": 3e-3,
+        "max_steps": 8,
+        "per_device_train_batch_size": 4,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+    }
+    return cls(**{**settings, **changes})
