@@ -8,8 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from hf_soap import registry
-from hf_soap.optimizers import MARS, SOAP, Shampoo
-from hf_soap.schema import (
+from hf_soap.configs import (
     KlShampooConfig,
     KlSoapConfig,
     MarsAdamWConfig,
@@ -18,10 +17,11 @@ from hf_soap.schema import (
     MarsMConfig,
     MarsShampooConfig,
     MarsSoapConfig,
-    OptimizerConfig,
     ShampooConfig,
     SoapConfig,
 )
+from hf_soap.optimizers import MARS, SOAP, Shampoo
+from hf_soap.schema import OptimizerConfig
 
 if TYPE_CHECKING:
     from hf_soap.trainer import SoapTrainer, SoapTrainerMixin

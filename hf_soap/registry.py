@@ -10,7 +10,7 @@ from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from hf_soap import grouping, schema
+from hf_soap import configs, grouping, schema
 from hf_soap.hooks import after_import
 from hf_soap.optimizers import MARS, SOAP, Shampoo
 from hf_soap.stepping import BlockOptimizer
@@ -35,21 +35,21 @@ class Entry:
 
 
 MARS_CONFIGS: tuple[type[schema.OptimizerConfig], ...] = (
-    schema.MarsConfig,
-    schema.MarsAdamWConfig,
-    schema.MarsLionConfig,
-    schema.MarsShampooConfig,
-    schema.MarsSoapConfig,
-    schema.MarsMConfig,
+    configs.MarsConfig,
+    configs.MarsAdamWConfig,
+    configs.MarsLionConfig,
+    configs.MarsShampooConfig,
+    configs.MarsSoapConfig,
+    configs.MarsMConfig,
 )
 
-SOAP_CONFIGS: tuple[type[schema.OptimizerConfig], ...] = (schema.SoapConfig, schema.KlSoapConfig)
-SHAMPOO_CONFIGS: tuple[type[schema.OptimizerConfig], ...] = (schema.ShampooConfig, schema.KlShampooConfig)
+SOAP_CONFIGS: tuple[type[schema.OptimizerConfig], ...] = (configs.SoapConfig, configs.KlSoapConfig)
+SHAMPOO_CONFIGS: tuple[type[schema.OptimizerConfig], ...] = (configs.ShampooConfig, configs.KlShampooConfig)
 
 ENTRIES: dict[str, Entry] = {
     config.name: Entry(optimizer, config)
-    for optimizer, configs in ((SOAP, SOAP_CONFIGS), (Shampoo, SHAMPOO_CONFIGS), (MARS, MARS_CONFIGS))
-    for config in configs
+    for optimizer, listed in ((SOAP, SOAP_CONFIGS), (Shampoo, SHAMPOO_CONFIGS), (MARS, MARS_CONFIGS))
+    for config in listed
 }
 
 

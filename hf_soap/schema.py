@@ -1,10 +1,11 @@
-"""The typed options of every optimizer: defaults, ranges and help, and how ``optim_args`` is read.
+"""What an option is: its type, default, range and help, how it is checked, and how ``optim_args`` is read.
 
 The README's table, the checks of the constructors and the errors for a mistyped option are all made from here.
 """
 
 from __future__ import annotations
 
+import ast
 import difflib
 import math
 import re
@@ -71,206 +72,6 @@ class OptimizerConfig:
         return {"betas": betas, **kwargs}
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Guard(OptimizerConfig):
-    nonfinite: Literal["skip", "off"] = option(
-        "skip", "`skip` leaves out the whole step when a gradient holds NaN or Inf; `off` does not look."
-    )
-    adam_modules: str | None = option(
-        None, "Regex on parameter names: what matches is updated by Adam, with no factors.", trainer_only=True
-    )
-    log_every: int = option(
-        0,
-        "SoapTrainer adds optimizer diagnostics to the log at every such step; 0 never.",
-        NON_NEGATIVE,
-        trainer_only=True,
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Factors(_Guard):
-    shampoo_beta: float | None = option(None, "Decay rate of the Kronecker factors; `none` takes beta2.", DECAY_RATE)
-    precondition_frequency: int = option(
-        10, "Updates between two refreshes of the preconditioner.", AT_LEAST_1, remedy="use 1 to refresh at every step"
-    )
-    max_precond_dim: int = option(
-        10000,
-        "A longer side keeps an identity basis and no factor.",
-        NON_NEGATIVE,
-        remedy="use 0 to factor no side at all, which is Adam",
-    )
-    merge_dims: bool = option(
-        False, "Merge small neighbouring dimensions of tensors with more than two (convolutions)."
-    )
-    precondition_1d: bool = option(False, "Factor vectors too, instead of updating them by Adam.")
-    stagger: bool = option(
-        False, "Tensor i refreshes i updates earlier, so that refreshes do not all fall on the same step."
-    )
-    one_sided: bool = option(False, "Factor only the shorter side of each matrix: less memory and time.")
-    block_size: int | None = option(
-        None, "Cut longer sides into blocks of at most this size, each with its own factors.", AT_LEAST_1
-    )
-    one_sided_modules: str | None = option(
-        None, "Regex on parameter names: what matches gets a factor on the shorter side only.", trainer_only=True
-    )
-    lora_sides: Literal["rank", "both", "none"] = option(
-        "rank",
-        "Sides of LoRA matrices that get a factor: the rank's, both, or none, which is Adam.",
-        trainer_only=True,
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class SoapConfig(_Factors):
-    """Options of SOAP, with the defaults of its official implementation (arXiv:2409.11321)."""
-
-    name: ClassVar[str] = "soap"
-    lr: ClassVar[float] = 3e-3
-
-    beta1: float = option(0.95, "Decay rate of the first moment.", DECAY_RATE)
-    beta2: float = option(0.95, "Decay rate of the second moment.", DECAY_RATE)
-    eps: float = option(1e-8, "Added to the root of the second moment.", NON_NEGATIVE)
-    normalize_grads: bool = option(
-        False, "Divide each tensor's update by its root mean square; helps at frequencies near 100, hurts near 10."
-    )
-    correct_bias: bool = option(True, "Adam's bias correction.")
-    factorized: bool = option(False, "Keep the second moment of a matrix as a product of row and column means.")
-    kl: bool = option(False, "KL-SOAP: whiten the gradient by the other factors before it enters a factor.")
-    include_current: bool = option(False, "Let the current gradient into the basis before it is rotated, not after.")
-    refresh_tol: float = option(
-        0.0, "Skip the refresh of a basis whose factor is off diagonal by at most this share.", NON_NEGATIVE
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class KlSoapConfig(SoapConfig):
-    """Options of KL-SOAP (arXiv:2509.03378): SOAP with kl on."""
-
-    name: ClassVar[str] = "kl_soap"
-
-    kl: bool = option(True, "Whiten the gradient by the other factors before it enters a factor.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShampooConfig(_Factors):
-    """Options of Shampoo (arXiv:1802.09568, arXiv:2002.09018)."""
-
-    name: ClassVar[str] = "shampoo"
-    lr: ClassVar[float] = 1e-3
-
-    beta1: float = option(0.9, "Decay rate of the gradient's moving average; 0 takes the gradient itself.", DECAY_RATE)
-    beta2: float = option(0.95, "Decay rate of the grafted rule's second moment.", DECAY_RATE)
-    eps: float = option(1e-8, "Added to the root of the grafted rule's second moment.", NON_NEGATIVE)
-    exponent: float | None = option(
-        None, "Power of each factor; `none` takes -1/(2k) for k axes, -1/2 with kl.", (lambda x: x < 0, "< 0")
-    )
-    statistics: Literal["ema", "sum"] = option("ema", "Average the factors, or sum them up as the original does.")
-    graft: Literal["adam", "adagrad", "rmsprop", "sgd"] | None = option(
-        "adam", "Rule whose step length each tensor gets; `none` for Shampoo's own."
-    )
-    root_method: Literal["eigh", "newton"] = option("eigh", "How inverse roots are computed.")
-    ridge: float = option(1e-6, "Added to each factor, relative to its largest eigenvalue.", NON_NEGATIVE)
-    start_step: int | None = option(
-        None,
-        "First update with preconditioning; `none` takes precondition_frequency, or 1 without grafting.",
-        NON_NEGATIVE,
-    )
-    asynchronous: bool = option(False, "Compute roots in the background and go on with the old ones meanwhile.")
-    delay: int | None = option(
-        None,
-        "Use background roots exactly this many updates after their snapshot; `none` as soon as they are done.",
-        NON_NEGATIVE,
-    )
-    momentum: float = option(0.0, "Heavy ball on the direction.", DECAY_RATE)
-    correct_bias: bool = option(True, "Debias the moving averages.")
-    kl: bool = option(False, "KL-Shampoo: whiten the gradient by the other factors; wants `graft=none`.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class KlShampooConfig(ShampooConfig):
-    """Options of KL-Shampoo (arXiv:2509.03378): Shampoo with kl on and nothing grafted."""
-
-    name: ClassVar[str] = "kl_shampoo"
-
-    graft: Literal["adam", "adagrad", "rmsprop", "sgd"] | None = option(None, "Nothing can be grafted.")
-    kl: bool = option(True, "Whiten the gradient by the other factors before it enters a factor.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class MarsConfig(_Guard):
-    """Options of MARS-AdamW, with the defaults of its official implementation (arXiv:2411.10438)."""
-
-    name: ClassVar[str] = "mars"
-    lr: ClassVar[float] = 3e-3
-    variant: ClassVar[str] = "adamw"
-
-    beta1: float = option(0.95, "Decay rate of the first moment, also in the correction.", DECAY_RATE)
-    beta2: float = option(0.99, "Decay rate of the second moment.", DECAY_RATE)
-    eps: float = option(
-        1e-8, "Added to the root of the second moment, or to the norm before Newton-Schulz.", NON_NEGATIVE
-    )
-    gamma: float = option(0.025, "Strength of the variance reduction; 0 turns it off.", NON_NEGATIVE)
-    exact: bool = option(
-        False, "Take the previous gradient on the current minibatch: two backward passes a step; needs SoapTrainer."
-    )
-    optimize_1d: bool = option(False, "Correct vectors (all but matrices) too, instead of updating them by AdamW.")
-    lr_1d: float | None = option(
-        None, "Learning rate of those vectors, which follows the schedule; `none` takes lr.", POSITIVE
-    )
-    beta1_1d: float = option(0.9, "Decay rate of their first moment.", DECAY_RATE)
-    beta2_1d: float = option(0.95, "Decay rate of their second moment.", DECAY_RATE)
-    weight_decay_1d: float | None = option(
-        None, "Their weight decay; `none` takes the param group's, or 0.1 where the group sets none.", NON_NEGATIVE
-    )
-
-    def constructor_kwargs(self) -> dict[str, Any]:
-        """Returns the keyword arguments for the optimizer's constructor, the variant among them."""
-        kwargs = super().constructor_kwargs()
-        betas_1d = kwargs.pop("beta1_1d"), kwargs.pop("beta2_1d")
-        return {"variant": self.variant, "betas_1d": betas_1d, **kwargs}
-
-
-@dataclass(frozen=True, kw_only=True)
-class MarsAdamWConfig(MarsConfig):
-    """Options of MARS-AdamW under its full name."""
-
-    name: ClassVar[str] = "mars_adamw"
-
-
-@dataclass(frozen=True, kw_only=True)
-class MarsLionConfig(MarsConfig):
-    """Options of MARS-Lion."""
-
-    name: ClassVar[str] = "mars_lion"
-    lr: ClassVar[float] = 1e-3
-    variant: ClassVar[str] = "lion"
-
-
-@dataclass(frozen=True, kw_only=True)
-class MarsShampooConfig(MarsConfig):
-    """Options of MARS-Shampoo."""
-
-    name: ClassVar[str] = "mars_shampoo"
-    variant: ClassVar[str] = "shampoo"
-
-
-@dataclass(frozen=True, kw_only=True)
-class MarsMConfig(MarsConfig):
-    """Options of MARS-M (arXiv:2510.21800); embeddings and output head are updated by AdamW."""
-
-    name: ClassVar[str] = "mars_m"
-    variant: ClassVar[str] = "m"
-    adam_embeddings: ClassVar[bool] = True
-
-
-@dataclass(frozen=True, kw_only=True)
-class MarsSoapConfig(MarsConfig, _Factors):
-    """Options of MARS in front of SOAP."""
-
-    name: ClassVar[str] = "mars_soap"
-    variant: ClassVar[str] = "soap"
-
-
 ConfigT = TypeVar("ConfigT", bound=OptimizerConfig)
 
 
@@ -308,7 +109,7 @@ def parse_optim_args(text: str | None, config: type[ConfigT], defaults: Mapping[
 
     Args:
         text: ``key=value`` pairs split by commas; commas inside brackets belong to the value, so that
-            ``betas=(0.9,0.95)`` and regular expressions with groups can be written.
+            ``betas=(0.9,0.95)`` and regular expressions with groups can be written. A value may be quoted.
         config: Whose options to read.
         defaults: Values for options that ``text`` does not name, instead of the published ones.
 
@@ -380,15 +181,29 @@ def _pairs(text: str, config: type[OptimizerConfig]) -> Iterable[tuple[str, str]
             yield key, raw
 
 
+CLOSING = {"(": ")", "[": "]", "{": "}"}
+
+
 def _split(text: str) -> list[str]:
-    """Splits at the commas that stand outside brackets; empty items at the ends are dropped."""
-    items, depth = [""], 0
+    """Splits at the commas that stand outside brackets and quotes; empty items are dropped."""
+    items, closing, quote, escaped = [""], "", "", False
     for char in text:
-        depth += (char in "([{") - (char in ")]}")
-        if char == "," and depth == 0:
+        if escaped:
+            escaped = False
+        elif char == "\\":
+            escaped = True
+        elif quote:
+            quote = "" if char == quote else quote
+        elif char in "'\"" and items[-1].strip().endswith("=") and items[-1].count("=") == 1:
+            quote = char  # only at the start of a value: elsewhere it belongs to a regular expression
+        elif char == closing[-1:]:
+            closing = closing[:-1]
+        elif closing[-1:] != "]" and char in CLOSING:  # within [...] other brackets are characters
+            closing += CLOSING[char]
+        elif char == "," and not closing:
             items.append("")
-        else:
-            items[-1] += char
+            continue
+        items[-1] += char
     return [item.strip() for item in items if item.strip()]
 
 
@@ -398,7 +213,7 @@ def _from_text(key: str, raw: str, hint: Any) -> Any:
         return None
     kind = next(arg for arg in args if arg is not type(None))
     if typing.get_origin(kind) is Literal or kind is str:
-        return raw
+        return ast.literal_eval(raw) if len(raw) > 1 and raw[0] == raw[-1] and raw[0] in "'\"" else raw
     if kind is bool:
         if raw.lower() in ("true", "1", "yes", "on"):
             return True
@@ -417,6 +232,9 @@ def _alternatives(hint: Any) -> tuple[Any, ...]:
 
 
 def _to_text(value: Any) -> str:
+    if isinstance(value, str):
+        plain = _split(f"k={value},k") == [f"k={value}", "k"] and value.lower() not in ("", "none", "null")
+        return value if plain and value == value.strip() and value[0] not in "'\"" else repr(value)
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 

@@ -333,8 +333,8 @@ def check_learning_rate(lr: Any) -> None:
             raise ValueError(
                 f"lr must be a number or a tensor of one element, got a tensor of shape {tuple(lr.shape)}"
             )
-    else:
-        check_number("lr", lr)
+        lr = lr.item()
+    check_number("lr", lr)
 
 
 def check_number(name: str, value: Any) -> None:

@@ -15,18 +15,20 @@ log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 summaries=()
 
-# summarize FOLDER: remembers what the log's last line says about the environment FOLDER.
+# summarize FOLDER: remembers what pytest's own summary in the log says about the environment FOLDER.
 summarize() {
     local versions result
     versions=$("$1/bin/python" - <<'PY'
+import os
 import platform
 from importlib.metadata import version
 
-print(f"Python {platform.python_version()}", *(f"{name} {version(name)}" for name in ("torch", "transformers")), sep=", ")
+print(f"{os.cpu_count()} CPU cores, Python {platform.python_version()}", *(f"{name} {version(name)}" for name in ("torch", "transformers")), sep=", ")
 PY
     )
-    result=$(tail -n 1 "$log" | sed 's/\x1b\[[0-9;]*m//g; s/^=* *//; s/ *=*$//')
-    summaries+=("$versions: $result")
+    result=$(sed 's/\x1b\[[0-9;]*m//g' "$log" | grep -E '[0-9]+ (passed|failed|errors?|skipped).* in [0-9.]+s' | tail -n 1 |
+        sed 's/^=* *//; s/ *=*$//') || true
+    summaries+=("$versions: ${result:-stopped before the summary of pytest}")
 }
 
 failed=0
@@ -42,6 +44,6 @@ fi
 
 say "for CONTRIBUTING.md, last full test run"
 for summary in "${summaries[@]}"; do
-    echo "- $(date +%F), commit $(git rev-parse --short HEAD 2>/dev/null || echo none), $(nproc) CPU cores, $summary"
+    echo "- $(date +%F), commit $(git rev-parse --short HEAD 2>/dev/null || echo none), $summary"
 done
 exit $failed

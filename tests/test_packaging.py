@@ -31,6 +31,7 @@ LAYERS = [
     "stepping",
     "checkpoint",
     "sharding",
+    "configs",
     "schema",
     "rules",
     "background",

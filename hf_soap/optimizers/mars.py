@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from hf_soap import schema, updates
+from hf_soap import configs, schema, updates
 from hf_soap.blocks import PREV_PARAM, Plan, plan_layout
 from hf_soap.optimizers.soap import plan_factors, soap_rule
 from hf_soap.rules import AdamW, Lion, Mars, Orthogonal, Rule
@@ -48,7 +48,7 @@ class MARS(BlockOptimizer):
         Yuan et al., MARS: Unleashing the Power of Variance Reduction for Training Large Models, arXiv:2411.10438.
     """
 
-    config = schema.MarsSoapConfig
+    config = configs.MarsSoapConfig
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from hf_soap import rules, schema
+from hf_soap import configs, rules
 from hf_soap.blocks import Plan
 from hf_soap.optimizers.soap import plan_factors
 from hf_soap.stepping import BlockOptimizer, check_choice
@@ -60,7 +60,7 @@ class Shampoo(BlockOptimizer):
         arXiv:2509.03378.
     """
 
-    config = schema.ShampooConfig
+    config = configs.ShampooConfig
 
     def __init__(
         self,

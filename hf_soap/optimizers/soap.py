@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from hf_soap import schema
+from hf_soap import configs
 from hf_soap.blocks import Layout, Plan, plan_layout
 from hf_soap.rules import Soap
 from hf_soap.stepping import BlockOptimizer, check_choice
@@ -52,7 +52,7 @@ class SOAP(BlockOptimizer):
         its official implementation.
     """
 
-    config = schema.SoapConfig
+    config = configs.SoapConfig
 
     def __init__(
         self,
