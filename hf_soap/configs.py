@@ -84,6 +84,7 @@ class KlSoapConfig(SoapConfig):
     """Options of KL-SOAP (arXiv:2509.03378): SOAP with kl on."""
 
     name: ClassVar[str] = "kl_soap"
+    lr_is_published: ClassVar[bool] = False
 
     kl: bool = option(True, "Whiten the gradient by the other factors before it enters a factor.")
 
@@ -94,6 +95,7 @@ class ShampooConfig(_Factors):
 
     name: ClassVar[str] = "shampoo"
     lr: ClassVar[float] = 1e-3
+    lr_is_published: ClassVar[bool] = False
 
     beta1: float = option(0.9, "Decay rate of the gradient's moving average; 0 takes the gradient itself.", DECAY_RATE)
     beta2: float = option(0.95, "Decay rate of the grafted rule's second moment.", DECAY_RATE)
@@ -179,7 +181,8 @@ class MarsLionConfig(MarsConfig):
     """Options of MARS-Lion."""
 
     name: ClassVar[str] = "mars_lion"
-    lr: ClassVar[float] = 1e-3
+    lr: ClassVar[float] = 3e-4
+    lr_is_published: ClassVar[bool] = False
     variant: ClassVar[str] = "lion"
 
 
@@ -188,6 +191,7 @@ class MarsShampooConfig(MarsConfig):
     """Options of MARS-Shampoo."""
 
     name: ClassVar[str] = "mars_shampoo"
+    lr_is_published: ClassVar[bool] = False
     variant: ClassVar[str] = "shampoo"
 
 
@@ -196,6 +200,7 @@ class MarsMConfig(MarsConfig):
     """Options of MARS-M (arXiv:2510.21800); embeddings and output head are updated by AdamW."""
 
     name: ClassVar[str] = "mars_m"
+    lr_is_published: ClassVar[bool] = False
     variant: ClassVar[str] = "m"
     adam_embeddings: ClassVar[bool] = True
 
@@ -205,4 +210,5 @@ class MarsSoapConfig(MarsConfig, _Factors):
     """Options of MARS in front of SOAP."""
 
     name: ClassVar[str] = "mars_soap"
+    lr_is_published: ClassVar[bool] = False
     variant: ClassVar[str] = "soap"

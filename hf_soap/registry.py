@@ -103,7 +103,9 @@ def class_and_kwargs(args: TrainingArguments, model: nn.Module | None) -> tuple[
     kwargs = {"lr": args.learning_rate, **config.constructor_kwargs()}
     _report_once(config.name, ", ".join(f"{key}={value}" for key, value in kwargs.items()))
     if args.learning_rate == HF_LEARNING_RATE:
-        _warn_learning_rate_once(config.name, config.lr)
+        _warn_learning_rate_once(
+            config.name, config.lr, "published with" if config.lr_is_published else "best started from"
+        )
     return _grouping_class(entry.optimizer, config, model), kwargs
 
 
@@ -203,10 +205,11 @@ def _report_once(name: str, settings: str) -> None:
 
 
 @cache
-def _warn_learning_rate_once(name: str, published: float) -> None:
+def _warn_learning_rate_once(name: str, usual: float, how: str) -> None:
     logger.warning(
-        "learning_rate is %g, the Transformers default for AdamW. %s is published with %g; set learning_rate.",
+        "learning_rate is %g, the Transformers default for AdamW. %s is %s %g; set learning_rate.",
         HF_LEARNING_RATE,
         name,
-        published,
+        how,
+        usual,
     )

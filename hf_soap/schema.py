@@ -52,7 +52,9 @@ class OptimizerConfig:
 
     name: ClassVar[str]
     lr: ClassVar[float]
-    """Published learning rate, for the warning about a forgotten one; the Trainer's ``learning_rate`` decides."""
+    """Learning rate to start from, for the warning about a forgotten one; the Trainer's ``learning_rate`` decides."""
+    lr_is_published: ClassVar[bool] = True
+    """Whether the paper or its code gives that learning rate; otherwise it is ours."""
     adam_embeddings: ClassVar[bool] = False
     """Whether embeddings and the output head are updated by Adam."""
 

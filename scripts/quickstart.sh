@@ -7,6 +7,9 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 ensure_venv .venv '.[plot]' constraints.txt
 
+# Threads that wait for work spin by default, which takes minutes longer where other programs want the cores as well.
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
+
 output=outputs/quickstart
 say "training with adamw and with soap"
 .venv/bin/hf-soap compare adamw soap --output-dir "$output" "$@"

@@ -79,6 +79,7 @@ def planned(shape: tuple[int, ...], **options: object) -> Layout:
             (3, 4, 5), {"one_sided": True}, Layout((3, 4, 5), (1, 1, 1), (3, 4, 5), (0, 1, 2)), id="one side, 3-D"
         ),
         pytest.param((8, 1024), {"merge_dims": True}, Layout((8, 1024), (1, 1), (8, 1024), (0,)), id="LoRA unmerged"),
+        pytest.param((8, 10), {"merge_dims": True}, Layout((8, 10), (1, 1), (8, 10), (0, 1)), id="matrix unmerged"),
         pytest.param((9, 5, 4, 3), {"merge_dims": True}, Layout((45, 12), (1, 1), (45, 12), (0, 1)), id="merged"),
         pytest.param((9, 3, 3), {"merge_dims": True}, Layout((81,), (1,), (81,), (0,)), id="merged to a vector"),
         pytest.param(
