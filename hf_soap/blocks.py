@@ -254,7 +254,7 @@ class Bucket:
         self.params = [param for _, param in members]
         device = self.params[0].device
         self.stacks = plan.allocate(len(members), dtype=dtype, device=device)
-        self.steps = torch.zeros(len(members), dtype=torch.float32)
+        self.steps = torch.zeros(len(members), dtype=torch.float32, device="cpu")
         self._pointers: list[dict[str, int]] = []
         for place, param in enumerate(self.params):
             views = self.rows(place, place + 1)
