@@ -215,7 +215,7 @@ KNOWN_ROOT = torch.tensor([[1.0, 1.0, 1.0], [1.0, 2.0, -3.0], [1.0, -3.0, 18.0]]
     ("matrix", "order", "root"),
     [
         pytest.param(KNOWN, 2, KNOWN_ROOT, id="3x3"),
-        pytest.param(torch.tensor([1.0, 4.0]).double().diag(), 2, torch.tensor([1, 0.5]).double().diag(), id="diagonal"),
+        pytest.param(torch.tensor([1.0, 4.0]).double().diag(), 2, torch.tensor([1, 0.5]).double().diag(), id="2x2"),
     ],
 )
 def test_known_inverse_roots(matrix: Tensor, order: int, root: Tensor, method: str) -> None:
