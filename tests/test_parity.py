@@ -65,9 +65,7 @@ def soap_difference(shapes: list[tuple[int, ...]], *, inject: bool = False, **op
         pytest.param([(12, 30), (30, 12), (15, 15)], {"one_sided": True}, id="one side"),
         pytest.param([(20, 30), (30, 30)], {"block_size": 10}, id="even blocks"),
         pytest.param([(25, 25), (9,)], {"factorized": True}, id="factorized"),
-        pytest.param(
-            [(12, 30), (30, 12), (15, 15)], {"one_sided": True, "factorized": True}, id="both"
-        ),
+        pytest.param([(12, 30), (30, 12), (15, 15)], {"one_sided": True, "factorized": True}, id="both"),
         pytest.param([(25, 25), (25, 25), (9,)], {"kl": True}, id="KL"),
         pytest.param([(6, 6, 6)], {"kl": True}, id="KL, 3-D"),
         pytest.param([(12, 30)], {"kl": True, "max_precond_dim": 12}, id="KL, right side cut"),
