@@ -595,13 +595,16 @@ def test_large_gradients_are_finite(row: Row, dtype: torch.dtype, size: float) -
 
 
 @rows
-def test_a_gradient_too_large_to_square_is_skipped(row: Row, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize(("where", "size"), [((1, 2), 1e25), (slice(None), 1e19)], ids=["an entry", "their sum"])
+def test_a_gradient_too_large_to_square_is_skipped(
+    row: Row, where: Any, size: float, caplog: pytest.LogCaptureFixture
+) -> None:
     """One gradient of 1e25 is finite in float32, its square is not: the factors were infinite from then on."""
     params, optimizer = trained(row, steps=4)
     before = snapshot(optimizer, params)
     for place, param in enumerate(params):
         param.grad = gradient(param, place, 4)
-    params[0].grad[1, 2] = 1e25
+    params[0].grad[where] = size
     optimizer.step()
     assert_same(snapshot(optimizer, params), before)
     assert optimizer.skipped_steps == 1
@@ -906,6 +909,27 @@ def test_normalized_updates_have_unit_size(options: dict[str, Any]) -> None:
     train(optimizer, params, range(1, 2))
     for param, start in zip(params, before, strict=True):
         torch.testing.assert_close((param - start).square().mean().sqrt().item(), 0.1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# MARS alone
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["adamw", "lion", "shampoo", "soap", "m"])
+def test_mars_updates_vectors_by_adamw_at_a_rate_in_proportion_to_the_schedule(variant: str) -> None:
+    mine, theirs = (parameters([(6, 6), (5,), ()], torch.float64) for _ in range(2))
+    optimizer = MARS(mine, lr=0.01, variant=variant, lr_1d=0.03, betas_1d=(0.8, 0.9), weight_decay_1d=0.2)
+    adamw = AdamW(theirs[1:], lr=0.03, betas=(0.8, 0.9), weight_decay=0.2)
+    schedules = [torch.optim.lr_scheduler.CosineAnnealingLR(each, STEPS) for each in (optimizer, adamw)]
+    for step in range(STEPS):
+        train(optimizer, mine, [step])
+        for place in (1, 2):
+            theirs[place].grad = gradient(theirs[place], place, step)
+        adamw.step()
+        for schedule in schedules:
+            schedule.step()
+    close(mine[1:], theirs[1:])
 
 
 def test_every_test_shape_is_in_the_table() -> None:

@@ -1,0 +1,92 @@
+"""The benchmarks run, and what they count is right; nobody asserts a time."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+
+import bench_async
+import bench_roots
+import bench_step
+import join_compare
+
+from hf_soap.__main__ import app
+
+
+def test_bench_step_counts_state_and_times_each_optimizer() -> None:
+    shapes = [(8, 6), (8, 6), (5,)]
+    result = bench_step.measure(shapes, frequency=2, steps=2, rounds=1, device=torch.device("cpu"))
+    assert {"AdamW (fused)", "SOAP", "Shampoo", "MARS adamw"} <= result.keys()
+    numel = 2 * 48 + 5
+    moments, factors = 2 * numel * 4, 2 * 2 * (64 + 36) * 4
+    assert result["AdamW (fused)"]["state_bytes_per_param"] * numel == pytest.approx(moments + 3 * 4)
+    assert result["SOAP"]["state_bytes_per_param"] * numel == pytest.approx(moments + factors + 3 * 4)
+    assert all(row["worst_s"] >= row["step_s"] > 0 for row in result.values())
+    assert bench_step.floor_seconds(shapes, 2, torch.device("cpu")) > 0
+
+
+def test_bench_roots_prints_a_row_per_size_and_batch() -> None:
+    app = typer.Typer()
+    app.command()(bench_roots.main)
+    done = CliRunner().invoke(app, ["--sizes", "8,12", "--batches", "1,2", "--rounds", "1"])
+    assert done.exit_code == 0, done.output
+    assert sum("/" in line.split("│")[-2] for line in done.output.splitlines() if "│" in line) == 4
+
+
+@pytest.mark.slow
+def test_bench_async_trains_the_three_runs_alike_until_roots_differ() -> None:
+    app = typer.Typer()
+    app.command()(bench_async.main)
+    done = CliRunner(env={"COLUMNS": "200"}).invoke(
+        app, ["--steps", "6", "--frequency", "3", "--width", "8", "--layers", "1"]
+    )
+    assert done.exit_code == 0, done.output
+    losses = [float(line.split("│")[2]) for line in done.output.splitlines() if line.count("│") == 6]
+    assert len(losses) == 3
+    assert len(set(losses)) == 1, "before the start step the roots of all three are unused"
+
+
+def report(folder: Path, optimizer: str, lr: float, loss: float, **changes: object) -> Path:
+    settings = {"optimizer": optimizer, "lr": lr, "adam_beta2": 0.999, "steps": 4, "eval_every": 2, **changes}
+    run = {
+        "settings": settings,
+        "evals": [{"step": 0, "seconds": 0.0, "loss": 5.0}, {"step": 4, "seconds": 1.0, "loss": loss}],
+    }
+    row = {"final_loss": loss, "state_bytes_per_parameter": 8.0}
+    path = folder / f"{optimizer}-{lr}.json"
+    path.write_text(json.dumps({"corpus": {"sha256": "x"}, "runs": [run], "table": [row]}))
+    return path
+
+
+def test_joined_runs_show_the_best_learning_rate_and_the_others(tmp_path: Path) -> None:
+    paths = [
+        report(tmp_path, "soap", 1e-2, 3.5),
+        report(tmp_path, "soap", 5e-3, 3.75),
+        report(tmp_path, "mars", 1e-3, 4.0),
+    ]
+    join_compare.main(paths, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+    runs = join_compare.read_runs(paths)
+    text = join_compare.table([runs[0], runs[2]], runs)
+    assert "| `soap` | 0.01 | 3.500 | 0.005: 3.750 | 8.0 |" in text
+    assert "| `mars` | 0.001 | 4.000 | – | 8.0 |" in text
+
+
+def test_runs_of_another_length_are_not_joined(tmp_path: Path) -> None:
+    with pytest.raises(typer.BadParameter, match="differs in steps"):
+        join_compare.read_runs([report(tmp_path, "soap", 1e-2, 3.5), report(tmp_path, "mars", 1e-3, 4.0, steps=8)])
+
+
+def test_options_command() -> None:
+    done = CliRunner().invoke(app, ["options", "mars_lion", "--markdown"])
+    assert done.exit_code == 0
+    assert "| `gamma` | float, >= 0 | `0.025` |" in done.output
+    wrong = CliRunner().invoke(app, ["options", "sopa"])
+    assert wrong.exit_code == 2
+    assert "did you mean soap?" in wrong.output
