@@ -7,7 +7,7 @@ was stacked in memory.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
@@ -71,22 +71,22 @@ def saved_state(
                 yield new, param, saved
 
 
-def restore(
-    state: MutableMapping[Tensor, dict[str, Any]], param: Tensor, saved: dict[str, Any], wanted: dict[str, Tensor]
-) -> None:
-    """Copies the saved state of one parameter to the parameter's device, keeping the saved dtypes.
+def restored(param: Tensor, saved: dict[str, Any], wanted: dict[str, Tensor]) -> dict[str, Any]:
+    """Returns a copy of the saved state of one parameter on the parameter's device, in the saved dtypes.
 
     Args:
-        state: The optimizer's state, changed in place.
         param: The parameter.
         saved: Its saved state by role.
         wanted: Tensors with the right shapes, by role.
+
+    Returns:
+        State by role.
 
     Raises:
         ValueError: If roles or shapes differ.
     """
     check_state(saved, wanted, tuple(param.shape))
-    state[param] = {
+    return {
         role: value.detach().clone().to("cpu" if role == "step" else param.device)
         if isinstance(value, Tensor)
         else value

@@ -150,7 +150,7 @@ def _add_names(training_args: ModuleType) -> None:
     listed = names._missing_
 
     def missing(cls: Any, value: object) -> Any:
-        if match := schema.nearest(str(value), ENTRIES):
+        if match := schema.nearest(str(value).lower(), [member.value for member in cls]):
             raise ValueError(f"unknown optim {value!r}: {match}Valid names are {', '.join(m.value for m in cls)}.")
         return listed(value)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import math
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
@@ -64,7 +66,8 @@ class BlockOptimizer(torch.optim.Optimizer):
         schema.check_values(self.config, {**values, "beta1": beta1, "beta2": beta2})
         for param in group["params"]:
             sharding.require_whole(param)
-            if param.is_complex() or not param.is_floating_point():
+            # Frozen weights of a quantised model may be integers; they never reach a step.
+            if param.is_complex() or (param.requires_grad and not param.is_floating_point()):
                 raise ValueError(
                     f"parameters must be real floating point, got {param.dtype} of shape {tuple(param.shape)}; "
                     "hold a complex weight as torch.view_as_real(weight)"
@@ -94,12 +97,14 @@ class BlockOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if self._gradients_usable():
-            index = 0
+            first = 0
             for number, group in enumerate(self.param_groups):
-                params = [p for p in group["params"] if p.requires_grad and p.numel()]
-                for bucket in self._group_buckets(number, group, params, index):
-                    self._step_bucket(group, bucket)
-                index += len(params)
+                # Counted with the frozen ones: thawing one must move no other's refreshes and background work.
+                places = {first + i: p for i, p in enumerate(group["params"]) if p.requires_grad and p.numel()}
+                for bucket in self._group_buckets(number, group, places):
+                    with torch.autocast(bucket.params[0].device.type, enabled=False):
+                        self._step_bucket(group, bucket)
+                first += len(group["params"])
         return loss
 
     def _gradients_usable(self) -> bool:
@@ -107,7 +112,7 @@ class BlockOptimizer(torch.optim.Optimizer):
         checked: list[Tensor] = []
         for group in self.param_groups:
             for param in group["params"]:
-                if param.grad is None:
+                if param.grad is None or not param.requires_grad:
                     continue
                 if param.grad.is_sparse or param.grad.layout != torch.strided:
                     raise ValueError(
@@ -118,26 +123,28 @@ class BlockOptimizer(torch.optim.Optimizer):
                     checked.append(param.grad)
         if not checked:
             return True
-        # The largest magnitude, not a sum of squares: 1e30 is finite and its square is not.
+        # NaN compares false. An entry whose square overflows would make factors and second moments infinite for good.
         peaks = torch._foreach_norm(checked, float("inf"))
-        by_device = {peak.device: [p.float() for p in peaks if p.device == peak.device] for peak in peaks}
-        if all(bool(torch.stack(group).isfinite().all()) for group in by_device.values()):
+        sane = [peak < largest_entry(grad) for peak, grad in zip(peaks, checked, strict=True)]
+        by_device = {flag.device: [other for other in sane if other.device == flag.device] for flag in sane}
+        if all(bool(torch.stack(flags).all()) for flags in by_device.values()):
             return True
         if not self.skipped_steps:
             logger.warning(
-                "A gradient holds NaN or Inf: the whole step is skipped, parameters and state stay as they are."
+                "A gradient holds NaN, Inf or an entry too large to square: the whole step is skipped, parameters and "
+                "state stay as they are."
             )
         self.skipped_steps += 1
         return False
 
-    def _group_buckets(self, number: int, group: dict[str, Any], params: list[Tensor], index: int) -> list[Bucket]:
+    def _group_buckets(self, number: int, group: dict[str, Any], places: dict[int, Tensor]) -> list[Bucket]:
         """Returns the buckets of a group, built anew where parameters or state were replaced since the last step."""
         settings = {key: value for key, value in group.items() if key not in ("params", "lr", "weight_decay")}
-        cached = self._buckets.get(number)
+        cached, params = self._buckets.get(number), list(places.values())
         if cached is not None and cached.settings == settings and cached.fits(params, self.state):
             return cached.buckets
         members: dict[tuple[Plan, torch.dtype, torch.device], list[tuple[int, Tensor]]] = {}
-        for place, param in enumerate(params, start=index):
+        for place, param in places.items():
             sharding.require_whole(param)  # accelerate shards parameters after the optimizer was made
             key = (self.plan(group, param.shape), state_dtype(param), param.device)
             warn_if_flattened(key[0].layout, param)
@@ -163,6 +170,11 @@ class BlockOptimizer(torch.optim.Optimizer):
                     lr = group["lr"] * plan.lr_scale
                     step_chunk(plan, params, state, chunk, bucket.dtype, lr=lr, weight_decay=decay)
 
+    def __getstate__(self) -> dict[str, Any]:
+        # A view is pickled with its whole stack, once for each parameter in it.
+        state = checkpoint.detach_state(super().__getstate__())
+        return {**state, "state": defaultdict(dict, state["state"])}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._reset_cache()
@@ -186,9 +198,13 @@ class BlockOptimizer(torch.optim.Optimizer):
             ValueError: If the groups, a parameter's roles or a shape differ from what the current settings need.
         """
         # torch casts loaded state to the parameter's dtype, which would round float32 factors of a bf16 model.
-        super().load_state_dict(checkpoint.groups_to_load(self.param_groups, state_dict))
-        for group, param, saved in checkpoint.saved_state(self.param_groups, state_dict):
-            checkpoint.restore(self.state, param, saved, self._wanted_state(group, param))
+        groups = checkpoint.groups_to_load(self.param_groups, state_dict)
+        restored = {
+            param: checkpoint.restored(param, saved, self._wanted_state(group, param))
+            for group, param, saved in checkpoint.saved_state(self.param_groups, state_dict)
+        }
+        super().load_state_dict(groups)
+        self.state.update(restored)
 
     def _wanted_state(self, group: dict[str, Any], param: Tensor) -> dict[str, Tensor]:
         """Shapes and dtypes of the state of one parameter, on the meta device: no memory is taken."""
@@ -262,6 +278,11 @@ def state_dtype(param: Tensor) -> torch.dtype:
     return param.dtype if param.dtype in (torch.float32, torch.float64) else torch.float32
 
 
+def largest_entry(grad: Tensor) -> float:
+    """Returns a bound on a gradient's entries below which sums of their squares are finite, with a margin of 100."""
+    return math.sqrt(torch.finfo(state_dtype(grad)).max / (100 * grad.numel()))
+
+
 def stack_gradients(params: Sequence[Tensor], layout: Layout, dtype: torch.dtype) -> Tensor:
     """Returns the gradients of ``params`` as one batch of blocks (tensors * blocks, d_1, ..., d_k) in ``dtype``."""
     cut = [layout.to_blocks(param.grad.reshape(layout.view)) for param in params if param.grad is not None]
@@ -308,6 +329,8 @@ def apply_(
         lr: Learning rate.
         weight_decay: Decoupled weight decay.
     """
+    if isinstance(lr, Tensor):
+        lr = lr.reshape(())  # foreach takes a scalar, and not a vector of one entry
     direction.mul_(lr if isinstance(lr, float) else torch.as_tensor(lr, device=direction.device))
     pieces = direction.split(plan.layout.blocks)
     updates = [plan.layout.from_blocks(piece, param.shape) for piece, param in zip(pieces, params, strict=True)]

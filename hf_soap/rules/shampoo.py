@@ -162,7 +162,7 @@ class Shampoo(Rule):
         """Axes that keep a diagonal: those too long for a factor, and a vector's only one if nothing is grafted."""
         if self.one_sided or self.kl or (not layout.sides and self.graft):
             return []
-        return [axis for axis, size in enumerate(layout.block) if size > 1 and axis not in layout.sides]
+        return [axis for axis in range(len(layout.block)) if axis not in layout.sides]
 
     def _exponent(self, layout: Layout) -> float:
         if self.exponent is not None:
