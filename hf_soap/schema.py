@@ -11,7 +11,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -145,9 +145,10 @@ def option_table(config: type[OptimizerConfig]) -> str:
     return "\n".join(rows)
 
 
-def nearest(name: str, choices: Iterable[str]) -> str:
+def nearest(name: str, choices: Collection[str]) -> str:
     """Returns ``did you mean X? `` for the closest of ``choices``, or nothing if none is close."""
-    match = difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
+    longer = [choice for choice in choices if name and choice.startswith(name)]
+    match = longer or difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
     return f"did you mean {match[0]}? " if match else ""
 
 
