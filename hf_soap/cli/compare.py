@@ -25,8 +25,19 @@ if TYPE_CHECKING:
     from hf_soap.cli.corpus import Corpus
     from hf_soap.cli.training import RunResult
 
-DEFAULT_LR = {"adamw_torch": 2.5e-3, "adamw_torch_fused": 2.5e-3, "soap": 1e-2}
-"""Best of a sweep in powers of two at the default settings; other optimizers and settings need ``--lr``."""
+DEFAULT_LR = {
+    "adamw_torch": 2.5e-3,
+    "adamw_torch_fused": 2.5e-3,
+    "soap": 1e-2,
+    "kl_soap": 1e-2,
+    "shampoo": 1e-2,
+    "mars": 5e-3,
+    "mars_adamw": 5e-3,
+    "mars_lion": 5e-4,
+    "mars_shampoo": 1e-2,
+    "mars_soap": 1e-2,
+}
+"""Best of sweeps in powers of two on the default model and text; others and other settings need ``--lr``."""
 
 DEFAULT_BETA2 = {"adamw_torch": 0.95, "adamw_torch_fused": 0.95}
 """Best of 0.95 and 0.999, each at its best learning rate. The Trainer's 0.999 leaves our optimizers their own."""
