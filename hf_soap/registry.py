@@ -160,7 +160,7 @@ def _add_names(training_args: ModuleType) -> None:
 def _extend_trainer(trainer: ModuleType) -> None:
     cls = trainer.Trainer
     original: Callable[..., Any] = cls.get_optimizer_cls_and_kwargs
-    if hasattr(original, "__wrapped__"):
+    if hasattr(original, "hf_soap"):
         return
 
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None = None) -> tuple[Any, Any]:
@@ -170,7 +170,7 @@ def _extend_trainer(trainer: ModuleType) -> None:
         found: tuple[Any, Any] = original(args, model)
         return found
 
-    get_optimizer_cls_and_kwargs.__wrapped__ = original  # type: ignore[attr-defined]
+    get_optimizer_cls_and_kwargs.hf_soap = True  # type: ignore[attr-defined]
     get_optimizer_cls_and_kwargs.__doc__ = original.__doc__
     cls.get_optimizer_cls_and_kwargs = staticmethod(get_optimizer_cls_and_kwargs)
 

@@ -178,11 +178,16 @@ def _pairs(text: str, config: type[OptimizerConfig]) -> Iterable[tuple[str, str]
                     f"betas wants two numbers, got {raw!r}; write betas=(0.95,0.95), or beta1= and beta2="
                 )
             yield from zip(("beta1", "beta2"), betas, strict=True)
+        elif key in ELSEWHERE:
+            raise ValueError(f"{key} is no option of optim_args; set it as TrainingArguments({ELSEWHERE[key]}=...)")
         elif key not in option_fields(config):
             raise ValueError(_unknown(config, key))
         else:
             yield key, raw
 
+
+ELSEWHERE = {"lr": "learning_rate", "learning_rate": "learning_rate", "weight_decay": "weight_decay"}
+"""What users look for among the options and the Trainer has an argument for."""
 
 CLOSING = {"(": ")", "[": "]", "{": "}"}
 

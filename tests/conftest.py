@@ -1,5 +1,6 @@
 """Settings that must hold before anything is imported, and what decides which tests run."""
 
+import logging
 import os
 import tempfile
 
@@ -32,6 +33,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         slow = [item for item in items if item.get_closest_marker("slow")]
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if not item.get_closest_marker("slow")]
+
+
+@pytest.fixture(autouse=True)
+def usual_log_levels() -> None:
+    """The package's logger follows the Trainer's level, and a command that wants silence sets that for the process."""
+    logging.getLogger("hf_soap").setLevel(logging.NOTSET)
+    logging.getLogger("transformers").setLevel(logging.WARNING)
 
 
 def pytest_unconfigure() -> None:

@@ -43,6 +43,8 @@ WRONG = {
     "log_every=-1": r"log_every must be >= 0, got -1; the default is 0",
     "adam_modules=(": r"adam_modules must be a regular expression, got '\(': ",
     "one_sided_modules=*": r"one_sided_modules must be a regular expression, got '\*': ",
+    "lr=1e-3": r"lr is no option of optim_args; set it as TrainingArguments\(learning_rate=",
+    "weight_decay=0.1": r"weight_decay is no option of optim_args; set it as TrainingArguments\(weight_decay=",
     "stagger": r"optim_args wants key=value pairs split by commas, got 'stagger'; for example eps=1e-8",
     "eps=": r"optim_args wants key=value pairs split by commas, got 'eps='; for example",
     "=3": r"optim_args wants key=value pairs split by commas, got '=3'; for example",
