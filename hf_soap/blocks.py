@@ -267,11 +267,19 @@ class Bucket:
                     view.copy_(known[role] if isinstance(known[role], Tensor) else torch.tensor(known[role]))
                 known[role] = view
             self._pointers.append({role: view.data_ptr() for role, view in views.items()})
+        self._pieces: dict[str, list[Tensor]] = {}
+        if plan.rule.fuses and plan.layout.blocks == 1:
+            for role, stack in self.stacks.items():
+                self._pieces[role] = [stack[i].view(param.shape) for i, param in enumerate(self.params)]
 
     def rows(self, first: int, last: int) -> dict[str, Tensor]:
         """Views of the state of the tensors first..last-1, by role."""
         b = self.plan.layout.blocks
         return {role: stack[first * b : last * b] for role, stack in self.stacks.items()}
+
+    def pieces(self, first: int, last: int) -> dict[str, list[Tensor]]:
+        """State of the tensors first..last-1 by role, a view each; only for rules that fuse and one block a tensor."""
+        return {role: rows[first:last] for role, rows in self._pieces.items()}
 
     def intact(self, state: Mapping[Tensor, dict[str, Any]]) -> bool:
         """Whether every tensor's state is still the view that was handed out."""

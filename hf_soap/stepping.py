@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from hf_soap import checkpoint, schema, sharding
+from hf_soap import checkpoint, schema, sharding, updates
 from hf_soap.background import Background
 from hf_soap.blocks import PREV_PARAM, Bucket, Chunk, Layout, Plan, adjacent
 
@@ -123,11 +123,10 @@ class BlockOptimizer(torch.optim.Optimizer):
                     checked.append(param.grad)
         if not checked:
             return True
-        # NaN compares false. An entry whose square overflows would make factors and second moments infinite for good.
-        peaks = torch._foreach_norm(checked, float("inf"))
-        sane = [peak < largest_entry(grad) for peak, grad in zip(peaks, checked, strict=True)]
-        by_device = {flag.device: [other for other in sane if other.device == flag.device] for flag in sane}
-        if all(bool(torch.stack(flags).all()) for flags in by_device.values()):
+        kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for grad in checked:
+            kinds.setdefault((grad.device, state_dtype(grad)), []).append(grad)
+        if all(norms_are_sane(grads, dtype) for (_, dtype), grads in kinds.items()):
             return True
         if not self.skipped_steps:
             logger.warning(
@@ -163,12 +162,11 @@ class BlockOptimizer(torch.optim.Optimizer):
                 bucket.steps[first:last] += 1
                 t = tuple(int(step) + 1 - plan.rule.seeds for step in steps[first:last])
                 chunk = Chunk(plan.layout, t, tuple(bucket.index[first:last]), self._background)
-                params, state = bucket.params[first:last], bucket.rows(first, last)
                 if seeding:
-                    plan.rule.seed(stack_gradients(params, plan.layout, bucket.dtype), state, chunk)
+                    grad = stack_gradients(bucket.params[first:last], plan.layout, bucket.dtype)
+                    plan.rule.seed(grad, bucket.rows(first, last), chunk)
                 else:
-                    lr = group["lr"] * plan.lr_scale
-                    step_chunk(plan, params, state, chunk, bucket.dtype, lr=lr, weight_decay=decay)
+                    step_tensors(bucket, first, last, chunk, lr=group["lr"] * plan.lr_scale, weight_decay=decay)
 
     def __getstate__(self) -> dict[str, Any]:
         # A view is pickled with its whole stack, once for each parameter in it.
@@ -278,9 +276,17 @@ def state_dtype(param: Tensor) -> torch.dtype:
     return param.dtype if param.dtype in (torch.float32, torch.float64) else torch.float32
 
 
-def largest_entry(grad: Tensor) -> float:
-    """Returns a bound on a gradient's entries below which sums of their squares are finite, with a margin of 100."""
-    return math.sqrt(torch.finfo(state_dtype(grad)).max / (100 * grad.numel()))
+def norms_are_sane(grads: Sequence[Tensor], dtype: torch.dtype) -> bool:
+    """Says whether all gradients are finite and small enough for sums of their squares, with a margin of 100.
+
+    Larger ones would make factors and second moments infinite for good.
+
+    Args:
+        grads: Any shapes, on one device.
+        dtype: What the state is computed in: float32 or float64.
+    """
+    norms = torch.stack(torch._foreach_norm(list(grads), 2, dtype))
+    return bool((norms < math.sqrt(torch.finfo(dtype).max / 100)).all())  # NaN compares false
 
 
 def stack_gradients(params: Sequence[Tensor], layout: Layout, dtype: torch.dtype) -> Tensor:
@@ -289,28 +295,29 @@ def stack_gradients(params: Sequence[Tensor], layout: Layout, dtype: torch.dtype
     return (cut[0] if len(cut) == 1 else torch.cat(cut)).to(dtype)
 
 
-def step_chunk(
-    plan: Plan,
-    params: Sequence[Tensor],
-    state: Mapping[str, Tensor],
-    chunk: Chunk,
-    dtype: torch.dtype,
-    *,
-    lr: float | Tensor,
-    weight_decay: float,
+def step_tensors(
+    bucket: Bucket, first: int, last: int, chunk: Chunk, *, lr: float | Tensor, weight_decay: float
 ) -> None:
-    """Updates adjacent tensors of a bucket: by the rule's fused kernels where they apply, else by its direction."""
+    """Updates the tensors first..last-1 of a bucket: by the rule's fused kernels where they apply, else its direction.
+
+    Args:
+        bucket: Their parameters and state.
+        first: The first of them.
+        last: One after the last.
+        chunk: What the rule needs to know of them.
+        lr: Learning rate.
+        weight_decay: Decoupled weight decay.
+    """
+    plan, params, state = bucket.plan, bucket.params[first:last], bucket.rows(first, last)
     if plan.keep_weights:
         before = torch.cat([plan.layout.to_blocks(param) for param in params])
     grads = [param.grad for param in params if param.grad is not None]
-    alike = plan.layout.blocks == 1 and not plan.decay_last
-    done = (
-        alike
-        and all(t.dtype == dtype and t.is_contiguous() for t in (*params, *grads))
-        and plan.rule.fused_step(params, grads, state, chunk, lr=lr, weight_decay=weight_decay)
-    )
-    if not done:
-        direction = plan.rule.update(stack_gradients(params, plan.layout, dtype), state, chunk)
+    alike = plan.layout.blocks == 1 and all(t.dtype == bucket.dtype and t.is_contiguous() for t in (*params, *grads))
+    if plan.rule.fuses and alike and not plan.decay_last:
+        pieces = bucket.pieces(first, last)
+        plan.rule.fused_step(params, grads, pieces, chunk.t, lr=lr, weight_decay=weight_decay)
+    else:
+        direction = plan.rule.update(stack_gradients(params, plan.layout, bucket.dtype), state, chunk)
         apply_(params, direction, plan, lr=lr, weight_decay=weight_decay)
     if plan.keep_weights:
         state[PREV_PARAM].copy_(before)
@@ -329,17 +336,10 @@ def apply_(
         lr: Learning rate.
         weight_decay: Decoupled weight decay.
     """
-    if isinstance(lr, Tensor):
-        lr = lr.reshape(())  # foreach takes a scalar, and not a vector of one entry
-    direction.mul_(lr if isinstance(lr, float) else torch.as_tensor(lr, device=direction.device))
     pieces = direction.split(plan.layout.blocks)
-    updates = [plan.layout.from_blocks(piece, param.shape) for piece, param in zip(pieces, params, strict=True)]
+    directions = [plan.layout.from_blocks(piece, param.shape) for piece, param in zip(pieces, params, strict=True)]
     exact = [param if param.dtype == direction.dtype else param.to(direction.dtype) for param in params]
-    if weight_decay and not plan.decay_last:
-        torch._foreach_mul_(exact, 1 - lr * weight_decay)
-    torch._foreach_sub_(exact, updates)
-    if weight_decay and plan.decay_last:
-        torch._foreach_mul_(exact, 1 - lr * weight_decay)
+    updates.take_step_(exact, directions, lr=lr, weight_decay=weight_decay, decay_last=plan.decay_last)
     for param, value in zip(params, exact, strict=True):
         if param is not value:
             param.copy_(value)

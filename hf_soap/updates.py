@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -112,3 +114,33 @@ def graft_denominator(
         return exp_avg_sq.addcmul_(grad, grad).sqrt().add_(eps)
     root = exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2).sqrt()
     return (root.div_(debias) if kind == "adam" else root).add_(eps)
+
+
+def take_step_(
+    params: Sequence[Tensor],
+    directions: Sequence[Tensor],
+    *,
+    lr: float | Tensor,
+    weight_decay: float,
+    decay_last: bool = False,
+) -> None:
+    """Takes the step W ← (1 - lr·weight_decay)·W - lr·direction in place.
+
+    Args:
+        params: Weights, any shapes, on one device.
+        directions: Of the same shapes and dtypes, used up.
+        lr: Learning rate, a number or a tensor of one element.
+        weight_decay: Decoupled weight decay, arXiv:1711.05101.
+        decay_last: Decay what the update left, as SOAP's official implementation does, instead of what it found.
+    """
+    weights, steps, alpha = list(params), list(directions), 1.0
+    if isinstance(lr, Tensor):
+        lr = lr.reshape(()).to(steps[0].device)  # foreach takes a scalar, and not a vector of one entry
+        torch._foreach_mul_(steps, lr)
+    else:
+        alpha = lr
+    if weight_decay and not decay_last:
+        torch._foreach_mul_(weights, 1 - lr * weight_decay)
+    torch._foreach_sub_(weights, steps, alpha=alpha)
+    if weight_decay and decay_last:
+        torch._foreach_mul_(weights, 1 - lr * weight_decay)

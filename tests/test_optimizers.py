@@ -594,6 +594,14 @@ def test_large_gradients_are_finite(row: Row, dtype: torch.dtype, size: float) -
         assert not param.numel() or not torch.equal(param, start)
 
 
+def test_a_float16_gradient_with_a_norm_beyond_float16_is_used() -> None:
+    param = Parameter(torch.zeros(100, 100, dtype=torch.float16))
+    optimizer = SOAP([param])
+    param.grad = torch.full_like(param, 6e4)
+    optimizer.step()
+    assert optimizer.skipped_steps == 0
+
+
 @rows
 @pytest.mark.parametrize(("where", "size"), [((1, 2), 1e25), (slice(None), 1e19)], ids=["an entry", "their sum"])
 def test_a_gradient_too_large_to_square_is_skipped(

@@ -28,6 +28,11 @@ class Rule:
         """Whether all-zero gradients before the first non-zero one are passed over, uncounted."""
         return self.seeds
 
+    @property
+    def fuses(self) -> bool:
+        """Whether :meth:`fused_step` takes a step in fewer passes over memory than :meth:`update` does."""
+        return False
+
     def allocate(self, layout: Layout, tensors: int, *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """Returns fresh state by role, each of shape (tensors * blocks, ...)."""
         raise TypeError(f"{type(self).__name__} must define allocate")
@@ -47,26 +52,23 @@ class Rule:
         self,
         params: Sequence[Tensor],
         grads: Sequence[Tensor],
-        state: State,
-        chunk: Chunk,
+        state: Mapping[str, Sequence[Tensor]],
+        t: Sequence[int],
         *,
         lr: float | Tensor,
         weight_decay: float,
-    ) -> bool:
-        """Takes the whole step of :meth:`update` and the weights by fused kernels, where there are such.
+    ) -> None:
+        """Takes the whole step of :meth:`update` and the weights, where the rule :attr:`fuses` them.
 
         Args:
             params: Tensors of one block each and of the state's dtype, changed in place.
             grads: Their gradients.
-            state: As for :meth:`update`.
-            chunk: As for :meth:`update`.
+            state: Their state by role, one tensor each, changed in place.
+            t: 1-based number of the update of each.
             lr: Learning rate.
             weight_decay: Decoupled weight decay, taken from the weights before the update.
-
-        Returns:
-            False if nothing was done.
         """
-        return False
+        raise TypeError(f"{type(self).__name__} must define fused_step where it fuses")
 
 
 def zeros(

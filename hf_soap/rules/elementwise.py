@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from hf_soap import updates
 from hf_soap.blocks import Chunk, Layout
 from hf_soap.rules.base import MOMENTS, Rule, State, zeros
 
@@ -43,53 +44,30 @@ class AdamW(Rule):
         denominator = exp_avg_sq.sqrt().div_(debias2).add_(self.eps).mul_(debias1)
         return exp_avg / denominator
 
+    @property
+    def fuses(self) -> bool:
+        """By torch's fused kernel."""
+        return True
+
     def fused_step(
         self,
         params: Sequence[Tensor],
         grads: Sequence[Tensor],
-        state: State,
-        chunk: Chunk,
-        *,
-        lr: float | Tensor,
-        weight_decay: float,
-    ) -> bool:
-        """Takes the step by torch's fused AdamW."""
-        first, second = ([row.view_as(p) for row, p in zip(state[r], params, strict=True)] for r in MOMENTS)
-        self.fused(params, grads, first, second, chunk.t, lr=lr, weight_decay=weight_decay)
-        return True
-
-    def fused(
-        self,
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        exp_avgs: Sequence[Tensor],
-        exp_avg_sqs: Sequence[Tensor],
+        state: Mapping[str, Sequence[Tensor]],
         t: Sequence[int],
         *,
         lr: float | Tensor,
         weight_decay: float,
-        grad_scale: Tensor | None = None,
     ) -> None:
-        """Calls torch's fused kernel, which updates parameters and moments in one pass.
-
-        Args:
-            params: Any shapes, changed in place.
-            grads: Of the same shapes; divided by ``grad_scale`` in place where that is given.
-            exp_avgs: First moments.
-            exp_avg_sqs: Second moments.
-            t: 1-based number of the update of each.
-            lr: Learning rate.
-            weight_decay: Decoupled weight decay.
-            grad_scale: One number that all gradients are divided by.
-        """
+        """Takes the step by torch's fused AdamW, which updates weights and moments in one pass."""
         device = params[0].device
         torch._fused_adamw_(
             list(params),
             list(grads),
-            list(exp_avgs),
-            list(exp_avg_sqs),
+            list(state["exp_avg"]),
+            list(state["exp_avg_sq"]),
             [],
-            [torch.full((), float(step), device=device) for step in t],
+            [torch.full((), float(number), device=device) for number in t],
             amsgrad=False,
             lr=lr,
             beta1=self.beta1,
@@ -97,7 +75,6 @@ class AdamW(Rule):
             weight_decay=weight_decay,
             eps=self.eps,
             maximize=False,
-            grad_scale=grad_scale,
         )
 
 
@@ -122,3 +99,23 @@ class Lion(Rule):
     def update(self, grad: Tensor, state: State, chunk: Chunk) -> Tensor:
         """Returns sign(M)."""
         return state["exp_avg"].lerp_(grad, 1 - self.beta1).sign()
+
+    @property
+    def fuses(self) -> bool:
+        """The sign goes into the weights without a stack of its own."""
+        return True
+
+    def fused_step(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        state: Mapping[str, Sequence[Tensor]],
+        t: Sequence[int],
+        *,
+        lr: float | Tensor,
+        weight_decay: float,
+    ) -> None:
+        """Takes the step by torch's multi-tensor kernels."""
+        exp_avgs = list(state["exp_avg"])
+        torch._foreach_lerp_(exp_avgs, list(grads), 1 - self.beta1)
+        updates.take_step_(params, torch._foreach_sign(exp_avgs), lr=lr, weight_decay=weight_decay)

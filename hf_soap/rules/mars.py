@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +10,7 @@ from torch import Tensor
 
 from hf_soap import updates
 from hf_soap.blocks import Chunk, Layout
-from hf_soap.rules.base import MOMENTS, Rule, State, zeros
-from hf_soap.rules.elementwise import AdamW
+from hf_soap.rules.base import Rule, State, zeros
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,44 +60,37 @@ class Mars(Rule):
         """Returns the inner rule's direction for the corrected gradient."""
         return self.inner.update(self._corrected(grad, state, chunk), state, chunk)
 
+    @property
+    def fuses(self) -> bool:
+        """As the inner rule."""
+        return self.inner.fuses
+
     def fused_step(
         self,
         params: Sequence[Tensor],
         grads: Sequence[Tensor],
-        state: State,
-        chunk: Chunk,
+        state: Mapping[str, Sequence[Tensor]],
+        t: Sequence[int],
         *,
         lr: float | Tensor,
         weight_decay: float,
-    ) -> bool:
-        """Takes the step of MARS-AdamW, one tensor at a time so that it stays in the cache between the kernels."""
-        if not isinstance(self.inner, AdamW):
-            return False
-        for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
-            first, second = (state[role][i].view_as(param) for role in MOMENTS)
-            # The buffer of the previous gradient holds c while the kernel needs it, and the gradient behind it.
-            buffer = torch.empty_like(grad) if self.exact else state["prev_grad"][i].view_as(param)
-            if self.exact:
-                buffer.copy_(grad)
-            else:
-                buffer.lerp_(grad, 1 + self.gamma * self.beta1 / (1 - self.beta1))
-            norm = torch.linalg.vector_norm(buffer).clamp_(min=1.0)
-            if buffer.dtype != torch.float32:  # the kernel reads its scale as float32
-                buffer.div_(norm)
-                norm = torch.ones((), device=norm.device)
-            self.inner.fused(
-                [param],
-                [buffer],
-                [first],
-                [second],
-                chunk.t[i : i + 1],
-                lr=lr,
-                weight_decay=weight_decay,
-                grad_scale=norm,
-            )
+    ) -> None:
+        """Corrects the gradients in the buffer of the previous ones and hands them to the inner rule's kernels."""
+        # A CPU keeps a tensor in its cache from one kernel to the next; a GPU wants few launches.
+        each = 1 if params[0].device.type == "cpu" else len(params)
+        for first in range(0, len(params), each):
+            part = slice(first, first + each)
+            fresh, own = list(grads[part]), {role: tensors[part] for role, tensors in state.items()}
+            buffers = [grad.clone() for grad in fresh] if self.exact else list(own["prev_grad"])
             if not self.exact:
-                buffer.copy_(grad)
-        return True
+                torch._foreach_lerp_(buffers, fresh, 1 + self.gamma * self.beta1 / (1 - self.beta1))
+            norms = torch._foreach_norm(buffers)
+            torch._foreach_clamp_min_(norms, 1.0)
+            torch._foreach_reciprocal_(norms)
+            torch._foreach_mul_(buffers, norms)
+            self.inner.fused_step(params[part], buffers, own, t[part], lr=lr, weight_decay=weight_decay)
+            if not self.exact:
+                torch._foreach_copy_(buffers, fresh)
 
     def _corrected(self, grad: Tensor, state: State, chunk: Chunk) -> Tensor:
         if self.exact:
