@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from hf_soap.sharding import local
 
 if TYPE_CHECKING:
     from hf_soap.background import Background
@@ -19,6 +21,12 @@ if TYPE_CHECKING:
 CHUNK_BYTES = 256 * 2**20
 """Budget for the temporaries of one step of one bucket; a larger bucket is worked through in chunks."""
 
+
+FACTOR_RATIO = 4
+"""A factor of a shard has at most this many times the shard's entries; a longer side is cut into blocks."""
+
+SMALLEST_CUT = 8
+"""Where that would take blocks shorter than this, a shard's side keeps no factor instead."""
 
 PREV_PARAM = "prev_param"
 """Role of the weights before the last update."""
@@ -55,6 +63,17 @@ class Layout:
         """Whether some blocks hold entries that no parameter entry stands behind."""
         return any(g * b != v for g, b, v in zip(self.grid, self.block, self.view, strict=True))
 
+    def fitted(self, shape: Sequence[int], part: Sequence[int]) -> Layout:
+        """Returns this layout of a tensor of ``shape`` for a smaller ``part``, which is padded to the same blocks."""
+        view, sizes = [], iter(zip(shape, part, strict=True))
+        for extent in self.view:
+            covered, size = 1, 1
+            while covered < extent:
+                of_shape, of_part = next(sizes)
+                covered, size = covered * of_shape, size * of_part
+            view.append(size)
+        return replace(self, view=tuple(view)) if shape else self
+
     def factor_numel(self) -> int:
         """Entries of all factors of one tensor; the bases take as many again."""
         return self.blocks * sum(self.block[side] ** 2 for side in self.sides)
@@ -62,7 +81,7 @@ class Layout:
     def to_blocks(self, tensor: Tensor) -> Tensor:
         """Cuts a tensor into (blocks, d_1, ..., d_k), zero-padded; a view when there is one block."""
         tensor = tensor.reshape(self.view)
-        if self.blocks == 1:
+        if self.blocks == 1 and not self.padded:
             return tensor.unsqueeze(0)
         if self.padded:
             excess = [g * b - v for g, b, v in zip(self.grid, self.block, self.view, strict=True)]
@@ -73,7 +92,7 @@ class Layout:
 
     def from_blocks(self, blocks: Tensor, shape: Sequence[int]) -> Tensor:
         """Puts (blocks, d_1, ..., d_k) together again as a tensor of ``shape``, without the padding."""
-        if self.blocks == 1:
+        if self.blocks == 1 and not self.padded:
             return blocks.reshape(tuple(shape))
         k = len(self.grid)
         order = [n for i in range(k) for n in (i, k + i)]
@@ -122,11 +141,12 @@ def plan_layout(
     one_sided: bool = False,
     block_size: int | None = None,
     factored: bool = True,
+    sharded: bool = False,
 ) -> Layout:
     """Decides how a tensor is cut and which of its sides are factored.
 
     Args:
-        shape: Shape of the (local) parameter; a scalar counts as a vector of one entry.
+        shape: Shape of the parameter, or of a rank's part of it; a scalar counts as a vector of one entry.
         max_precond_dim: A longer side keeps an identity basis.
         merge_dims: Merge neighbouring dimensions of a tensor with more than two of them. A matrix is never merged:
             a LoRA matrix of 8 x 1024 would become one vector with an 8192 x 8192 factor.
@@ -134,6 +154,8 @@ def plan_layout(
         one_sided: Factor only the shorter side of a matrix (the left one of equals).
         block_size: Cut sides longer than this into equal blocks, the last one zero-padded.
         factored: False keeps every basis at the identity, which makes SOAP Adam.
+        sharded: The tensor is a rank's part of a larger one: cut or leave alone the sides whose factors would outweigh
+            it by more than ``FACTOR_RATIO``.
 
     Returns:
         The layout.
@@ -152,7 +174,22 @@ def plan_layout(
     if one_sided and len(block) == 2:
         shorter = 0 if block[0] <= block[1] else 1
         sides = tuple(side for side in sides if side == shorter)
-    return Layout(view, grid, block, sides)
+    layout = Layout(view, grid, block, sides)
+    return _limit_factors(layout) if sharded else layout
+
+
+def _limit_factors(layout: Layout) -> Layout:
+    grid, block, sides = list(layout.grid), list(layout.block), list(layout.sides)
+    for side in sorted(layout.sides, key=lambda i: block[i], reverse=True):
+        longest = FACTOR_RATIO * math.prod(block) // block[side]
+        if longest >= block[side]:
+            continue
+        if longest < SMALLEST_CUT:
+            sides.remove(side)
+        else:
+            grid[side] = -(-layout.view[side] // longest)
+            block[side] = -(-layout.view[side] // grid[side])
+    return Layout(layout.view, tuple(grid), tuple(block), tuple(sides))
 
 
 @dataclass(frozen=True)
@@ -270,7 +307,7 @@ class Bucket:
         self._pieces: dict[str, list[Tensor]] = {}
         if plan.rule.fuses and plan.layout.blocks == 1:
             for role, stack in self.stacks.items():
-                self._pieces[role] = [stack[i].view(param.shape) for i, param in enumerate(self.params)]
+                self._pieces[role] = [stack[i].view(local(param).shape) for i, param in enumerate(self.params)]
 
     def rows(self, first: int, last: int) -> dict[str, Tensor]:
         """Views of the state of the tensors first..last-1, by role."""

@@ -6,13 +6,19 @@ was stacked in memory.
 
 from __future__ import annotations
 
+import itertools
 import logging
-from collections.abc import Iterator
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from hf_soap.blocks import check_state
+from hf_soap import recut, sharding
+from hf_soap.blocks import Layout, Plan, check_state
 
 logger = logging.getLogger(__name__)
 
@@ -71,27 +77,179 @@ def saved_state(
                 yield new, param, saved
 
 
-def restored(param: Tensor, saved: dict[str, Any], wanted: dict[str, Tensor]) -> dict[str, Any]:
+LAYOUT = "layout"
+"""Role of the numbers that say how a tensor was cut, in a state dict only."""
+
+
+def packed(param: Tensor, plan: Plan, state: dict[str, Any], wanted: dict[str, Tensor]) -> dict[str, Any]:
+    """Returns a copy of a parameter's state that means the same to all ranks and to other numbers of them.
+
+    Args:
+        param: The parameter.
+        plan: How this rank's part of it is cut.
+        state: Its state by role; a rank that has nothing of a sharded parameter holds only ``step``.
+        wanted: Tensors with the shapes of all roles.
+
+    Returns:
+        State by role. What has the tensor's coordinates has its shape; all else of a sharded parameter is stacked over
+        the ranks, see :func:`hf_soap.sharding.to_stack`, with a role that says how each was cut.
+    """
+    part, whole = sharding.local(param), plan.rule.entrywise(plan.layout)
+    saved: dict[str, Any] = {}
+    for role, like in wanted.items():
+        value = state.get(role)
+        if not isinstance(value, Tensor):
+            value = torch.zeros(like.shape, dtype=like.dtype, device=part.device)
+        if not sharding.is_sharded(param):
+            saved[role] = value.detach().clone()
+        elif role == "step":
+            saved[role] = sharding.to_stack(param, value.detach().clone().to(part.device))
+        elif whole:
+            saved[role] = sharding.to_whole(param, value.detach().clone().view(part.shape))
+        else:
+            saved[role] = sharding.to_stack(param, value.detach().clone())
+    if not whole:
+        described = recut.describe(sharding.shard_of(param), plan.layout)
+        saved[LAYOUT] = sharding.to_stack(param, described.to(part.device))
+    return saved
+
+
+def packed_shapes(param: Tensor, plan: Plan, wanted: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of what :func:`packed` returns, by role."""
+    stack, whole = sharding.stack_sizes(param), plan.rule.entrywise(plan.layout)
+    shapes = {role: (*stack, *like.shape) for role, like in wanted.items()}
+    if whole and sharding.is_sharded(param):
+        shapes = {role: shape if role == "step" else tuple(param.shape) for role, shape in shapes.items()}
+    if not whole:
+        shapes[LAYOUT] = (*stack, *recut.describe(sharding.shard_of(param), plan.layout).shape)
+    return shapes
+
+
+def restored(
+    param: Tensor, plan: Plan, saved: dict[str, Any], wanted: dict[str, Tensor]
+) -> tuple[dict[str, Any], bool]:
     """Returns a copy of the saved state of one parameter on the parameter's device, in the saved dtypes.
 
     Args:
         param: The parameter.
-        saved: Its saved state by role.
+        plan: How this rank's part of it is cut.
+        saved: Its saved state by role: plain tensors, or DTensors that are cut as :func:`packed` does.
         wanted: Tensors with the right shapes, by role.
 
     Returns:
-        State by role.
+        State by role, and whether some of it is estimated, because it was cut in other parts.
 
     Raises:
-        ValueError: If roles or shapes differ.
+        ValueError: If roles or shapes differ in a way that cannot be bridged.
     """
-    check_state(saved, wanted, tuple(param.shape))
-    return {
-        role: value.detach().clone().to("cpu" if role == "step" else param.device)
-        if isinstance(value, Tensor)
-        else value
-        for role, value in saved.items()
-    }
+    part, shard = sharding.local(param), sharding.shard_of(param)
+    state = _as_it_was(param, plan, saved, wanted)
+    estimated = state is None and (LAYOUT in saved or not plan.rule.entrywise(plan.layout))
+    if state is None:
+        pieces = _pieces(param, saved)
+        state = recut.recut(pieces, plan.rule, plan.layout, shard, wanted)
+    if not part.numel() and sharding.is_sharded(param):
+        return {"step": torch.zeros(())}, estimated
+    check_state(state, wanted, tuple(param.shape))
+    return {role: value.to("cpu" if role == "step" else part.device) for role, value in state.items()}, estimated
+
+
+def _as_it_was(
+    param: Tensor, plan: Plan, saved: dict[str, Any], wanted: dict[str, Tensor]
+) -> dict[str, Tensor] | None:
+    """This rank's part of saved state, or None if it was cut in another way."""
+    described = saved.get(LAYOUT)
+    own = recut.describe(sharding.shard_of(param), plan.layout)
+    if described is not None:
+        mine = _own_place(param, described, own.shape)
+        if mine is None or not torch.equal(mine.cpu(), own):
+            return None
+    whole = plan.rule.entrywise(plan.layout)
+    state = {}
+    for role, value in saved.items():
+        if role == LAYOUT:
+            continue
+        like = wanted.get(role)
+        tensor = value if isinstance(value, Tensor) else torch.tensor(value)
+        if like is None:
+            state[role] = tensor.detach().clone()  # unknown, which the caller finds out
+            continue
+        if whole and role != "step" and sharding.is_sharded(param):
+            taken = _own_part(param, tensor)
+        elif sharding.is_sharded(param):
+            taken = _own_place(param, tensor, like.shape)
+        else:
+            taken = tensor.reshape(like.shape) if whole and tensor.numel() == like.numel() else tensor
+        if taken is None:
+            return None
+        state[role] = taken.detach().clone().view(like.shape) if taken.numel() == like.numel() else taken
+    return state
+
+
+def _own_place(param: Tensor, value: Tensor, shape: Sequence[int]) -> Tensor | None:
+    """This rank's place of stacked state, or None if it was not stacked over these ranks."""
+    if sharding.is_sharded(value):
+        return sharding.local(value).reshape(tuple(shape))
+    if tuple(value.shape) != (*sharding.stack_sizes(param), *shape):
+        return None
+    return value[sharding.place_in_stack(param)]
+
+
+def _own_part(param: Tensor, value: Tensor) -> Tensor | None:
+    """This rank's part of state in the tensor's coordinates, or None if it has other ones."""
+    if sharding.is_sharded(value):
+        return sharding.local(value)
+    shard = sharding.shard_of(param)
+    if value.numel() != math.prod(shard.whole):
+        return None
+    cut = tuple(slice(start, start + size) for start, size in zip(shard.offset, shard.size, strict=True))
+    return value.reshape(shard.whole)[cut]
+
+
+def _pieces(param: Tensor, saved: dict[str, Any]) -> list[recut.Piece]:
+    """The parts that saved state consists of, on the CPU."""
+    plain = {role: value if isinstance(value, Tensor) else torch.tensor(value) for role, value in saved.items()}
+    plain = {role: sharding.gathered(value).detach().cpu() for role, value in plain.items()}
+    described = plain.pop(LAYOUT, None)
+    if described is None:  # the tensor was not cut, and its steps may be stacked all the same
+        whole = tuple(param.shape)
+        shard, view = sharding.Shard(whole, (0,) * len(whole), whole, whole), whole or (1,)
+        layout = Layout(view, (1,) * len(view), view, ())
+        state = {role: value.reshape(1, *view) for role, value in plain.items() if role != "step"}
+        return [recut.Piece(shard, layout, {**state, "step": plain["step"].max()})]
+    stack = described.shape[:-1]
+    places = [tuple(place) for place in itertools.product(*(range(size) for size in stack))]
+    return [recut.understand(described[p], {role: value[p] for role, value in plain.items()}) for p in places]
+
+
+def saved_shapes(source: Path) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Shapes of the saved state by name of the parameter and role."""
+    if source.is_file():
+        state = read(source)["state"]
+        return {name: {role: tuple(torch.as_tensor(v).shape) for role, v in e.items()} for name, e in state.items()}
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+    shapes: defaultdict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
+    for key, value in FileSystemReader(source).read_metadata().state_dict_metadata.items():
+        if key.startswith("optimizer.state."):
+            name, _, role = key.removeprefix("optimizer.state.").rpartition(".")
+            shapes[name][role] = tuple(getattr(value, "size", ()))
+    return dict(shapes)
+
+
+def read(source: Path) -> dict[str, Any]:
+    """Reads a whole optimizer state into the memory of the CPU."""
+    if source.is_file():
+        state: dict[str, Any] = torch.load(source, map_location="cpu", mmap=True, weights_only=True)
+        return state
+    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+    read: dict[str, Any] = {}
+    _load_state_dict(read, storage_reader=FileSystemReader(source), planner=_EmptyStateDictLoadPlanner(), no_dist=True)
+    whole: dict[str, Any] = read["optimizer"]
+    return whole
 
 
 def _plain(value: Any) -> Any:

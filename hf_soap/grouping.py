@@ -89,7 +89,7 @@ def routing_table(optimizer: BlockOptimizer) -> str:
         for param in group["params"]:
             if not param.requires_grad:
                 continue
-            plan = optimizer.plan(group, param.shape)
+            plan = optimizer.plan_of(group, param)
             count = totals.setdefault(plan.rule.describe(plan.layout), [0, 0, 0])
             count[0] += 1
             count[1] += param.numel()

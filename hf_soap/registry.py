@@ -6,11 +6,12 @@ import logging
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from hf_soap import configs, grouping, schema
+from hf_soap import configs, grouping, resume, schema
 from hf_soap.hooks import after_import
 from hf_soap.optimizers import MARS, SOAP, Shampoo
 from hf_soap.stepping import BlockOptimizer
@@ -72,10 +73,10 @@ def resolve(args: TrainingArguments) -> schema.OptimizerConfig:
         The checked options.
 
     Raises:
-        ValueError: If ``optim_args`` is wrong, or the run shards parameters.
+        ValueError: If ``optim_args`` is wrong, or the run shows the optimizer flat vectors (DeepSpeed, FSDP1).
     """
     name = optimizer_name(args)
-    _refuse_sharding(args, name)
+    _refuse_flat_parameters(args, name)
     config = ENTRIES[name].config
     from_args = {
         option: getattr(args, argument)
@@ -170,24 +171,42 @@ def _extend_trainer(trainer: ModuleType) -> None:
         found: tuple[Any, Any] = original(args, model)
         return found
 
+    loads = cls._load_optimizer_and_scheduler
+
+    @wraps(loads)
+    def load_optimizer_and_scheduler(self: Any, checkpoint: str | None) -> None:
+        if checkpoint is None or not resume.load_optimizer(self, Path(checkpoint)):
+            loads(self, checkpoint)
+
+    cls._load_optimizer_and_scheduler = load_optimizer_and_scheduler
     get_optimizer_cls_and_kwargs.hf_soap = True  # type: ignore[attr-defined]
     get_optimizer_cls_and_kwargs.__doc__ = original.__doc__
     cls.get_optimizer_cls_and_kwargs = staticmethod(get_optimizer_cls_and_kwargs)
 
 
-def _refuse_sharding(args: TrainingArguments, name: str) -> None:
+def _refuse_flat_parameters(args: TrainingArguments, name: str) -> None:
     # `accelerate launch` says so by the environment, and the arguments then do not.
     launched = {way for way in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{way}", "").lower() == "true"}
     if getattr(args, "deepspeed", None) or getattr(args, "hf_deepspeed_config", None) or "DEEPSPEED" in launched:
         raise ValueError(
-            f"optim={name!r} got DeepSpeed, wanted whole parameters: ZeRO hands the optimizer one flat vector, "
-            "on which it could only be Adam; use DDP"
+            f"optim={name!r} got DeepSpeed, wanted matrices or shards of them: ZeRO hands the optimizer one flat "
+            "vector, on which it could only be Adam; use FSDP2 (fsdp=True) or DDP"
         )
-    if getattr(args, "fsdp", None) or "FSDP" in launched:
+    if (getattr(args, "fsdp", None) or "FSDP" in launched) and (version := _fsdp_version(args)) != 2:
         raise ValueError(
-            f"optim={name!r} got FSDP, wanted whole parameters: sharded training is not supported by this version; "
-            "use DDP"
+            f"optim={name!r} got FSDP version {version}, wanted 2: version 1 shows the optimizer flat vectors, on "
+            "which it could only be Adam; set fsdp_config={'version': 2}, or fsdp_version: 2 in accelerate's config"
         )
+
+
+def _fsdp_version(args: TrainingArguments) -> int:
+    plugin: dict[str, Any] = getattr(args, "fsdp_plugin_args", None) or {}
+    config: Any = getattr(args, "fsdp_config", None)
+    if "fsdp_version" in plugin:
+        return int(plugin["fsdp_version"])
+    if isinstance(config, dict) and "version" in config:
+        return int(config["version"])
+    return int(os.environ.get("FSDP_VERSION", "1"))
 
 
 def _follow_log_level(args: TrainingArguments) -> None:

@@ -1,4 +1,4 @@
-"""Finding the last checkpoint folder that was written to its end."""
+"""Finding the last checkpoint folder that was written to its end, and loading an optimizer that another run saved."""
 
 from __future__ import annotations
 
@@ -7,8 +7,58 @@ import logging
 import re
 import zipfile
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from hf_soap import checkpoint as checkpoint_io
+from hf_soap.stepping import BlockOptimizer
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 logger = logging.getLogger(__name__)
+
+
+PLAIN, FULL, SHARDED = "optimizer.pt", "optimizer.bin", "optimizer_0"
+"""Where the Trainer saves an optimizer: without FSDP, with its FULL_STATE_DICT, with its SHARDED_STATE_DICT."""
+
+
+def load_optimizer(trainer: Trainer, checkpoint: Path) -> bool:
+    """Loads optimizer and scheduler where the Trainer cannot: saved on another number of ranks or in another format.
+
+    Args:
+        trainer: A Trainer whose optimizer and scheduler are made.
+        checkpoint: The folder to resume from; every rank must see it.
+
+    Returns:
+        False if nothing was done, because the Trainer can load it or the optimizer is not of this package.
+
+    Raises:
+        ValueError: If the saved state does not fit the parameters.
+    """
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    if not isinstance(optimizer, BlockOptimizer):
+        return False
+    saved = [checkpoint / name for name in (PLAIN, FULL, SHARDED) if (checkpoint / name).exists()]
+    native = checkpoint / _format(trainer)
+    if not saved or not (checkpoint / "scheduler.pt").is_file():
+        return False  # the Trainer says what is missing, or starts afresh
+    if native in saved and (native.name == PLAIN or optimizer.fits(checkpoint_io.saved_shapes(native))):
+        return False
+    source = native if native in saved else saved[0]
+    logger.warning("Loading the optimizer from %s, which was saved on other ranks or in another format.", source)
+    optimizer.load_state_dict(checkpoint_io.read(source))
+    scheduler: Any = trainer.lr_scheduler
+    scheduler.load_state_dict(torch.load(checkpoint / "scheduler.pt", weights_only=True))
+    return True
+
+
+def _format(trainer: Trainer) -> str:
+    if not trainer.is_fsdp_enabled:
+        return PLAIN
+    plugin: Any = trainer.accelerator.state.fsdp_plugin
+    return FULL if "FULL" in str(plugin.state_dict_type) else SHARDED
 
 
 def last_complete_checkpoint(folder: str | Path, *, model_only: bool = False) -> Path | None:
@@ -55,7 +105,7 @@ def find_problem(checkpoint: Path, *, model_only: bool = False) -> str | None:
     if not model_only:
         # A missing random state is the Trainer's to warn about, half of one stops it.
         saved += [checkpoint / "scheduler.pt", *checkpoint.glob("rng_state*.pth"), *checkpoint.glob("scaler.pt")]
-        if not any(checkpoint.glob("optimizer_*")):
+        if not any(checkpoint.glob("optimizer_*")) and not (checkpoint / FULL).is_file():
             saved += [checkpoint / "optimizer.pt"]
     return next((f"{path.name} is {problem}" for path in saved if (problem := _damage(path))), None)
 

@@ -1,25 +1,193 @@
-"""Sharded parameters: the only module, beside checkpoint, that knows torch.distributed."""
+"""Parameters that are sharded over ranks: the only module, beside checkpoint, that knows torch.distributed.
+
+Each rank works on its own shard as if that were a tensor. A shard's state is saved as a DTensor: state that has the
+tensor's own coordinates as one of the tensor's shape, all other state with a leading dimension for every dimension of
+the mesh, in which each rank owns one place.
+"""
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeGuard
 
+import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor.placement_types import Placement
 
-def require_whole(param: Tensor) -> None:
-    """Refuses a parameter that is sharded over ranks.
 
-    Args:
-        param: Any parameter.
+@dataclass(frozen=True)
+class Shard:
+    """Where a rank's part of a tensor lies.
+
+    Attributes:
+        whole: Shape of the whole tensor.
+        offset: Index of the part's first entry in the whole tensor.
+        size: Shape of the part; some ranks may have none of it.
+        largest: Shape of the largest part that any rank has, by which all ranks plan alike.
+    """
+
+    whole: tuple[int, ...]
+    offset: tuple[int, ...]
+    size: tuple[int, ...]
+    largest: tuple[int, ...]
+
+
+def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether a tensor is a DTensor, replicated ones included."""
+    dtensor = sys.modules.get("torch.distributed.tensor")  # not loaded: no DTensor exists, and loading takes 0.6 s
+    return dtensor is not None and isinstance(tensor, dtensor.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Returns this rank's part of a tensor, which shares its memory; a plain tensor itself."""
+    if not is_sharded(tensor):
+        return tensor
+    with torch.no_grad():
+        part: Tensor = tensor.to_local()
+    return part
+
+
+def local_grad(param: Tensor) -> Tensor | None:
+    """Returns the gradient of this rank's part of a parameter, cut as the parameter is."""
+    grad = param.grad
+    if grad is None or not is_sharded(param):
+        return grad
+    if is_sharded(grad) and grad.placements != param.placements:
+        grad = grad.redistribute(placements=param.placements)  # tensor parallelism may leave sums to be made
+    return local(grad)
+
+
+def shard_of(param: Tensor) -> Shard:
+    """Says where this rank's part of a parameter lies; the part of a plain tensor is all of it."""
+    whole = tuple(param.shape)
+    if not is_sharded(param):
+        return Shard(whole, (0,) * len(whole), whole, whole)
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    _, offset = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
+    largest = list(whole)
+    for ranks, placement in zip(param.device_mesh.shape, param.placements, strict=True):
+        if is_cut(placement):
+            largest[placement.dim] = -(-largest[placement.dim] // ranks)
+    return Shard(whole, tuple(offset) or (0,) * len(whole), tuple(local(param).shape), tuple(largest))
+
+
+def is_cut(placement: Placement) -> TypeGuard[Any]:
+    """Whether a placement gives each rank of its mesh dimension another part."""
+    return hasattr(placement, "dim")  # Shard and _StridedShard; is_shard() misses the second in torch 2.6
+
+
+def check_placements(param: Tensor) -> None:
+    """Refuses a sharded parameter whose parts are not plain slices of it.
 
     Raises:
-        ValueError: If ``param`` is a DTensor. Its state would be saved for one rank only and restored wrongly
-            on the others, which no later step would notice.
+        ValueError: If a placement is neither a shard nor a replica.
     """
-    dtensor = sys.modules.get("torch.distributed.tensor")  # not loaded: no DTensor exists, and loading takes 0.6 s
-    if dtensor is not None and isinstance(param, dtensor.DTensor):
-        raise ValueError(
-            f"got a parameter of shape {tuple(param.shape)} that is sharded over ranks (DTensor), wanted whole ones: "
-            "sharded training is not supported by this version; train with DDP, or without FSDP"
-        )
+    if is_sharded(param):
+        odd = [str(p) for p in param.placements if not (is_cut(p) or p.is_replicate())]
+        if odd:
+            raise ValueError(
+                f"got a parameter of shape {tuple(param.shape)} with the placement {odd[0]}, "
+                "wanted Shard or Replicate; redistribute the parameter before the optimizer is made"
+            )
+
+
+def stack_sizes(param: Tensor) -> tuple[int, ...]:
+    """Leading dimensions of state that every rank has a place of its own in; none for a plain tensor."""
+    if not is_sharded(param):
+        return ()
+    sizes = zip(param.device_mesh.shape, param.placements, strict=True)
+    return tuple(ranks if is_cut(placement) else 1 for ranks, placement in sizes)
+
+
+def to_stack(param: Tensor, value: Tensor) -> Tensor:
+    """Gives a rank's state its place beside that of the other ranks.
+
+    Args:
+        param: The parameter that it belongs to.
+        value: State of this rank, of the same shape on every rank.
+
+    Returns:
+        For a plain parameter the value itself; else a DTensor of shape (*stack_sizes, *value.shape).
+    """
+    if not is_sharded(param):
+        return value
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor import Shard as Cut
+
+    leading = stack_sizes(param)
+    where = [Cut(i) if is_cut(placement) else Replicate() for i, placement in enumerate(param.placements)]
+    part = value.reshape(*(1 for _ in leading), *value.shape)
+    return _wrap(part, param, where, (*leading, *value.shape))
+
+
+def to_whole(param: Tensor, value: Tensor) -> Tensor:
+    """Wraps state in a parameter's own coordinates, of the shape of this rank's part, as the parameter is wrapped."""
+    if not is_sharded(param):
+        return value
+    return _wrap(value, param, param.placements, tuple(param.shape))
+
+
+def gathered(value: Tensor) -> Tensor:
+    """Returns the whole of a DTensor, for which all ranks must call this; a plain tensor itself."""
+    return value.full_tensor() if is_sharded(value) else value
+
+
+def place_in_stack(param: Tensor) -> tuple[int, ...]:
+    """Index of this rank in the leading dimensions that :func:`to_stack` adds."""
+    if not is_sharded(param):
+        return ()
+    coordinate = param.device_mesh.get_coordinate()
+    if coordinate is None:
+        raise RuntimeError(f"this rank is not in the mesh of a parameter of shape {tuple(param.shape)}, but steps it")
+    pairs = zip(coordinate, param.placements, strict=True)
+    return tuple(place if is_cut(placement) else 0 for place, placement in pairs)
+
+
+def is_first_rank() -> bool:
+    """Whether this process speaks for all of them."""
+    return (
+        not torch.distributed.is_available()
+        or not torch.distributed.is_initialized()
+        or not torch.distributed.get_rank()
+    )
+
+
+def agree(fine: bool, params: Sequence[Tensor]) -> bool:
+    """Says whether all ranks that share sharded parameters are fine; the one collective of a step.
+
+    Args:
+        fine: What this rank found.
+        params: All parameters; every rank of their meshes must call this at the same time.
+    """
+    meshes = dict.fromkeys(param.device_mesh for param in params if is_sharded(param))
+    if not meshes:
+        return fine
+    import torch.distributed as dist
+
+    device = next(local(param).device for param in params if is_sharded(param))
+    flag = torch.tensor(1 if fine else 0, dtype=torch.int32, device=device)
+    if any(mesh.size() == dist.get_world_size() for mesh in meshes):
+        dist.all_reduce(flag, dist.ReduceOp.MIN)
+    else:
+        for mesh in meshes:
+            for group in mesh.get_all_groups():
+                dist.all_reduce(flag, dist.ReduceOp.MIN, group=group)
+    return bool(flag)
+
+
+def _wrap(value: Tensor, param: DTensor, placements: Sequence[Placement], shape: tuple[int, ...]) -> Tensor:
+    from torch.distributed.tensor import DTensor
+
+    stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
+    # Uneven parts do not tell the whole shape, which from_local would otherwise guess from this rank's.
+    wrapped: Tensor = DTensor.from_local(
+        value, param.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
+    )
+    return wrapped

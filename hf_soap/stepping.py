@@ -6,7 +6,7 @@ import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, overload
 
 import torch
@@ -39,15 +39,34 @@ class BlockOptimizer(torch.optim.Optimizer):
         self.skipped_steps = 0
         """Steps that were left out because a gradient was not finite, since construction or load."""
 
-    def plan(self, group: dict[str, Any], shape: Sequence[int]) -> Plan:
-        """Returns rule and layout of a tensor of ``shape`` in this param group, made from the current settings."""
+    def plan(self, group: dict[str, Any], shape: Sequence[int], *, sharded: bool = False) -> Plan:
+        """Returns rule and layout of a tensor in this param group, made from the current settings.
+
+        Args:
+            group: The param group.
+            shape: Shape of the tensor, or of the largest part that a rank has of it.
+            sharded: Whether it is such a part.
+        """
         raise TypeError(f"{type(self).__name__} plans nothing; use SOAP or another subclass of BlockOptimizer")
+
+    def plan_of(self, group: dict[str, Any], param: Tensor) -> Plan:
+        """Returns rule and layout of this rank's part of a parameter, all of it where it is not sharded.
+
+        Ranks decide alike, by the largest part: a smaller one is padded to the same blocks.
+        """
+        shard = sharding.shard_of(param)
+        if math.prod(sharding.stack_sizes(param)) == 1:
+            return self.plan(group, shard.whole)
+        plan = self.plan(group, shard.largest, sharded=True)
+        if plan.rule.entrywise(plan.layout):
+            return self.plan(group, shard.size, sharded=True)
+        return replace(plan, layout=plan.layout.fitted(shard.largest, shard.size))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, also after the first step; its settings are checked like the constructor's.
 
         Raises:
-            ValueError: If a setting is wrong, or a parameter is complex or sharded over ranks.
+            ValueError: If a setting is wrong, or a parameter is complex.
         """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
@@ -65,7 +84,7 @@ class BlockOptimizer(torch.optim.Optimizer):
         values = {key: value for key, value in group.items() if key in names}
         schema.check_values(self.config, {**values, "beta1": beta1, "beta2": beta2})
         for param in group["params"]:
-            sharding.require_whole(param)
+            sharding.check_placements(param)
             # Frozen weights of a quantised model may be integers; they never reach a step.
             if param.is_complex() or (param.requires_grad and not param.is_floating_point()):
                 raise ValueError(
@@ -97,15 +116,25 @@ class BlockOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if self._gradients_usable():
+            synthetic = self._is_synthetic()
             first = 0
             for number, group in enumerate(self.param_groups):
                 # Counted with the frozen ones: thawing one must move no other's refreshes and background work.
-                places = {first + i: p for i, p in enumerate(group["params"]) if p.requires_grad and p.numel()}
+                places = {first + i: p for i, p in enumerate(group["params"]) if p.requires_grad}
                 for bucket in self._group_buckets(number, group, places):
                     with torch.autocast(bucket.params[0].device.type, enabled=False):
-                        self._step_bucket(group, bucket)
+                        if not synthetic:
+                            self._step_bucket(group, bucket)
                 first += len(group["params"])
         return loss
+
+    def _is_synthetic(self) -> bool:
+        """Whether this step is taken to make the state alone, as torch.distributed.checkpoint does before a load."""
+        if self.state or any(group["lr"] for group in self.param_groups):
+            return False
+        params = [param for group in self.param_groups for param in group["params"] if param.requires_grad]
+        grads = [sharding.local_grad(param) for param in params]
+        return not any(grad is not None and bool(grad.any()) for grad in grads)
 
     def _gradients_usable(self) -> bool:
         """Refuses sparse gradients, and says whether all gradients are finite where a group wants to know."""
@@ -119,14 +148,15 @@ class BlockOptimizer(torch.optim.Optimizer):
                         f"{type(self).__name__} needs dense gradients, got {param.grad.layout} for a parameter of "
                         f"shape {tuple(param.shape)}; build the embedding with sparse=False"
                     )
-                if group["nonfinite"] == "skip" and param.numel():
-                    checked.append(param.grad)
-        if not checked:
-            return True
+                grad = sharding.local_grad(param)
+                if group["nonfinite"] == "skip" and grad is not None and grad.numel():
+                    checked.append(grad)
         kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for grad in checked:
             kinds.setdefault((grad.device, state_dtype(grad)), []).append(grad)
-        if all(norms_are_sane(grads, dtype) for (_, dtype), grads in kinds.items()):
+        fine = all(norms_are_sane(grads, dtype) for (_, dtype), grads in kinds.items())
+        guarded = [p for group in self.param_groups if group["nonfinite"] == "skip" for p in group["params"]]
+        if sharding.agree(fine, guarded):
             return True
         if not self.skipped_steps:
             logger.warning(
@@ -144,8 +174,11 @@ class BlockOptimizer(torch.optim.Optimizer):
             return cached.buckets
         members: dict[tuple[Plan, torch.dtype, torch.device], list[tuple[int, Tensor]]] = {}
         for place, param in places.items():
-            sharding.require_whole(param)  # accelerate shards parameters after the optimizer was made
-            key = (self.plan(group, param.shape), state_dtype(param), param.device)
+            if not sharding.local(param).numel():
+                if sharding.is_sharded(param):  # saving asks every rank for state, and torch takes none for a new run
+                    self.state[param].setdefault("step", torch.zeros(()))
+                continue
+            key = (self.plan_of(group, param), state_dtype(param), param.device)
             warn_if_flattened(key[0].layout, param)
             members.setdefault(key, []).append((place, param))
         buckets = [Bucket(plan, entries, self.state, dtype=dtype) for (plan, dtype, _), entries in members.items()]
@@ -163,7 +196,7 @@ class BlockOptimizer(torch.optim.Optimizer):
                 t = tuple(int(step) + 1 - plan.rule.seeds for step in steps[first:last])
                 chunk = Chunk(plan.layout, t, tuple(bucket.index[first:last]), self._background)
                 if seeding:
-                    grad = stack_gradients(bucket.params[first:last], plan.layout, bucket.dtype)
+                    grad = stack_gradients(gradients(bucket.params[first:last]), plan.layout, bucket.dtype)
                     plan.rule.seed(grad, bucket.rows(first, last), chunk)
                 else:
                     step_tensors(bucket, first, last, chunk, lr=group["lr"] * plan.lr_scale, weight_decay=decay)
@@ -182,7 +215,14 @@ class BlockOptimizer(torch.optim.Optimizer):
 
         The tensors are copies: the optimizer holds views of stacks, and saving one would write its whole stack.
         """
-        return checkpoint.detach_state(super().state_dict())
+        plain = super().state_dict()
+        state = {}
+        for saved, group in zip(plain["param_groups"], self.param_groups, strict=True):
+            for key, param in zip(saved["params"], group["params"], strict=True):
+                if key in plain["state"]:
+                    plan, wanted = self.plan_of(group, param), self._wanted_state(group, param)
+                    state[key] = checkpoint.packed(param, plan, plain["state"][key], wanted)
+        return {**plain, "state": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads state by copying it, in the dtype it was saved in.
@@ -197,18 +237,38 @@ class BlockOptimizer(torch.optim.Optimizer):
         """
         # torch casts loaded state to the parameter's dtype, which would round float32 factors of a bf16 model.
         groups = checkpoint.groups_to_load(self.param_groups, state_dict)
-        restored = {
-            param: checkpoint.restored(param, saved, self._wanted_state(group, param))
-            for group, param, saved in checkpoint.saved_state(self.param_groups, state_dict)
-        }
+        restored, estimated = {}, 0
+        for group, param, saved in checkpoint.saved_state(self.param_groups, state_dict):
+            plan, wanted = self.plan_of(group, param), self._wanted_state(group, param)
+            restored[param], guessed = checkpoint.restored(param, plan, saved, wanted)
+            estimated += guessed
         super().load_state_dict(groups)
         self.state.update(restored)
+        if estimated and sharding.is_first_rank():
+            logger.warning(
+                "%d parameters were saved in other parts (another number of ranks or block size). Momentum carries "
+                "over; factors are put together from the old parts, and second moments estimated from them.",
+                estimated,
+            )
+
+    def fits(self, saved: Mapping[str, Mapping[str, tuple[int, ...]]]) -> bool:
+        """Whether state of these shapes was saved by as many ranks and in the same parts as there are now.
+
+        Args:
+            saved: Shapes by name of the parameter and role.
+        """
+        own = [
+            checkpoint.packed_shapes(param, self.plan_of(group, param), self._wanted_state(group, param))
+            for group in self.param_groups
+            for param in group["params"]
+            if param.requires_grad
+        ]
+        return sorted(sorted(one.items()) for one in own) == sorted(sorted(one.items()) for one in saved.values())
 
     def _wanted_state(self, group: dict[str, Any], param: Tensor) -> dict[str, Tensor]:
-        """Shapes and dtypes of the state of one parameter, on the meta device: no memory is taken."""
+        """Shapes and dtypes of the state of this rank's part of a parameter, on the meta device."""
         device = torch.device("meta")
-        plan = self.plan(group, param.shape)
-        state = plan.allocate(1, dtype=state_dtype(param), device=device)
+        state = self.plan_of(group, param).allocate(1, dtype=state_dtype(param), device=device)
         return {**state, "step": torch.zeros((), device=device)}
 
     def state_bytes(self) -> int:
@@ -217,7 +277,7 @@ class BlockOptimizer(torch.optim.Optimizer):
             value.numel() * value.element_size()
             for group in self.param_groups
             for param in group["params"]
-            if param.requires_grad and param.numel()
+            if param.requires_grad and sharding.local(param).numel()
             for value in self._wanted_state(group, param).values()
         )
 
@@ -225,7 +285,7 @@ class BlockOptimizer(torch.optim.Optimizer):
 def _stages(bucket: Bucket) -> tuple[list[bool], list[bool]]:
     """Says which tensors of a bucket have the gradient that seeds them, and which have one to be updated with."""
     rule = bucket.plan.rule
-    grads = [param.grad for param in bucket.params]
+    grads = [sharding.local_grad(param) for param in bucket.params]
     present = [grad is not None for grad in grads]
     if not rule.waits:
         return [], present
@@ -289,9 +349,14 @@ def norms_are_sane(grads: Sequence[Tensor], dtype: torch.dtype) -> bool:
     return bool((norms < math.sqrt(torch.finfo(dtype).max / 100)).all())  # NaN compares false
 
 
-def stack_gradients(params: Sequence[Tensor], layout: Layout, dtype: torch.dtype) -> Tensor:
-    """Returns the gradients of ``params`` as one batch of blocks (tensors * blocks, d_1, ..., d_k) in ``dtype``."""
-    cut = [layout.to_blocks(param.grad.reshape(layout.view)) for param in params if param.grad is not None]
+def gradients(params: Sequence[Tensor]) -> list[Tensor]:
+    """Returns the gradients of this rank's parts of parameters that all have one."""
+    return [grad for param in params if (grad := sharding.local_grad(param)) is not None]
+
+
+def stack_gradients(grads: Sequence[Tensor], layout: Layout, dtype: torch.dtype) -> Tensor:
+    """Returns gradients as one batch of blocks (tensors * blocks, d_1, ..., d_k) in ``dtype``."""
+    cut = [layout.to_blocks(grad) for grad in grads]
     return (cut[0] if len(cut) == 1 else torch.cat(cut)).to(dtype)
 
 
@@ -308,16 +373,17 @@ def step_tensors(
         lr: Learning rate.
         weight_decay: Decoupled weight decay.
     """
-    plan, params, state = bucket.plan, bucket.params[first:last], bucket.rows(first, last)
+    plan, state = bucket.plan, bucket.rows(first, last)
+    params = [sharding.local(param) for param in bucket.params[first:last]]
+    grads = gradients(bucket.params[first:last])
     if plan.keep_weights:
         before = torch.cat([plan.layout.to_blocks(param) for param in params])
-    grads = [param.grad for param in params if param.grad is not None]
     alike = plan.layout.blocks == 1 and all(t.dtype == bucket.dtype and t.is_contiguous() for t in (*params, *grads))
     if plan.rule.fuses and alike and not plan.decay_last:
         pieces = bucket.pieces(first, last)
         plan.rule.fused_step(params, grads, pieces, chunk.t, lr=lr, weight_decay=weight_decay)
     else:
-        direction = plan.rule.update(stack_gradients(params, plan.layout, bucket.dtype), state, chunk)
+        direction = plan.rule.update(stack_gradients(grads, plan.layout, bucket.dtype), state, chunk)
         apply_(params, direction, plan, lr=lr, weight_decay=weight_decay)
     if plan.keep_weights:
         state[PREV_PARAM].copy_(before)

@@ -15,7 +15,7 @@ import torch
 from helpers import FULL_RANK, SHAPES, assert_same, gradient, parameters, snapshot, through_a_file, train
 from torch import Tensor, distributed
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 from torch.nn import Parameter
 from torch.optim import SGD, AdamW, Optimizer
 
@@ -691,22 +691,25 @@ def mesh() -> Iterator[DeviceMesh]:
     distributed.destroy_process_group()
 
 
-def test_sharded_parameters_are_refused_also_when_they_come_late(mesh: DeviceMesh) -> None:
-    """accelerate puts the shards into the groups after the optimizer was made.
-
-    Their state was saved for one rank, and restored wrongly on the others.
-    """
-    sharded = Parameter(distribute_tensor(torch.ones(4, 4), mesh))
+def test_shards_may_come_after_construction(mesh: DeviceMesh) -> None:
+    """accelerate puts them into the groups of an optimizer that was made for whole parameters."""
     for make in (SOAP, Shampoo, MARS):
-        with pytest.raises(
-            ValueError, match=r"shape \(4, 4\) that is sharded over ranks .*wanted whole ones.*without FSDP"
-        ):
-            make([sharded])
-        optimizer = make([Parameter(torch.ones(4, 4))])
-        optimizer.param_groups[0]["params"][0] = sharded
-        sharded.grad = distribute_tensor(torch.ones(4, 4), mesh)
-        with pytest.raises(ValueError, match=r"shape \(4, 4\) that is sharded over ranks"):
-            optimizer.step()
+        params = [Parameter(torch.ones(4, 4)), Parameter(torch.ones(4, 4))]
+        optimizers = [make([param], lr=0.1) for param in params]
+        params[1] = Parameter(distribute_tensor(torch.ones(4, 4), mesh))
+        optimizers[1].param_groups[0]["params"][0] = params[1]
+        for step in range(3):
+            grad = gradient(params[0], 0, step)
+            params[0].grad, params[1].grad = grad, distribute_tensor(grad, mesh)
+            for optimizer in optimizers:
+                optimizer.step()
+        assert torch.equal(params[0], params[1].full_tensor())
+
+
+def test_a_parameter_whose_parts_are_to_be_summed_is_refused(mesh: DeviceMesh) -> None:
+    partial = Parameter(DTensor.from_local(torch.ones(4, 4), mesh, [Partial()]))
+    with pytest.raises(ValueError, match=r"shape \(4, 4\) with the placement .*wanted Shard or Replicate"):
+        SOAP([partial])
 
 
 @rows

@@ -8,6 +8,7 @@ import os
 import pickle
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -272,33 +273,40 @@ def test_wrong_options_stop_a_run_before_its_first_step(cls: type[Trainer], opti
         assert torch.equal(value, before[name])
 
 
-@pytest.mark.parametrize(
-    "sharded", [{"fsdp": True}, {"fsdp": True, "fsdp_config": {"version": 1}}], ids=["FSDP2", "FSDP1"]
-)
-def test_fsdp_is_refused_with_a_way_out(sharded: dict[str, Any], tmp_path: Path) -> None:
+def test_fsdp_1_is_refused_with_a_way_out(tmp_path: Path) -> None:
     # transformers 4 tells accelerate by the environment, where the next test would find it.
     with (
         mock.patch.dict(os.environ),
-        pytest.raises(ValueError, match=r"optim='soap' got FSDP, wanted whole .*use DDP"),
+        pytest.raises(ValueError, match=r"optim='soap' got FSDP version 1, wanted 2: .*fsdp_config={'version': 2}"),
     ):
-        registry.resolve(tiny.arguments(tmp_path, **sharded))
+        registry.resolve(tiny.arguments(tmp_path, fsdp=True, fsdp_config={"version": 1}))
+
+
+def test_fsdp_2_is_taken(tmp_path: Path) -> None:
+    with mock.patch.dict(os.environ):
+        registry.resolve(tiny.arguments(tmp_path, fsdp=True, fsdp_config={"version": 2}))
 
 
 def test_deepspeed_is_refused_with_a_way_out(tmp_path: Path) -> None:
     args = tiny.arguments(tmp_path)
     args.deepspeed = {"zero_optimization": {"stage": 2}}  # as an argument it needs the package
-    with pytest.raises(ValueError, match=r"optim='soap' got DeepSpeed, wanted whole parameters.*use DDP"):
+    with pytest.raises(ValueError, match=r"optim='soap' got DeepSpeed, wanted matrices.*use FSDP2"):
         registry.resolve(args)
 
 
-@pytest.mark.parametrize("launched", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
-def test_sharding_that_only_the_launcher_knows_is_refused(
-    launched: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("launched", "version", "way_out"),
+    [("FSDP", "1", "fsdp_version: 2"), ("FSDP", "2", None), ("DEEPSPEED", None, "use FSDP2")],
+)
+def test_sharding_that_only_the_launcher_knows_is_seen(
+    launched: str, version: str | None, way_out: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """`accelerate launch --use_fsdp` speaks through the environment: the arguments say nothing of it."""
     args = tiny.arguments(tmp_path)
-    monkeypatch.setenv(launched, "true")
-    with pytest.raises(ValueError, match=r"wanted whole parameters"):
+    monkeypatch.setenv(f"ACCELERATE_USE_{launched}", "true")
+    if version:
+        monkeypatch.setenv("FSDP_VERSION", version)
+    with pytest.raises(ValueError, match=way_out) if way_out else nullcontext():
         registry.resolve(args)
 
 

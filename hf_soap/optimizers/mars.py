@@ -14,6 +14,7 @@ from hf_soap import configs, schema, updates
 from hf_soap.blocks import PREV_PARAM, Plan, plan_layout
 from hf_soap.optimizers.soap import plan_factors, soap_rule
 from hf_soap.rules import AdamW, Lion, Mars, Orthogonal, Rule
+from hf_soap.sharding import local, local_grad
 from hf_soap.stepping import BlockOptimizer, check_choice, check_pair
 
 
@@ -160,13 +161,14 @@ class MARS(BlockOptimizer):
         If the body raises, weights and gradients are put back as they were.
         """
         stash = [(group, p, p.grad) for group in self.param_groups for p in group["params"] if p.requires_grad]
-        moved = [(p, p.detach().clone(), self._previous(group, p)) for group, p, _ in stash]
+        moved = [(local(p), local(p).detach().clone(), self._previous(group, p)) for group, p, _ in stash]
         try:
             with torch.no_grad():
-                for param, _, previous in moved:
+                for _, param, _ in stash:
                     param.grad = None
+                for weight, _, previous in moved:
                     if previous is not None:
-                        param.copy_(previous)
+                        weight.copy_(previous)
             yield
         except BaseException:
             for _, param, grad in stash:
@@ -175,27 +177,30 @@ class MARS(BlockOptimizer):
         else:
             with torch.no_grad():
                 for (group, param, grad), (_, _, previous) in zip(stash, moved, strict=True):
-                    behind = param.grad if previous is not None else None
-                    param.grad = grad if grad is None else self._corrected_grad(group, param, grad, behind)
+                    behind = local_grad(param) if previous is not None else None
+                    param.grad = grad
+                    if grad is not None:
+                        self._correct(group, param, behind)
             self._corrected = True
         finally:
             with torch.no_grad():
-                for param, weight, _ in moved:
-                    param.copy_(weight)
+                for weight, before, _ in moved:
+                    weight.copy_(before)
 
     def _previous(self, group: dict[str, Any], param: Tensor) -> Tensor | None:
         state = self.state.get(param, {})
         if PREV_PARAM not in state or not state["step"] > 0:
             return None
-        return self.plan(group, param.shape).layout.from_blocks(state[PREV_PARAM], param.shape)
+        return self.plan_of(group, param).layout.from_blocks(state[PREV_PARAM], local(param).shape)
 
-    def _corrected_grad(self, group: dict[str, Any], param: Tensor, grad: Tensor, behind: Tensor | None) -> Tensor:
-        if not group["exact"] or not isinstance(self.plan(group, param.shape).rule, Mars):
-            return grad
+    def _correct(self, group: dict[str, Any], param: Tensor, behind: Tensor | None) -> None:
+        grad = local_grad(param)
+        if grad is None or not group["exact"] or not isinstance(self.plan_of(group, param).rule, Mars):
+            return
         other = torch.zeros_like(grad) if behind is None else behind
-        return updates.mars_correction(grad, other, beta1=group["betas"][0], gamma=group["gamma"])
+        grad.copy_(updates.mars_correction(grad, other, beta1=group["betas"][0], gamma=group["gamma"]))
 
-    def plan(self, group: dict[str, Any], shape: Sequence[int]) -> Plan:
+    def plan(self, group: dict[str, Any], shape: Sequence[int], *, sharded: bool = False) -> Plan:
         """Returns the variant's rule behind the correction, or AdamW for what is no matrix."""
         matrix = len(shape) == 2 or (group["rule"] == "soap" and len(shape) > 2)
         whole = plan_layout(shape, max_precond_dim=0)
@@ -207,7 +212,7 @@ class MARS(BlockOptimizer):
         soap = group["rule"] == "soap"
         inner = soap_rule(group) if soap else _mars_inner(group, matrix=matrix)
         rule = Mars(inner=inner, beta1=group["betas"][0], gamma=group["gamma"], exact=group["exact"])
-        layout = plan_factors(group, shape) if soap else whole
+        layout = plan_factors(group, shape, sharded=sharded) if soap else whole
         return Plan(rule, layout, decay_last=soap, keep_weights=group["exact"])
 
 

@@ -115,10 +115,10 @@ class Shampoo(BlockOptimizer):
                 f"root_method='newton' wants an exponent -1/p with a whole p, got {exponent}; use root_method='eigh'"
             )
 
-    def plan(self, group: dict[str, Any], shape: Sequence[int]) -> Plan:
+    def plan(self, group: dict[str, Any], shape: Sequence[int], *, sharded: bool = False) -> Plan:
         """Returns the Shampoo rule with the group's settings, or AdamW where KL-Shampoo has nothing to factor."""
         beta1, beta2 = group["betas"]
-        layout = plan_factors(group, shape)
+        layout = plan_factors(group, shape, sharded=sharded)
         if not layout.sides and (group["kl"] or group["rule"] == "adam"):
             return Plan(rules.AdamW(beta1=beta1, beta2=beta2, eps=group["eps"]), layout)
         shampoo_beta = beta2 if group["shampoo_beta"] is None else group["shampoo_beta"]

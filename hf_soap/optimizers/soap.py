@@ -85,9 +85,9 @@ class SOAP(BlockOptimizer):
         super()._check_group(group)
         check_choice("rule", group["rule"], ("soap", "adam"))
 
-    def plan(self, group: dict[str, Any], shape: Sequence[int]) -> Plan:
+    def plan(self, group: dict[str, Any], shape: Sequence[int], *, sharded: bool = False) -> Plan:
         """Returns the SOAP rule with the group's settings; Adam is SOAP without a factored side."""
-        return Plan(soap_rule(group), plan_factors(group, shape), decay_last=True)
+        return Plan(soap_rule(group), plan_factors(group, shape, sharded=sharded), decay_last=True)
 
 
 def soap_rule(group: dict[str, Any]) -> Soap:
@@ -106,8 +106,8 @@ def soap_rule(group: dict[str, Any]) -> Soap:
     )
 
 
-def plan_factors(group: dict[str, Any], shape: Sequence[int]) -> Layout:
-    """Cuts a tensor of ``shape`` as the settings of a param group say; ``rule="adam"`` factors no side."""
+def plan_factors(group: dict[str, Any], shape: Sequence[int], *, sharded: bool) -> Layout:
+    """Cuts a tensor, or a part of one, as the settings of a param group say; ``rule="adam"`` factors no side."""
     return plan_layout(
         shape,
         max_precond_dim=group["max_precond_dim"],
@@ -116,4 +116,5 @@ def plan_factors(group: dict[str, Any], shape: Sequence[int]) -> Layout:
         one_sided=group["one_sided"],
         block_size=group["block_size"],
         factored=group["rule"] != "adam",
+        sharded=sharded,
     )

@@ -37,6 +37,22 @@ class Rule:
         """Returns fresh state by role, each of shape (tensors * blocks, ...)."""
         raise TypeError(f"{type(self).__name__} must define allocate")
 
+    def entrywise(self, layout: Layout) -> bool:
+        """Whether all state of this layout has the tensor's own shape and coordinates, so that it can be cut anew."""
+        return True
+
+    @property
+    def averages(self) -> bool:
+        """Whether a factor averages over the other axes instead of summing over them."""
+        return False
+
+    def restate(self, state: State, layout: Layout) -> dict[str, Tensor]:
+        """Returns state in the coordinates of the tensor, so that it can be cut anew; ``state`` stays as it is."""
+        return dict(state)
+
+    def rebuild(self, state: State, chunk: Chunk) -> None:
+        """Completes state in place that was cut anew: what depends on the factors is still zero."""
+
     def describe(self, layout: Layout) -> str:
         """Names in a few words what happens to a tensor of this layout, for tables."""
         return type(self).__name__

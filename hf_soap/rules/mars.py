@@ -48,6 +48,23 @@ class Mars(Rule):
         state = self.inner.allocate(layout, tensors, dtype=dtype, device=device)
         return state if self.exact else {**state, **zeros(layout, tensors, ("prev_grad",), dtype=dtype, device=device)}
 
+    def entrywise(self, layout: Layout) -> bool:
+        """As the inner rule."""
+        return self.inner.entrywise(layout)
+
+    @property
+    def averages(self) -> bool:
+        """As the inner rule."""
+        return self.inner.averages
+
+    def restate(self, state: State, layout: Layout) -> dict[str, Tensor]:
+        """As the inner rule; the previous gradient has the tensor's coordinates already."""
+        return self.inner.restate(state, layout)
+
+    def rebuild(self, state: State, chunk: Chunk) -> None:
+        """As the inner rule."""
+        self.inner.rebuild(state, chunk)
+
     def describe(self, layout: Layout) -> str:
         """Returns the inner rule with MARS before it."""
         return f"MARS {self.inner.describe(layout)}"

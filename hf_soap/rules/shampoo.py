@@ -89,6 +89,20 @@ class Shampoo(Rule):
             state[f"diagonal_{axis}"] = torch.zeros(blocks, layout.block[axis], dtype=dtype, device=device)
         return state
 
+    def entrywise(self, layout: Layout) -> bool:
+        """Without factors and diagonals, where the grafted rule is alone."""
+        return not layout.sides and not self._diagonals(layout)
+
+    @property
+    def averages(self) -> bool:
+        """With KL, whose factors are means."""
+        return self.kl
+
+    def rebuild(self, state: State, chunk: Chunk) -> None:
+        """Computes the roots anew, where they are in use already."""
+        for blocks, part in chunk.runs(t >= self._first for t in chunk.t):
+            self._compute_roots({role: value[blocks] for role, value in state.items()}, part)
+
     def describe(self, layout: Layout) -> str:
         """Returns Shampoo with its number of factored sides, or what stands in for it."""
         sides = len(layout.sides)

@@ -83,6 +83,49 @@ class Soap(Rule):
         """Whether V of this layout is kept as a product: only of a matrix with a factored side."""
         return self.factorized and len(layout.block) == 2 and bool(layout.sides)
 
+    def entrywise(self, layout: Layout) -> bool:
+        """Without a factored side, where the rule is Adam."""
+        return not layout.sides
+
+    @property
+    def averages(self) -> bool:
+        """With KL, whose factors are means."""
+        return self.kl
+
+    def restate(self, state: State, layout: Layout) -> dict[str, Tensor]:
+        """Rotates momentum and factors back; of the second moment, which cannot be, each block's mean is kept."""
+        restated, exp_avg = dict(state), state["exp_avg"]
+        for side in layout.sides:
+            basis = state[f"basis_{side}"]
+            restated[f"factor_{side}"] = basis @ state[f"factor_{side}"] @ basis.mT
+            exp_avg = linalg.mode_product(exp_avg, basis.mT, side)
+        mean = state["exp_avg_sq"].flatten(1) if "exp_avg_sq" in state else state[V_FACTORS[0]]
+        mean = mean.mean(1, keepdim=True)
+        if layout.sides:
+            restated["exp_avg_sq"] = mean.view(-1, *(1 for _ in layout.block)).expand_as(exp_avg).clone()
+            for role, size in zip(V_FACTORS, layout.block, strict=False):
+                restated[role] = mean.repeat(1, size)
+        return {**restated, "exp_avg": exp_avg}
+
+    def rebuild(self, state: State, chunk: Chunk) -> None:
+        """Finds the bases, rotates the momentum, and spreads the second moment as the eigenvalues say.
+
+        Source:
+            In the eigenbasis V is close to a product of eigenvalues: arXiv:2409.11321, claim 1.
+        """
+        for side in chunk.layout.sides:
+            factor, exp_avg = state[f"factor_{side}"], state["exp_avg"]
+            values, basis = linalg.eigenbasis(factor)
+            state[f"basis_{side}"].copy_(basis)
+            factor.copy_(torch.diag_embed(values))
+            exp_avg.copy_(linalg.mode_product(exp_avg, basis, side))
+            values = values.clamp(min=0)
+            share = values / values.mean(-1, keepdim=True).clamp_(min=torch.finfo(values.dtype).tiny)
+            if "exp_avg_sq" in state:
+                state["exp_avg_sq"].mul_(updates.along(share, side, exp_avg.dim()))
+            else:
+                state[V_FACTORS[side]].mul_(share)
+
     def describe(self, layout: Layout) -> str:
         """Returns SOAP with its number of factored sides, or Adam."""
         sides = len(layout.sides)

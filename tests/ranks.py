@@ -1,0 +1,73 @@
+"""Runs a function of a test module in several processes that talk by gloo.
+
+python tests/ranks.py MODULE FUNCTION RANK RANKS MEETING-FILE JSON
+"""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+TESTS = Path(__file__).parent
+
+
+def run(module: str, function: str, ranks: int, meet_in: Path, **arguments: Any) -> None:
+    """Calls ``function(**arguments)`` in ``ranks`` processes; an assertion that fails in one fails here."""
+    meet_in.mkdir(parents=True, exist_ok=True)
+    meeting = meet_in / f"meeting-{function}-{ranks}-{len(list(meet_in.iterdir()))}"
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{TESTS.parent}:{TESTS}",
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+    workers = [
+        subprocess.Popen(
+            [sys.executable, __file__, module, function, str(rank), str(ranks), str(meeting), json.dumps(arguments)],
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+    outputs = []
+    for worker in workers:
+        try:
+            outputs.append(worker.communicate(timeout=300)[0])
+        except subprocess.TimeoutExpired:
+            for other in workers:
+                other.kill()
+            outputs.append(f"no end within 300 s: {worker.communicate()[0]}")
+    failed = [
+        f"rank {rank}:\n{text}" for rank, (text, w) in enumerate(zip(outputs, workers, strict=True)) if w.returncode
+    ]
+    assert not failed, "\n".join(failed)
+
+
+def main() -> None:
+    """Is one of the processes."""
+    module, function, rank, ranks, meeting, arguments = sys.argv[1:]
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=int(rank), world_size=int(ranks))
+    try:
+        getattr(importlib.import_module(module), function)(**json.loads(arguments))
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        sys.stdout.flush()
+        os._exit(1)  # the others wait in a collective; communicate() ends them
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # gloo's threads sometimes abort at a regular exit
+
+
+if __name__ == "__main__":
+    main()

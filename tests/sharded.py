@@ -1,0 +1,182 @@
+"""What the tests of sharded training run in every process; see ranks.py."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from hf_soap import MARS, SOAP, Shampoo, checkpoint, resume
+from hf_soap.stepping import BlockOptimizer
+
+OPTIMIZERS: dict[str, Callable[[Any], BlockOptimizer]] = {
+    "soap": lambda p: SOAP(p, lr=1e-2, precondition_frequency=2),
+    "soap, one side, factorized": lambda p: SOAP(
+        p, lr=1e-2, precondition_frequency=2, one_sided=True, factorized=True
+    ),
+    "soap, blocks": lambda p: SOAP(p, lr=1e-2, precondition_frequency=2, block_size=4),
+    "kl_soap": lambda p: SOAP(p, lr=1e-2, precondition_frequency=2, kl=True),
+    "shampoo": lambda p: Shampoo(p, lr=1e-2, precondition_frequency=2, start_step=2),
+    "shampoo, late roots": lambda p: Shampoo(
+        p, lr=1e-2, precondition_frequency=3, start_step=2, asynchronous=True, delay=2
+    ),
+    "mars": lambda p: MARS(p, lr=1e-2),
+    "mars_lion": lambda p: MARS(p, lr=1e-2, variant="lion"),
+    "mars_shampoo": lambda p: MARS(p, lr=1e-2, variant="shampoo"),
+    "mars_soap": lambda p: MARS(p, lr=1e-2, variant="soap", precondition_frequency=2),
+}
+
+
+def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    """Rows that 2 and 3 ranks share unevenly, and a last layer of which some have nothing."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(7, 10), nn.Tanh(), nn.Linear(10, 5), nn.Tanh(), nn.Linear(5, 1)).to(dtype)
+
+
+def shard(model: nn.Sequential, mesh: DeviceMesh | None = None) -> nn.Sequential:
+    """Shards each layer by itself."""
+    mesh = mesh or init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: Iterable[int]) -> list[float]:
+    """Trains on data that depends on the step alone; every rank has the same batch."""
+    losses = []
+    dtype = next(model.parameters()).dtype
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        x, y = (torch.randn(16, n, generator=generator).to(dtype) for n in (7, 1))
+        loss = (model(x) - y).float().square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def whole(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters, gathered."""
+    return {
+        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+        for name, p in model.named_parameters()
+    }
+
+
+def put(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Sets all parameters."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            value = weights[name]
+            p.copy_(distribute_tensor(value, p.device_mesh, p.placements) if isinstance(p, DTensor) else value)
+
+
+def assert_equal(got: dict[str, Tensor], want: dict[str, Tensor], what: str) -> None:
+    """Asserts equality bit for bit."""
+    differ = [name for name, value in want.items() if not torch.equal(value, got[name])]
+    assert not differ, f"{what}: {differ} differ"
+
+
+def resumed_equals_uninterrupted(dtype: str, names: list[str] | None = None) -> None:
+    """FULL and SHARDED state dicts of torch.distributed.checkpoint, as accelerate takes them."""
+    folder = Path(os.environ["SHARED_FOLDER"])
+    for name in names or OPTIMIZERS:
+        model = shard(network(getattr(torch, dtype)))
+        optimizer = OPTIMIZERS[name](model.parameters())
+        train(model, optimizer, range(6))
+        weights = whole(model)
+        for full in (True, False):
+            options = StateDictOptions(full_state_dict=full, cpu_offload=full)
+            save(get_optimizer_state_dict(model, optimizer, options=options), folder, full=full)
+        losses = train(model, optimizer, range(6, 10))
+        want = whole(model)
+        for full in (True, False):
+            model = shard(network(getattr(torch, dtype)))
+            put(model, weights)
+            optimizer = OPTIMIZERS[name](model.parameters())
+            options = StateDictOptions(full_state_dict=full, broadcast_from_rank0=full, cpu_offload=full)
+            if full:
+                state = torch.load(folder / resume.FULL, weights_only=True) if dist.get_rank() == 0 else {}
+            else:
+                saved = {"optimizer": get_optimizer_state_dict(model, optimizer, options=options)}
+                dcp.load(saved, storage_reader=dcp.FileSystemReader(folder / resume.SHARDED))
+                state = saved["optimizer"]
+            set_optimizer_state_dict(model, optimizer, state, options=options)
+            assert train(model, optimizer, range(6, 10)) == losses, f"{name}, full={full}"
+            assert_equal(whole(model), want, f"{name}, full={full}")
+        dist.barrier()
+
+
+def save(state: dict[str, Any], folder: Path, *, full: bool) -> None:
+    """Writes a state dict as accelerate does."""
+    if not full:
+        dcp.save({"optimizer": state}, storage_writer=dcp.FileSystemWriter(folder / resume.SHARDED))
+    elif dist.get_rank() == 0:
+        torch.save(state, folder / resume.FULL)
+    dist.barrier()
+
+
+def save_for_others(names: list[str]) -> None:
+    """Trains six steps, and saves what runs on other ranks go on from, and how this one goes on."""
+    for name in names:
+        folder = Path(os.environ["SHARED_FOLDER"]) / name
+        folder.mkdir(exist_ok=True)
+        model = shard(network())
+        optimizer = OPTIMIZERS[name](model.parameters())
+        train(model, optimizer, range(6))
+        weights = whole(model)
+        for full in (True, False):
+            options = StateDictOptions(full_state_dict=full, cpu_offload=full)
+            save(get_optimizer_state_dict(model, optimizer, options=options), folder, full=full)
+        losses = train(model, optimizer, range(6, 12))
+        if dist.get_rank() == 0:
+            torch.save({"weights": weights, "losses": losses}, folder / "run.pt")
+        dist.barrier()
+
+
+class Messages(logging.Handler):
+    """Collects what a logger says."""
+
+    def __init__(self, logger: str) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+        logging.getLogger(logger).addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
+def goes_on_from_others(names: list[str], sharded: bool = True, tolerance: float = 0.02) -> None:
+    """Loads what another number of ranks saved: no jump in the loss, momentum intact, one warning."""
+    for name in names:
+        folder = Path(os.environ["SHARED_FOLDER"]) / name
+        run = torch.load(folder / "run.pt", weights_only=True)
+        for source in (resume.FULL, resume.SHARDED):
+            model = shard(network()) if sharded else network()
+            put(model, run["weights"])
+            optimizer, said = OPTIMIZERS[name](model.parameters()), Messages("hf_soap.stepping")
+            optimizer.load_state_dict(checkpoint.read(folder / source))
+            exact = name in ("mars", "mars_lion", "mars_shampoo")  # no factors: nothing is estimated
+            warned = [text for text in said.texts if "saved in other parts" in text]
+            assert len(warned) == (0 if exact or dist.get_rank() else 1), f"{name}: {said.texts}"
+            losses = train(model, optimizer, range(6, 12))
+            for got, want in zip(losses, run["losses"], strict=True):
+                assert abs(got - want) <= (1e-6 if exact else tolerance) * want, f"{name}: {losses}, {run['losses']}"
