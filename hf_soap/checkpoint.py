@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_soap import recut, sharding
 from hf_soap.blocks import Layout, Plan, check_state
@@ -178,6 +178,8 @@ def _as_it_was(
             taken = _own_part(param, tensor)
         elif sharding.is_sharded(param):
             taken = _own_place(param, tensor, like.shape)
+        elif role == "step":
+            taken = tensor.max()  # a step for each of several ranks
         else:
             taken = tensor.reshape(like.shape) if whole and tensor.numel() == like.numel() else tensor
         if taken is None:
@@ -238,18 +240,49 @@ def saved_shapes(source: Path) -> dict[str, dict[str, tuple[int, ...]]]:
 
 
 def read(source: Path) -> dict[str, Any]:
-    """Reads a whole optimizer state into the memory of the CPU."""
+    """Reads a whole optimizer state into the CPU's memory: a file, or a folder of torch.distributed.checkpoint."""
+    whole: dict[str, Any]
     if source.is_file():
-        state: dict[str, Any] = torch.load(source, map_location="cpu", mmap=True, weights_only=True)
-        return state
+        whole = torch.load(source, map_location="cpu", mmap=True, weights_only=True)
+    else:
+        whole = _read_folder(source)["optimizer"]
+    return whole
+
+
+def read_weights(source: Path) -> dict[str, Tensor]:
+    """Reads all weights of a file, or of a folder of torch.distributed.checkpoint, into the memory of the CPU."""
+    weights: dict[str, Tensor]
+    if source.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        weights = load_file(source)
+    elif source.is_file():
+        weights = torch.load(source, map_location="cpu", mmap=True, weights_only=True)
+    else:
+        weights = _read_folder(source)["model"]
+    return weights
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Loads whole weights into a model, sharded or not; every rank must have them and call this."""
+    if not any(sharding.is_sharded(param) for param in model.parameters()):
+        model.load_state_dict(weights, strict=False)
+        return
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    set_model_state_dict(model, dict(weights), options=StateDictOptions(full_state_dict=True, strict=False))
+
+
+def _read_folder(source: Path) -> dict[str, Any]:
     from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
-    read: dict[str, Any] = {}
-    _load_state_dict(read, storage_reader=FileSystemReader(source), planner=_EmptyStateDictLoadPlanner(), no_dist=True)
-    whole: dict[str, Any] = read["optimizer"]
-    return whole
+    state: dict[str, Any] = {}
+    _load_state_dict(
+        state, storage_reader=FileSystemReader(source), planner=_EmptyStateDictLoadPlanner(), no_dist=True
+    )
+    return state
 
 
 def _plain(value: Any) -> Any:

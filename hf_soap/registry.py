@@ -178,7 +178,16 @@ def _extend_trainer(trainer: ModuleType) -> None:
         if checkpoint is None or not resume.load_optimizer(self, Path(checkpoint)):
             loads(self, checkpoint)
 
+    loads_model = cls._load_from_checkpoint
+
+    @wraps(loads_model)
+    def load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        ours = optimizer_name(self.args) in ENTRIES
+        if not (ours and resume.load_model(self, Path(resume_from_checkpoint), model or self.model)):
+            loads_model(self, resume_from_checkpoint, model)
+
     cls._load_optimizer_and_scheduler = load_optimizer_and_scheduler
+    cls._load_from_checkpoint = load_from_checkpoint
     get_optimizer_cls_and_kwargs.hf_soap = True  # type: ignore[attr-defined]
     get_optimizer_cls_and_kwargs.__doc__ = original.__doc__
     cls.get_optimizer_cls_and_kwargs = staticmethod(get_optimizer_cls_and_kwargs)

@@ -10,11 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-from hf_soap import checkpoint as checkpoint_io
+from hf_soap import checkpoint
 from hf_soap.stepping import BlockOptimizer
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import Trainer
 
 logger = logging.getLogger(__name__)
@@ -24,12 +26,12 @@ PLAIN, FULL, SHARDED = "optimizer.pt", "optimizer.bin", "optimizer_0"
 """Where the Trainer saves an optimizer: without FSDP, with its FULL_STATE_DICT, with its SHARDED_STATE_DICT."""
 
 
-def load_optimizer(trainer: Trainer, checkpoint: Path) -> bool:
+def load_optimizer(trainer: Trainer, folder: Path) -> bool:
     """Loads optimizer and scheduler where the Trainer cannot: saved on another number of ranks or in another format.
 
     Args:
         trainer: A Trainer whose optimizer and scheduler are made.
-        checkpoint: The folder to resume from; every rank must see it.
+        folder: The folder to resume from; every rank must see it.
 
     Returns:
         False if nothing was done, because the Trainer can load it or the optimizer is not of this package.
@@ -40,17 +42,43 @@ def load_optimizer(trainer: Trainer, checkpoint: Path) -> bool:
     optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
     if not isinstance(optimizer, BlockOptimizer):
         return False
-    saved = [checkpoint / name for name in (PLAIN, FULL, SHARDED) if (checkpoint / name).exists()]
-    native = checkpoint / _format(trainer)
-    if not saved or not (checkpoint / "scheduler.pt").is_file():
+    saved = [folder / name for name in (PLAIN, FULL, SHARDED) if (folder / name).exists()]
+    native = folder / _format(trainer)
+    if not saved or not (folder / "scheduler.pt").is_file():
         return False  # the Trainer says what is missing, or starts afresh
-    if native in saved and (native.name == PLAIN or optimizer.fits(checkpoint_io.saved_shapes(native))):
+    if native in saved and (native.name == PLAIN or optimizer.fits(checkpoint.saved_shapes(native))):
         return False
     source = native if native in saved else saved[0]
     logger.warning("Loading the optimizer from %s, which was saved on other ranks or in another format.", source)
-    optimizer.load_state_dict(checkpoint_io.read(source))
+    optimizer.load_state_dict(checkpoint.read(source))
     scheduler: Any = trainer.lr_scheduler
-    scheduler.load_state_dict(torch.load(checkpoint / "scheduler.pt", weights_only=True))
+    scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
+    return True
+
+
+def load_model(trainer: Trainer, folder: Path, model: nn.Module) -> bool:
+    """Loads weights where the Trainer cannot: saved with FSDP and loaded without it, or in another kind of state dict.
+
+    Args:
+        trainer: The Trainer.
+        folder: The folder to resume from; every rank must see it.
+        model: The model, sharded or not.
+
+    Returns:
+        False if nothing was done, because the Trainer can load them itself.
+    """
+    full, sharded = folder / "pytorch_model_fsdp.bin", folder / "pytorch_model_fsdp_0"
+    saved = {FULL: [full] if full.is_file() else [], SHARDED: [sharded] if sharded.is_dir() else []}
+    if not any(saved.values()):  # with FSDP the Trainer may save these too, but does not load them without it
+        saved[PLAIN] = sorted([*folder.glob("model*.safetensors"), *folder.glob("pytorch_model.bin")])
+    others = next((files for files in saved.values() if files), [])
+    if saved.get(_format(trainer)) or not others:
+        return False
+    weights: dict[str, Tensor] = {}
+    for source in others:
+        weights |= checkpoint.read_weights(source)
+    logger.warning("Loading the weights from %s, which were saved in another format.", others[0])
+    checkpoint.load_weights(model, weights)
     return True
 
 
@@ -82,19 +110,19 @@ def last_complete_checkpoint(folder: str | Path, *, model_only: bool = False) ->
     return None
 
 
-def find_problem(checkpoint: Path, *, model_only: bool = False) -> str | None:
+def find_problem(folder: Path, *, model_only: bool = False) -> str | None:
     """Says what keeps a checkpoint folder from being resumed, or None if all of its files are whole.
 
     Files are checked for presence and for their ends, which a killed process leaves unwritten; contents are not read.
     """
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text())
+        json.loads((folder / "trainer_state.json").read_text())
     except (OSError, ValueError) as error:
         return f"trainer_state.json: {error}"
-    weights = [p for pattern in ("*.safetensors", "pytorch_model*.bin") for p in checkpoint.glob(pattern)]
-    if not weights and not any(checkpoint.glob("*model*")):
+    weights = [p for pattern in ("*.safetensors", "pytorch_model*.bin") for p in folder.glob(pattern)]
+    if not weights and not any(folder.glob("*model*")):
         return "no model weights"
-    for index in checkpoint.glob("*.index.json"):
+    for index in folder.glob("*.index.json"):
         try:
             shards = set(json.loads(index.read_text())["weight_map"].values())
         except ValueError as error:
@@ -104,9 +132,9 @@ def find_problem(checkpoint: Path, *, model_only: bool = False) -> str | None:
     saved = [*weights]
     if not model_only:
         # A missing random state is the Trainer's to warn about, half of one stops it.
-        saved += [checkpoint / "scheduler.pt", *checkpoint.glob("rng_state*.pth"), *checkpoint.glob("scaler.pt")]
-        if not any(checkpoint.glob("optimizer_*")) and not (checkpoint / FULL).is_file():
-            saved += [checkpoint / "optimizer.pt"]
+        saved += [folder / "scheduler.pt", *folder.glob("rng_state*.pth"), *folder.glob("scaler.pt")]
+        whole = [folder / name for name in (PLAIN, FULL) if (folder / name).is_file()]
+        saved += whole if whole or any(folder.glob("optimizer_*")) else [folder / PLAIN]
     return next((f"{path.name} is {problem}" for path in saved if (problem := _damage(path))), None)
 
 

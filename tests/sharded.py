@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.data import Subset
 
 from hf_soap import MARS, SOAP, Shampoo, checkpoint, resume
 from hf_soap.stepping import BlockOptimizer
@@ -180,3 +181,95 @@ def goes_on_from_others(names: list[str], sharded: bool = True, tolerance: float
             losses = train(model, optimizer, range(6, 12))
             for got, want in zip(losses, run["losses"], strict=True):
                 assert abs(got - want) <= (1e-6 if exact else tolerance) * want, f"{name}: {losses}, {run['losses']}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The Trainer
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def let_accelerate_shard_on_cpus() -> None:
+    """accelerate attaches FSDP to listed kinds of devices only, and CPUs are not among them: it would run DDP."""
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    original = AcceleratorState.__init__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        fresh = AcceleratorState._shared_state == {}
+        original(self, *args, **kwargs)
+        plugin = kwargs.get("fsdp_plugin")
+        if fresh and plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            if self._mixed_precision != "no":
+                plugin.set_mixed_precision(self._mixed_precision)
+            self.fsdp_plugin = plugin
+            self.distributed_type = DistributedType.FSDP
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = init
+
+
+def trainer_for(
+    folder: Path,
+    state_dict_type: str | None = None,
+    *,
+    dtype: str = "float32",
+    lora: bool = False,
+    plain: bool = False,
+    dropout: bool = True,
+    **settings: Any,
+) -> Any:
+    """A Trainer over a tiny GPT-2 with tied embeddings, under FSDP2 where a kind of state dict is named, else DDP."""
+    from tiny import Counting, arguments, gpt2
+    from transformers import Trainer
+
+    from hf_soap import SoapTrainer
+
+    if state_dict_type:
+        let_accelerate_shard_on_cpus()
+        wrapped = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": ["GPT2Block"]}
+        settings |= {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": state_dict_type, **wrapped}}
+    if dist.get_world_size() > 1:
+        settings |= {"ddp_backend": "gloo"}
+    model: Any = gpt2(**({} if dropout else dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)))
+    model.to(getattr(torch, dtype))
+    if lora:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True))
+    rows = 12 // dist.get_world_size()
+    if "mars" not in settings.get("optim", ""):
+        settings.setdefault("optim_args", "precondition_frequency=2")
+    settings = {"per_device_train_batch_size": rows, **settings}
+    args = arguments(folder, save_strategy="steps", save_steps=4, logging_steps=1, **settings)
+    return (Trainer if plain else SoapTrainer)(model=model, args=args, train_dataset=Subset(Counting(), range(60)))
+
+
+def trainer_resumes(run: str, **settings: Any) -> None:
+    """Eight steps in one go, and four from the checkpoint at the fourth: equal bit for bit."""
+    folder = Path(os.environ["SHARED_FOLDER"]) / run
+    trainer = trainer_for(folder, **settings)
+    trainer.train()
+    assert trainer.is_fsdp_enabled == bool(settings.get("state_dict_type"))
+    want = whole(trainer.model)
+    if dist.get_rank() == 0:
+        torch.save(losses_of(trainer), folder / "losses.pt")
+    dist.barrier()
+    trainer = trainer_for(folder, **settings)
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
+    assert_equal(whole(trainer.model), want, run)
+
+
+def losses_of(trainer: Any) -> list[float]:
+    """The logged losses, one a step."""
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def trainer_goes_on(run: str, tolerance: float = 0.01, **settings: Any) -> None:
+    """Resumes from what other ranks or another kind of state dict saved, with the losses that run went on with."""
+    folder = Path(os.environ["SHARED_FOLDER"]) / run
+    trainer = trainer_for(folder, **settings)
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
+    want, got = torch.load(folder / "losses.pt"), losses_of(trainer)
+    assert len(got) == len(want) == 8
+    assert all(abs(a - b) <= tolerance * b for a, b in zip(got, want, strict=True)), f"{got}, wanted {want}"

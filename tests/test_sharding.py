@@ -1,6 +1,7 @@
 """FSDP2 on gloo, with real processes: two and three of them."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ranks
@@ -32,3 +33,55 @@ def test_every_optimizer_resumes(count: int, dtype: str, shared: Path) -> None:
 def test_a_run_goes_on_with_other_ranks(before: int, after: int, shared: Path) -> None:
     ranks.run("sharded", "save_for_others", before, shared, names=FEW)
     ranks.run("sharded", "goes_on_from_others", after, shared, names=FEW)
+
+
+@pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
+def test_the_trainer_resumes_under_fsdp(kind: str, shared: Path) -> None:
+    ranks.run("sharded", "trainer_resumes", 2, shared, run="a", state_dict_type=kind, plain=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT", None])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"optim": "soap"},
+        {"optim": "soap", "dtype": "bfloat16"},
+        {"optim": "soap", "lora": True},
+        {"optim": "shampoo", "optim_args": "precondition_frequency=2,start_step=2,asynchronous=true,delay=2"},
+        {"optim": "mars"},
+        {"optim": "mars", "optim_args": "exact=true"},
+    ],
+    ids=lambda settings: "-".join(map(str, settings.values())),
+)
+def test_every_kind_of_run_resumes(kind: str | None, settings: dict[str, Any], shared: Path) -> None:
+    ranks.run("sharded", "trainer_resumes", 3, shared, run="a", state_dict_type=kind, **settings)
+
+
+FULL, SHARDED = "FULL_STATE_DICT", "SHARDED_STATE_DICT"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ((2, FULL), (3, FULL)),
+        ((3, SHARDED), (2, SHARDED)),
+        ((2, FULL), (2, SHARDED)),
+        ((2, SHARDED), (3, FULL)),
+        ((1, None), (2, FULL)),
+        ((1, None), (2, SHARDED)),
+        ((2, FULL), (1, None)),
+        ((2, SHARDED), (1, None)),
+        ((2, None), (2, SHARDED)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("optim", ["soap", "mars"])
+def test_the_trainer_goes_on_with_other_ranks(
+    before: tuple[int, str | None], after: tuple[int, str | None], optim: str, shared: Path
+) -> None:
+    """Without dropout: its random numbers depend on the rank."""
+    settings = {"run": "a", "optim": optim, "dropout": False}
+    ranks.run("sharded", "trainer_resumes", before[0], shared, state_dict_type=before[1], **settings)
+    ranks.run("sharded", "trainer_goes_on", after[0], shared, state_dict_type=after[1], **settings)

@@ -34,7 +34,7 @@ DEFAULT_LR = {
     "mars": 5e-3,
     "mars_adamw": 5e-3,
     "mars_lion": 5e-4,
-    "mars_shampoo": 1e-2,
+    "mars_shampoo": 4e-2,
     "mars_soap": 1e-2,
 }
 """Best of sweeps in powers of two on the default model and text; others and other settings need ``--lr``."""

@@ -125,7 +125,7 @@ class MARS(BlockOptimizer):
                 if self.exact:
                     with self.at_previous_weights():
                         closure()
-        if self.exact and not self._corrected:
+        if self.exact and not self._corrected and not self._is_synthetic():
             raise RuntimeError(
                 "exact MARS got gradients without their correction, wanted the same minibatch's gradients at the "
                 "previous weights too; train with hf_soap.SoapTrainer, or in a loop of your own run the backward pass "
