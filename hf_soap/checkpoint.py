@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_soap import recut, sharding
+from hf_soap import owners, recut, sharding
 from hf_soap.blocks import Layout, Plan, check_state
 
 logger = logging.getLogger(__name__)
@@ -102,6 +102,8 @@ def packed(param: Tensor, plan: Plan, state: dict[str, Any], wanted: dict[str, T
             value = torch.zeros(like.shape, dtype=like.dtype, device=part.device)
         if not sharding.is_sharded(param):
             saved[role] = value.detach().clone()
+        elif role == "step" and (whole or not sharding.stack_sizes(param)):
+            saved[role] = value.detach().clone()  # all ranks count alike
         elif role == "step":
             saved[role] = sharding.to_stack(param, value.detach().clone().to(part.device))
         elif whole:
@@ -110,31 +112,71 @@ def packed(param: Tensor, plan: Plan, state: dict[str, Any], wanted: dict[str, T
             saved[role] = sharding.to_stack(param, value.detach().clone())
     if not whole:
         described = recut.describe(sharding.shard_of(param), plan.layout)
-        saved[LAYOUT] = sharding.to_stack(param, described.to(part.device))
+        several = bool(sharding.stack_sizes(param))
+        saved[LAYOUT] = sharding.to_stack(param, described.to(part.device)) if several else described
     return saved
 
 
-def packed_shapes(param: Tensor, plan: Plan, wanted: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of what :func:`packed` returns, by role."""
-    stack, whole = sharding.stack_sizes(param), plan.rule.entrywise(plan.layout)
+def packed_of_owner(
+    param: Tensor, plan: Plan, state: dict[str, Any], wanted: dict[str, Tensor], owner: int, *, to_first: bool
+) -> dict[str, Any]:
+    """Returns a copy of the state that one rank holds of a whole parameter; all ranks must call this.
+
+    Args:
+        param: The parameter.
+        plan: How it is cut.
+        state: Its state by role on its owner, elsewhere ``step`` alone.
+        wanted: Tensors with the shapes of all roles.
+        owner: The owner's rank.
+        to_first: Bring the state to rank 0, instead of spreading it over the ranks that share the parameter.
+
+    Returns:
+        State by role.
+    """
+    part = sharding.local(param)
+    saved: dict[str, Any] = {"step": state["step"].detach().clone()}
+    for role, like in wanted.items():
+        if role == "step":
+            continue
+        value = state.get(role)
+        if to_first:
+            brought = owners.send_to_first(value, like, owner, part.device)
+            if brought is not None:
+                saved[role] = brought
+        else:
+            saved[role] = owners.spread_rows(value, like, owner, param)
+    if not plan.rule.entrywise(plan.layout):
+        saved[LAYOUT] = recut.describe(_whole(param), plan.layout)
+    return saved
+
+
+def _whole(param: Tensor) -> sharding.Shard:
+    shape = tuple(param.shape)
+    return sharding.Shard(shape, (0,) * len(shape), shape, shape)
+
+
+def packed_shapes(param: Tensor, plan: Plan, wanted: dict[str, Tensor], *, whole: bool) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of what is saved of a parameter, by role; ``whole`` says that it has an owner."""
+    stack, entrywise = () if whole else sharding.stack_sizes(param), plan.rule.entrywise(plan.layout)
     shapes = {role: (*stack, *like.shape) for role, like in wanted.items()}
-    if whole and sharding.is_sharded(param):
-        shapes = {role: shape if role == "step" else tuple(param.shape) for role, shape in shapes.items()}
-    if not whole:
+    if entrywise and sharding.is_sharded(param) and not whole:
+        shapes = {role: () if role == "step" else tuple(param.shape) for role in shapes}
+    if not entrywise:
         shapes[LAYOUT] = (*stack, *recut.describe(sharding.shard_of(param), plan.layout).shape)
     return shapes
 
 
 def restored(
-    param: Tensor, plan: Plan, saved: dict[str, Any], wanted: dict[str, Tensor]
+    param: Tensor, plan: Plan, saved: dict[str, Any], wanted: dict[str, Tensor], *, whole: bool
 ) -> tuple[dict[str, Any], bool]:
     """Returns a copy of the saved state of one parameter on the parameter's device, in the saved dtypes.
 
     Args:
         param: The parameter.
-        plan: How this rank's part of it is cut.
+        plan: How what this rank steps of it is cut.
         saved: Its saved state by role: plain tensors, or DTensors that are cut as :func:`packed` does.
         wanted: Tensors with the right shapes, by role.
+        whole: The parameter has an owner: all of its state is wanted, and all ranks call this.
 
     Returns:
         State by role, and whether some of it is estimated, because it was cut in other parts.
@@ -142,49 +184,50 @@ def restored(
     Raises:
         ValueError: If roles or shapes differ in a way that cannot be bridged.
     """
-    part, shard = sharding.local(param), sharding.shard_of(param)
-    state = _as_it_was(param, plan, saved, wanted)
+    part, cut = sharding.local(param), sharding.is_sharded(param) and not whole
+    if whole:
+        saved = {role: sharding.gathered(v) if isinstance(v, Tensor) else v for role, v in saved.items()}
+    shard = sharding.shard_of(param) if cut else _whole(param)
+    state = _as_it_was(param, plan, saved, wanted, shard, cut=cut)
     estimated = state is None and (LAYOUT in saved or not plan.rule.entrywise(plan.layout))
     if state is None:
-        pieces = _pieces(param, saved)
-        state = recut.recut(pieces, plan.rule, plan.layout, shard, wanted)
-    if not part.numel() and sharding.is_sharded(param):
-        return {"step": torch.zeros(())}, estimated
+        state = recut.recut(_pieces(param, saved), plan.rule, plan.layout, shard, wanted)
+    if not shard.numel and cut:
+        step = state["step"] if plan.rule.entrywise(plan.layout) else torch.zeros(())
+        return {"step": step.to("cpu")}, estimated
     check_state(state, wanted, tuple(param.shape))
     return {role: value.to("cpu" if role == "step" else part.device) for role, value in state.items()}, estimated
 
 
 def _as_it_was(
-    param: Tensor, plan: Plan, saved: dict[str, Any], wanted: dict[str, Tensor]
+    param: Tensor, plan: Plan, saved: dict[str, Any], wanted: dict[str, Tensor], shard: sharding.Shard, *, cut: bool
 ) -> dict[str, Tensor] | None:
-    """This rank's part of saved state, or None if it was cut in another way."""
-    described = saved.get(LAYOUT)
-    own = recut.describe(sharding.shard_of(param), plan.layout)
-    if described is not None:
-        mine = _own_place(param, described, own.shape)
-        if mine is None or not torch.equal(mine.cpu(), own):
+    """What this rank steps of saved state, or None if it was cut in another way."""
+    own = recut.describe(shard, plan.layout)
+    if (described := saved.get(LAYOUT)) is not None:
+        mine = _own_place(param, described, own.shape) if cut else described
+        if mine is None or mine.numel() != own.numel() or not torch.equal(mine.view(own.shape).cpu(), own):
             return None
-    whole = plan.rule.entrywise(plan.layout)
+    entrywise = plan.rule.entrywise(plan.layout)
     state = {}
     for role, value in saved.items():
         if role == LAYOUT:
             continue
         like = wanted.get(role)
         tensor = value if isinstance(value, Tensor) else torch.tensor(value)
+        taken: Tensor | None = tensor
         if like is None:
-            state[role] = tensor.detach().clone()  # unknown, which the caller finds out
-            continue
-        if whole and role != "step" and sharding.is_sharded(param):
-            taken = _own_part(param, tensor)
-        elif sharding.is_sharded(param):
-            taken = _own_place(param, tensor, like.shape)
-        elif role == "step":
-            taken = tensor.max()  # a step for each of several ranks
-        else:
-            taken = tensor.reshape(like.shape) if whole and tensor.numel() == like.numel() else tensor
+            pass  # unknown, which the caller finds out
+        elif role == "step" and (entrywise or not cut or not sharding.stack_sizes(param)):
+            taken = sharding.gathered(tensor).max()  # several ranks may have saved one each
+        elif cut:
+            taken = _own_part(param, tensor) if entrywise else _own_place(param, tensor, like.shape)
+        elif entrywise and tensor.numel() == like.numel():
+            taken = tensor.reshape(like.shape)
         if taken is None:
             return None
-        state[role] = taken.detach().clone().view(like.shape) if taken.numel() == like.numel() else taken
+        taken = taken.detach().clone()
+        state[role] = taken.view(like.shape) if like is not None and taken.numel() == like.numel() else taken
     return state
 
 
@@ -192,9 +235,13 @@ def _own_place(param: Tensor, value: Tensor, shape: Sequence[int]) -> Tensor | N
     """This rank's place of stacked state, or None if it was not stacked over these ranks."""
     if sharding.is_sharded(value):
         return sharding.local(value).reshape(tuple(shape))
-    if tuple(value.shape) != (*sharding.stack_sizes(param), *shape):
+    stack = sharding.stack_sizes(param)
+    if value.numel() != math.prod(stack) * math.prod(shape) or tuple(value.shape) not in (
+        (*stack, *shape),
+        tuple(shape),
+    ):
         return None
-    return value[sharding.place_in_stack(param)]
+    return value.view(*stack, *shape)[sharding.place_in_stack(param)]
 
 
 def _own_part(param: Tensor, value: Tensor) -> Tensor | None:
@@ -204,8 +251,7 @@ def _own_part(param: Tensor, value: Tensor) -> Tensor | None:
     shard = sharding.shard_of(param)
     if value.numel() != math.prod(shard.whole):
         return None
-    cut = tuple(slice(start, start + size) for start, size in zip(shard.offset, shard.size, strict=True))
-    return value.reshape(shard.whole)[cut]
+    return shard.of(value.reshape(shard.whole))
 
 
 def _pieces(param: Tensor, saved: dict[str, Any]) -> list[recut.Piece]:
@@ -214,11 +260,10 @@ def _pieces(param: Tensor, saved: dict[str, Any]) -> list[recut.Piece]:
     plain = {role: sharding.gathered(value).detach().cpu() for role, value in plain.items()}
     described = plain.pop(LAYOUT, None)
     if described is None:  # the tensor was not cut, and its steps may be stacked all the same
-        whole = tuple(param.shape)
-        shard, view = sharding.Shard(whole, (0,) * len(whole), whole, whole), whole or (1,)
+        view = tuple(param.shape) or (1,)
         layout = Layout(view, (1,) * len(view), view, ())
         state = {role: value.reshape(1, *view) for role, value in plain.items() if role != "step"}
-        return [recut.Piece(shard, layout, {**state, "step": plain["step"].max()})]
+        return [recut.Piece(_whole(param), layout, {**state, "step": plain["step"].max()})]
     stack = described.shape[:-1]
     places = [tuple(place) for place in itertools.product(*(range(size) for size in stack))]
     return [recut.understand(described[p], {role: value[p] for role, value in plain.items()}) for p in places]

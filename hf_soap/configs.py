@@ -13,6 +13,11 @@ class _Guard(OptimizerConfig):
     nonfinite: Literal["skip", "off"] = option(
         "skip", "`skip` leaves out the whole step when a gradient holds NaN or Inf; `off` does not look."
     )
+    shard_mode: Literal["local", "owner"] = option(
+        "local",
+        "With several ranks: `local` preconditions each rank's part of a matrix, `owner` whole matrices on one rank "
+        "each, equal to one process.",
+    )
     adam_modules: str | None = option(
         None, "Regex on parameter names: what matches is updated by Adam, with no factors.", trainer_only=True
     )

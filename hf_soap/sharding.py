@@ -37,6 +37,16 @@ class Shard:
     size: tuple[int, ...]
     largest: tuple[int, ...]
 
+    @property
+    def numel(self) -> int:
+        """Entries of the part."""
+        return math.prod(self.size)
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Views this part of a whole tensor."""
+        cut = zip(self.offset, self.size, strict=True)
+        return tensor[tuple(slice(start, start + size) for start, size in cut)]
+
 
 def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
     """Whether a tensor is a DTensor, replicated ones included."""
@@ -78,6 +88,14 @@ def shard_of(param: Tensor) -> Shard:
     return Shard(whole, tuple(offset) or (0,) * len(whole), tuple(local(param).shape), tuple(largest))
 
 
+def shards_of_ranks(params: Sequence[Tensor]) -> list[list[Shard]]:
+    """Asks all ranks for their parts: for each parameter a shard of every rank. All ranks must call this."""
+    own = [shard_of(param) for param in params]
+    gathered: list[list[Shard]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(gathered, own)
+    return [list(shards) for shards in zip(*gathered, strict=True)]
+
+
 def is_cut(placement: Placement) -> TypeGuard[Any]:
     """Whether a placement gives each rank of its mesh dimension another part."""
     return hasattr(placement, "dim")  # Shard and _StridedShard; is_shard() misses the second in torch 2.6
@@ -99,11 +117,12 @@ def check_placements(param: Tensor) -> None:
 
 
 def stack_sizes(param: Tensor) -> tuple[int, ...]:
-    """Leading dimensions of state that every rank has a place of its own in; none for a plain tensor."""
+    """Leading dimensions of state that every rank has a place of its own in; none where there is one part only."""
     if not is_sharded(param):
         return ()
-    sizes = zip(param.device_mesh.shape, param.placements, strict=True)
-    return tuple(ranks if is_cut(placement) else 1 for ranks, placement in sizes)
+    pairs = zip(param.device_mesh.shape, param.placements, strict=True)
+    sizes = tuple(ranks if is_cut(placement) else 1 for ranks, placement in pairs)
+    return sizes if math.prod(sizes) > 1 else ()
 
 
 def to_stack(param: Tensor, value: Tensor) -> Tensor:
@@ -122,7 +141,8 @@ def to_stack(param: Tensor, value: Tensor) -> Tensor:
     from torch.distributed.tensor import Shard as Cut
 
     leading = stack_sizes(param)
-    where = [Cut(i) if is_cut(placement) else Replicate() for i, placement in enumerate(param.placements)]
+    cuts = [bool(leading) and is_cut(placement) for placement in param.placements]
+    where = [Cut(i) if cut else Replicate() for i, cut in enumerate(cuts)]
     part = value.reshape(*(1 for _ in leading), *value.shape)
     return _wrap(part, param, where, (*leading, *value.shape))
 
@@ -141,13 +161,19 @@ def gathered(value: Tensor) -> Tensor:
 
 def place_in_stack(param: Tensor) -> tuple[int, ...]:
     """Index of this rank in the leading dimensions that :func:`to_stack` adds."""
-    if not is_sharded(param):
+    if not is_sharded(param) or not stack_sizes(param):
         return ()
     coordinate = param.device_mesh.get_coordinate()
     if coordinate is None:
         raise RuntimeError(f"this rank is not in the mesh of a parameter of shape {tuple(param.shape)}, but steps it")
     pairs = zip(coordinate, param.placements, strict=True)
     return tuple(place if is_cut(placement) else 0 for place, placement in pairs)
+
+
+def ranks() -> int:
+    """Number of processes that train together."""
+    dist = torch.distributed
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def is_first_rank() -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, overload
 
@@ -16,6 +16,7 @@ from torch.optim.optimizer import ParamsT
 from hf_soap import checkpoint, schema, sharding, updates
 from hf_soap.background import Background
 from hf_soap.blocks import PREV_PARAM, Bucket, Chunk, Layout, Plan, adjacent
+from hf_soap.owners import SEEDED, UPDATED, Outcome, Ownership
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +35,10 @@ class BlockOptimizer(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def _reset_cache(self) -> None:
-        self._buckets: dict[int, GroupCache] = {}
+        self._buckets: dict[tuple[int, int], GroupCache] = {}
         self._background = Background()
+        self._owners: Ownership | None = None
+        self._consolidated: dict[str, Any] | None = None
         self.skipped_steps = 0
         """Steps that were left out because a gradient was not finite, since construction or load."""
 
@@ -50,17 +53,24 @@ class BlockOptimizer(torch.optim.Optimizer):
         raise TypeError(f"{type(self).__name__} plans nothing; use SOAP or another subclass of BlockOptimizer")
 
     def plan_of(self, group: dict[str, Any], param: Tensor) -> Plan:
-        """Returns rule and layout of this rank's part of a parameter, all of it where it is not sharded.
+        """Returns rule and layout of what this rank steps of a parameter: its part, or all where it has an owner.
 
         Ranks decide alike, by the largest part: a smaller one is padded to the same blocks.
         """
         shard = sharding.shard_of(param)
-        if math.prod(sharding.stack_sizes(param)) == 1:
+        if math.prod(sharding.stack_sizes(param)) == 1 or self.owned(group, param):
             return self.plan(group, shard.whole)
         plan = self.plan(group, shard.largest, sharded=True)
         if plan.rule.entrywise(plan.layout):
             return self.plan(group, shard.size, sharded=True)
         return replace(plan, layout=plan.layout.fitted(shard.largest, shard.size))
+
+    def owned(self, group: dict[str, Any], param: Tensor) -> bool:
+        """Whether one rank preconditions the whole of a parameter for all."""
+        if group["shard_mode"] != "owner" or sharding.ranks() == 1 or not param.numel():
+            return False
+        plan = self.plan(group, param.shape)
+        return not (sharding.is_sharded(param) and plan.rule.elementwise(plan.layout))
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, also after the first step; its settings are checked like the constructor's.
@@ -116,17 +126,36 @@ class BlockOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         if self._gradients_usable():
-            synthetic = self._is_synthetic()
-            first = 0
-            for number, group in enumerate(self.param_groups):
-                # Counted with the frozen ones: thawing one must move no other's refreshes and background work.
-                places = {first + i: p for i, p in enumerate(group["params"]) if p.requires_grad}
-                for bucket in self._group_buckets(number, group, places):
-                    with torch.autocast(bucket.params[0].device.type, enabled=False):
-                        if not synthetic:
-                            self._step_bucket(group, bucket)
-                first += len(group["params"])
+            self._consolidated = None
+            self._step_all(allocate_only=self._is_synthetic())
         return loss
+
+    def _step_all(self, *, allocate_only: bool) -> None:
+        owners = self._find_owners()
+        for number, group, places in self._trainable():
+            own = {i: p for i, p in places.items() if owners is None or p not in owners.owner}
+            if not allocate_only:
+                self._count_empty_parts(own.values())
+            for bucket in self._group_buckets((number, 0), group, own):
+                if not allocate_only:
+                    self._step_bucket(group, bucket, [sharding.local_grad(param) for param in bucket.params])
+        if owners is not None:
+            self._step_owned(owners, allocate_only=allocate_only)
+
+    def _count_empty_parts(self, params: Iterable[Tensor]) -> None:
+        """Counts a step of the parameters of which this rank has nothing: a checkpoint may take any rank's count."""
+        for param in params:
+            if sharding.is_sharded(param) and param.numel() and not sharding.local(param).numel():
+                self.state[param].setdefault("step", torch.zeros(()))
+                self.state[param]["step"] += param.grad is not None
+
+    def _trainable(self) -> Iterator[tuple[int, dict[str, Any], dict[int, Tensor]]]:
+        """Yields (number, group, trainable parameters by their place in the optimizer)."""
+        first = 0
+        for number, group in enumerate(self.param_groups):
+            # Counted with the frozen ones: thawing one must move no other's refreshes and background work.
+            yield number, group, {first + i: p for i, p in enumerate(group["params"]) if p.requires_grad}
+            first += len(group["params"])
 
     def _is_synthetic(self) -> bool:
         """Whether this step is taken to make the state alone, as torch.distributed.checkpoint does before a load."""
@@ -166,40 +195,125 @@ class BlockOptimizer(torch.optim.Optimizer):
         self.skipped_steps += 1
         return False
 
-    def _group_buckets(self, number: int, group: dict[str, Any], places: dict[int, Tensor]) -> list[Bucket]:
-        """Returns the buckets of a group, built anew where parameters or state were replaced since the last step."""
-        settings = {key: value for key, value in group.items() if key not in ("params", "lr", "weight_decay")}
-        cached, params = self._buckets.get(number), list(places.values())
+    def _group_buckets(
+        self, key: tuple[int, int], group: dict[str, Any], places: dict[int, Tensor], *, whole: bool = False
+    ) -> list[Bucket]:
+        """Returns buckets of a group, built anew where parameters or state were replaced since the last step.
+
+        Args:
+            key: Number of the group and of the exchange with owners.
+            group: The group.
+            places: Parameters by their place in the optimizer.
+            whole: Whether whole parameters are stepped, as their owner does, or this rank's parts.
+        """
+        settings = _settings(group)
+        cached, params = self._buckets.get(key), list(places.values())
         if cached is not None and cached.settings == settings and cached.fits(params, self.state):
             return cached.buckets
-        members: dict[tuple[Plan, torch.dtype, torch.device], list[tuple[int, Tensor]]] = {}
+        members: dict[tuple[Plan, torch.dtype, torch.device], list[tuple[int, Tensor, torch.Size]]] = {}
         for place, param in places.items():
-            if not sharding.local(param).numel():
+            part = sharding.local(param)
+            if not part.numel() and not (whole and param.numel()):
                 if sharding.is_sharded(param):  # saving asks every rank for state, and torch takes none for a new run
                     self.state[param].setdefault("step", torch.zeros(()))
                 continue
-            key = (self.plan_of(group, param), state_dtype(param), param.device)
-            warn_if_flattened(key[0].layout, param)
-            members.setdefault(key, []).append((place, param))
+            kind = (self.plan_of(group, param), state_dtype(param), param.device)
+            warn_if_flattened(kind[0].layout, param)
+            members.setdefault(kind, []).append((place, param, param.shape if whole else part.shape))
         buckets = [Bucket(plan, entries, self.state, dtype=dtype) for (plan, dtype, _), entries in members.items()]
-        self._buckets[number] = GroupCache(settings, params, buckets)
+        self._buckets[key] = GroupCache(settings, params, buckets)
         return buckets
 
-    def _step_bucket(self, group: dict[str, Any], bucket: Bucket) -> None:
+    def _step_bucket(
+        self,
+        group: dict[str, Any],
+        bucket: Bucket,
+        grads: Sequence[Tensor | None],
+        outcomes: dict[Tensor, Outcome] | None = None,
+    ) -> None:
+        """Steps the members of a bucket that have a gradient; with ``outcomes`` only says where they should go."""
         plan = bucket.plan
-        fresh, ready = _stages(bucket)
+        fresh, ready = _stages(bucket, grads)
         decay = group["weight_decay"] if plan.weight_decay is None else plan.weight_decay
         steps, size = bucket.steps.tolist(), bucket.tensors_per_chunk()
-        for seeding, flags in ((True, fresh), (False, ready)):
-            for first, last in adjacent(flags, size):
-                bucket.steps[first:last] += 1
-                t = tuple(int(step) + 1 - plan.rule.seeds for step in steps[first:last])
-                chunk = Chunk(plan.layout, t, tuple(bucket.index[first:last]), self._background)
-                if seeding:
-                    grad = stack_gradients(gradients(bucket.params[first:last]), plan.layout, bucket.dtype)
-                    plan.rule.seed(grad, bucket.rows(first, last), chunk)
-                else:
-                    step_tensors(bucket, first, last, chunk, lr=group["lr"] * plan.lr_scale, weight_decay=decay)
+        with torch.autocast(bucket.params[0].device.type, enabled=False):
+            for seeding, flags in ((True, fresh), (False, ready)):
+                for first, last in adjacent(flags, size):
+                    bucket.steps[first:last] += 1
+                    t = tuple(int(step) + 1 - plan.rule.seeds for step in steps[first:last])
+                    chunk = Chunk(plan.layout, t, tuple(bucket.index[first:last]), self._background)
+                    given = [grad for grad in grads[first:last] if grad is not None]
+                    if seeding:
+                        grad = stack_gradients(given, plan.layout, bucket.dtype)
+                        plan.rule.seed(grad, bucket.rows(first, last), chunk)
+                        directions: list[Tensor] = []
+                    elif outcomes is None:
+                        lr = group["lr"] * plan.lr_scale
+                        step_tensors(bucket, first, last, given, chunk, lr=lr, weight_decay=decay)
+                    else:
+                        directions = directions_of(bucket, first, last, given, chunk)
+                    if outcomes is not None:
+                        for place, param in enumerate(bucket.params[first:last]):
+                            outcomes[param] = (SEEDED, None) if seeding else (UPDATED, directions[place])
+
+    def _find_owners(self) -> Ownership | None:
+        """Says who preconditions what; None where every rank steps what it has."""
+        if sharding.ranks() == 1 or all(group["shard_mode"] != "owner" for group in self.param_groups):
+            return None
+        listed = [(group, param) for _, group, places in self._trainable() for param in places.values()]
+        if self._owners is None or not self._owners.fits([param for _, param in listed]):
+            params, loads = [], []
+            for group, param in listed:
+                if self.owned(group, param):
+                    params.append(param)
+                    loads.append((self.plan_of(group, param).layout.work(), self._bytes_of(group, param)))
+            dtypes = [state_dtype(param) for param in params]
+            self._owners = Ownership(params, loads, dtypes, among=[param for _, param in listed])
+        return self._owners
+
+    def _step_owned(self, owners: Ownership, *, allocate_only: bool) -> None:
+        """Steps the parameters that have owners, round by round, with the next round's gradients under way."""
+        for param in owners.owner:
+            if not owners.owns(param):
+                self.state[param].setdefault("step", torch.zeros(()))
+        coming = leaving = None
+        for number, params in enumerate(owners.rounds):
+            grads: dict[Tensor, Tensor] = {}
+            if not allocate_only:
+                coming = coming or owners.start_gradients(params)
+                grads, coming = owners.finish_gradients(params, coming), None
+                if number + 1 < len(owners.rounds):
+                    coming = owners.start_gradients(owners.rounds[number + 1])
+            outcomes: dict[Tensor, Outcome] = {}
+            here = set(params)
+            for place, group, places in self._trainable():
+                mine = {i: p for i, p in places.items() if p in here and owners.owns(p)}
+                for bucket in self._group_buckets((place, 1 + number), group, mine, whole=True):
+                    if not allocate_only:
+                        self._step_bucket(group, bucket, [grads.get(param) for param in bucket.params], outcomes)
+            if not allocate_only:
+                if leaving is not None:
+                    self._follow(owners.finish_directions(*leaving), owners)
+                leaving = params, owners.start_directions(params, outcomes)
+        if leaving is not None:
+            self._follow(owners.finish_directions(*leaving), owners)
+
+    def _follow(self, outcomes: dict[Tensor, Outcome], owners: Ownership) -> None:
+        """Takes the step that owners have decided on, on this rank's parts of the parameters."""
+        for _, group, places in self._trainable():
+            alike: dict[tuple[float, float, bool], list[tuple[Tensor, Tensor]]] = {}
+            for param in places.values():
+                happened, direction = outcomes.get(param, (0, None))
+                if happened and not owners.owns(param):
+                    self.state[param]["step"] += 1
+                if happened == UPDATED and direction is not None and direction.numel():
+                    plan = self.plan_of(group, param)
+                    decay = group["weight_decay"] if plan.weight_decay is None else plan.weight_decay
+                    pair = sharding.local(param), direction
+                    alike.setdefault((plan.lr_scale, decay, plan.decay_last), []).append(pair)
+            for (scale, decay, last), pairs in alike.items():
+                weights, directions = ([pair[i] for pair in pairs] for i in (0, 1))
+                apply_(weights, directions, lr=group["lr"] * scale, weight_decay=decay, decay_last=last)
 
     def __getstate__(self) -> dict[str, Any]:
         # A view is pickled with its whole stack, once for each parameter in it.
@@ -215,13 +329,41 @@ class BlockOptimizer(torch.optim.Optimizer):
 
         The tensors are copies: the optimizer holds views of stacks, and saving one would write its whole stack.
         """
+        if self._consolidated is not None:
+            return self._consolidated
+        owners = self._find_owners()
+        if owners is not None and any(not sharding.is_sharded(param) for param in owners.owner):
+            raise RuntimeError(
+                "the state of whole parameters lies with their owners, wanted on one rank: call consolidate() on all "
+                "ranks before state_dict(), as SoapTrainer does; the plain Trainer cannot save shard_mode='owner' "
+                "under DDP"
+            )
+        return self._packed_state(None)
+
+    def consolidate(self) -> None:
+        """Brings the state that owners hold to rank 0, whose next :meth:`state_dict` returns it; a step drops it.
+
+        Only for ``shard_mode="owner"`` with whole parameters (DDP); all ranks must call it.
+        """
+        owners = self._find_owners()
+        if owners is not None:
+            self._consolidated = self._packed_state(owners)
+
+    def _packed_state(self, to_first: Ownership | None) -> dict[str, Any]:
         plain = super().state_dict()
-        state = {}
+        owners, state = self._find_owners(), {}
         for saved, group in zip(plain["param_groups"], self.param_groups, strict=True):
             for key, param in zip(saved["params"], group["params"], strict=True):
-                if key in plain["state"]:
-                    plan, wanted = self.plan_of(group, param), self._wanted_state(group, param)
-                    state[key] = checkpoint.packed(param, plan, plain["state"][key], wanted)
+                if key not in plain["state"]:
+                    continue
+                plan, wanted, known = self.plan_of(group, param), self._wanted_state(group, param), plain["state"][key]
+                if owners is None or param not in owners.owner:
+                    state[key] = checkpoint.packed(param, plan, known, wanted)
+                else:
+                    owner = owners.owner[param]
+                    state[key] = checkpoint.packed_of_owner(
+                        param, plan, known, wanted, owner, to_first=to_first is not None
+                    )
         return {**plain, "state": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -240,10 +382,15 @@ class BlockOptimizer(torch.optim.Optimizer):
         restored, estimated = {}, 0
         for group, param, saved in checkpoint.saved_state(self.param_groups, state_dict):
             plan, wanted = self.plan_of(group, param), self._wanted_state(group, param)
-            restored[param], guessed = checkpoint.restored(param, plan, saved, wanted)
+            whole = self.owned(group, param)
+            restored[param], guessed = checkpoint.restored(param, plan, saved, wanted, whole=whole)
             estimated += guessed
         super().load_state_dict(groups)
         self.state.update(restored)
+        owners = self._find_owners()
+        for param in owners.owner if owners is not None else ():
+            if not owners.owns(param) and param in restored:  # type: ignore[union-attr]
+                self.state[param] = {"step": restored[param]["step"]}
         if estimated and sharding.is_first_rank():
             logger.warning(
                 "%d parameters were saved in other parts (another number of ranks or block size). Momentum carries "
@@ -258,7 +405,9 @@ class BlockOptimizer(torch.optim.Optimizer):
             saved: Shapes by name of the parameter and role.
         """
         own = [
-            checkpoint.packed_shapes(param, self.plan_of(group, param), self._wanted_state(group, param))
+            checkpoint.packed_shapes(
+                param, self.plan_of(group, param), self._wanted_state(group, param), whole=self.owned(group, param)
+            )
             for group in self.param_groups
             for param in group["params"]
             if param.requires_grad
@@ -272,20 +421,29 @@ class BlockOptimizer(torch.optim.Optimizer):
         return {**state, "step": torch.zeros((), device=device)}
 
     def state_bytes(self) -> int:
-        """Returns the bytes that the state of all trainable parameters takes, whether it was made already or not."""
-        return sum(
-            value.numel() * value.element_size()
-            for group in self.param_groups
-            for param in group["params"]
-            if param.requires_grad and sharding.local(param).numel()
-            for value in self._wanted_state(group, param).values()
-        )
+        """Returns the bytes of state of all trainable parameters on this rank, whether it was made already or not."""
+        owners = self._find_owners()
+        total = 0.0
+        for _, group, places in self._trainable():
+            for param in places.values():
+                if owners is not None and param in owners.owner:
+                    total += self._bytes_of(group, param) if owners.owns(param) else torch.float32.itemsize
+                elif sharding.local(param).numel():
+                    total += self._bytes_of(group, param)
+        return int(total)
+
+    def _bytes_of(self, group: dict[str, Any], param: Tensor) -> float:
+        return sum(value.numel() * value.element_size() for value in self._wanted_state(group, param).values())
 
 
-def _stages(bucket: Bucket) -> tuple[list[bool], list[bool]]:
+def _settings(group: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a group that buckets are made from."""
+    return {key: value for key, value in group.items() if key not in ("params", "lr", "weight_decay")}
+
+
+def _stages(bucket: Bucket, grads: Sequence[Tensor | None]) -> tuple[list[bool], list[bool]]:
     """Says which tensors of a bucket have the gradient that seeds them, and which have one to be updated with."""
     rule = bucket.plan.rule
-    grads = [sharding.local_grad(param) for param in bucket.params]
     present = [grad is not None for grad in grads]
     if not rule.waits:
         return [], present
@@ -294,7 +452,9 @@ def _stages(bucket: Bucket) -> tuple[list[bool], list[bool]]:
         # An all-zero gradient (a LoRA matrix behind a zero one, a synthetic step) shapes no preconditioner.
         unseen = [grad for grad, is_new in zip(grads, new, strict=True) if is_new and grad is not None]
         nonzero = iter(torch.stack([grad.count_nonzero() for grad in unseen]).tolist())
-        fresh = [is_new and next(nonzero) > 0 for is_new in new]
+        # A rank's part may be zero where another's is not; what needs no factors is then counted alike by all.
+        parts = rule.elementwise(bucket.plan.layout) and sharding.is_sharded(bucket.params[0])
+        fresh = [is_new and (next(nonzero) > 0 or parts) for is_new in new]
     else:
         fresh = new
     old = [here and not is_new for here, is_new in zip(present, new, strict=True)]
@@ -349,11 +509,6 @@ def norms_are_sane(grads: Sequence[Tensor], dtype: torch.dtype) -> bool:
     return bool((norms < math.sqrt(torch.finfo(dtype).max / 100)).all())  # NaN compares false
 
 
-def gradients(params: Sequence[Tensor]) -> list[Tensor]:
-    """Returns the gradients of this rank's parts of parameters that all have one."""
-    return [grad for param in params if (grad := sharding.local_grad(param)) is not None]
-
-
 def stack_gradients(grads: Sequence[Tensor], layout: Layout, dtype: torch.dtype) -> Tensor:
     """Returns gradients as one batch of blocks (tensors * blocks, d_1, ..., d_k) in ``dtype``."""
     cut = [layout.to_blocks(grad) for grad in grads]
@@ -361,7 +516,14 @@ def stack_gradients(grads: Sequence[Tensor], layout: Layout, dtype: torch.dtype)
 
 
 def step_tensors(
-    bucket: Bucket, first: int, last: int, chunk: Chunk, *, lr: float | Tensor, weight_decay: float
+    bucket: Bucket,
+    first: int,
+    last: int,
+    grads: Sequence[Tensor],
+    chunk: Chunk,
+    *,
+    lr: float | Tensor,
+    weight_decay: float,
 ) -> None:
     """Updates the tensors first..last-1 of a bucket: by the rule's fused kernels where they apply, else its direction.
 
@@ -369,46 +531,56 @@ def step_tensors(
         bucket: Their parameters and state.
         first: The first of them.
         last: One after the last.
+        grads: Their gradients.
         chunk: What the rule needs to know of them.
         lr: Learning rate.
         weight_decay: Decoupled weight decay.
     """
     plan, state = bucket.plan, bucket.rows(first, last)
-    params = [sharding.local(param) for param in bucket.params[first:last]]
-    grads = gradients(bucket.params[first:last])
+    weights = [sharding.local(param) for param in bucket.params[first:last]]
     if plan.keep_weights:
-        before = torch.cat([plan.layout.to_blocks(param) for param in params])
-    alike = plan.layout.blocks == 1 and all(t.dtype == bucket.dtype and t.is_contiguous() for t in (*params, *grads))
+        before = torch.cat([plan.layout.to_blocks(weight) for weight in weights])
+    alike = plan.layout.blocks == 1 and all(t.dtype == bucket.dtype and t.is_contiguous() for t in (*weights, *grads))
     if plan.rule.fuses and alike and not plan.decay_last:
         pieces = bucket.pieces(first, last)
-        plan.rule.fused_step(params, grads, pieces, chunk.t, lr=lr, weight_decay=weight_decay)
+        plan.rule.fused_step(weights, grads, pieces, chunk.t, lr=lr, weight_decay=weight_decay)
     else:
-        direction = plan.rule.update(stack_gradients(grads, plan.layout, bucket.dtype), state, chunk)
-        apply_(params, direction, plan, lr=lr, weight_decay=weight_decay)
+        directions = directions_of(bucket, first, last, grads, chunk)
+        apply_(weights, directions, lr=lr, weight_decay=weight_decay, decay_last=plan.decay_last)
     if plan.keep_weights:
         state[PREV_PARAM].copy_(before)
 
 
+def directions_of(bucket: Bucket, first: int, last: int, grads: Sequence[Tensor], chunk: Chunk) -> list[Tensor]:
+    """Updates the state of the tensors first..last-1 of a bucket and returns their directions, in their shapes."""
+    plan = bucket.plan
+    direction = plan.rule.update(stack_gradients(grads, plan.layout, bucket.dtype), bucket.rows(first, last), chunk)
+    pieces = zip(direction.split(plan.layout.blocks), bucket.shapes[first:last], strict=True)
+    return [plan.layout.from_blocks(piece, shape) for piece, shape in pieces]
+
+
 def apply_(
-    params: Sequence[Tensor], direction: Tensor, plan: Plan, *, lr: float | Tensor, weight_decay: float
+    weights: Sequence[Tensor],
+    directions: Sequence[Tensor],
+    *,
+    lr: float | Tensor,
+    weight_decay: float,
+    decay_last: bool,
 ) -> None:
-    """Takes the step W ← W − lr·direction with decoupled weight decay, rounding low-precision weights once.
+    """Takes a step as :func:`hf_soap.updates.take_step_` does, rounding low-precision weights once.
 
     Args:
-        params: Tensors of one layout, changed in place.
-        direction: (tensors * blocks, d_1, ..., d_k), used up.
-        plan: Their layout, and whether W ← (1 − lr·weight_decay)·W comes before the update (decay and update are then
-            taken from the same weights) or after it.
+        weights: Changed in place.
+        directions: Of the same shapes, used up.
         lr: Learning rate.
         weight_decay: Decoupled weight decay.
+        decay_last: Whether the weights decay after the update, or both are taken from the same weights.
     """
-    pieces = direction.split(plan.layout.blocks)
-    directions = [plan.layout.from_blocks(piece, param.shape) for piece, param in zip(pieces, params, strict=True)]
-    exact = [param if param.dtype == direction.dtype else param.to(direction.dtype) for param in params]
-    updates.take_step_(exact, directions, lr=lr, weight_decay=weight_decay, decay_last=plan.decay_last)
-    for param, value in zip(params, exact, strict=True):
-        if param is not value:
-            param.copy_(value)
+    exact = [w if w.dtype == d.dtype else w.to(d.dtype) for w, d in zip(weights, directions, strict=True)]
+    updates.take_step_(exact, directions, lr=lr, weight_decay=weight_decay, decay_last=decay_last)
+    for weight, value in zip(weights, exact, strict=True):
+        if weight is not value:
+            weight.copy_(value)
 
 
 def check_learning_rate(lr: Any) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -273,3 +274,110 @@ def trainer_goes_on(run: str, tolerance: float = 0.01, **settings: Any) -> None:
     want, got = torch.load(folder / "losses.pt"), losses_of(trainer)
     assert len(got) == len(want) == 8
     assert all(abs(a - b) <= tolerance * b for a, b in zip(got, want, strict=True)), f"{got}, wanted {want}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Owners
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def owned(name: str, params: Any) -> BlockOptimizer:
+    """One of the optimizers, with whole matrices on one rank each."""
+    optimizer = OPTIMIZERS[name](params)
+    for group in optimizer.param_groups:
+        group["shard_mode"] = "owner"
+    return optimizer
+
+
+def same_gradients(model: nn.Module, optimizer: torch.optim.Optimizer, steps: Iterable[int]) -> None:
+    """Steps with gradients that depend on the step and the weights alone, however they are sharded."""
+    for step in steps:
+        generator = torch.Generator().manual_seed(step)
+        for name, weight in whole(model).items():
+            param = model.get_parameter(name)
+            grad = (torch.randn(weight.shape, generator=generator, dtype=torch.float64) + weight).to(weight.dtype)
+            split = isinstance(param, DTensor)
+            param.grad = distribute_tensor(grad, param.device_mesh, param.placements) if split else grad
+        optimizer.step()
+
+
+def owners_equal_one_process(names: list[str] | None = None, dtype: str = "float64", replicas: int = 0) -> None:
+    """Whatever the number of ranks: the weights of one process that saw the same gradients, bit for bit.
+
+    But for MARS-AdamW and MARS-Lion, which one process steps by fused kernels that round otherwise.
+    """
+    ranks = dist.get_world_size()
+    for name in names or OPTIMIZERS:
+        alone, split = network(getattr(torch, dtype)), network(getattr(torch, dtype))
+        if replicas:
+            mesh = init_device_mesh("cpu", (replicas, ranks // replicas), mesh_dim_names=("replicate", "shard"))
+            shard(split, mesh)
+        elif replicas == 0:
+            shard(split)
+        reference, optimizer = OPTIMIZERS[name](alone.parameters()), owned(name, split.parameters())
+        for model, stepped in ((alone, reference), (split, optimizer)):
+            same_gradients(model, stepped, range(8))
+        if "mars" not in name:
+            assert_equal(whole(split), whole(alone), name)
+        for key, value in whole(split).items():
+            torch.testing.assert_close(value, whole(alone)[key], rtol=0, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+        held = [p for p in split.parameters() if optimizer.state[p].keys() == {"step"}]
+        assert held, "every rank holds all state"
+
+
+def owned_model(mode: str, name: str) -> tuple[nn.Sequential, BlockOptimizer]:
+    """A model under FSDP2, or whole on every rank, and its optimizer."""
+    model = network(torch.float64)
+    if mode == "fsdp":
+        shard(model)
+    return model, owned(name, model.parameters())
+
+
+def owners_save(names: list[str], mode: str) -> None:
+    """Trains six steps, saves in every way there is, and notes how the run goes on."""
+    for name in names:
+        folder = Path(os.environ["SHARED_FOLDER"]) / name
+        folder.mkdir(exist_ok=True)
+        model, optimizer = owned_model(mode, name)
+        same_gradients(model, optimizer, range(6))
+        start = whole(model)
+        if mode == "fsdp":
+            for full in (True, False):
+                options = StateDictOptions(full_state_dict=full, cpu_offload=full)
+                save(get_optimizer_state_dict(model, optimizer, options=options), folder, full=full)
+        else:
+            if dist.get_world_size() > 1:
+                with pytest.raises(RuntimeError, match=r"call consolidate\(\) on all ranks"):
+                    optimizer.state_dict()
+                optimizer.consolidate()
+            if dist.get_rank() == 0:
+                torch.save(optimizer.state_dict(), folder / resume.PLAIN)
+        same_gradients(model, optimizer, range(6, 12))
+        end = whole(model)
+        if dist.get_rank() == 0:
+            torch.save({"start": start, "end": end}, folder / "run.pt")
+        dist.barrier()
+
+
+def owners_go_on(names: list[str], mode: str) -> None:
+    """Loads each of them: the run goes on bit for bit."""
+    for name in names:
+        folder = Path(os.environ["SHARED_FOLDER"]) / name
+        run = torch.load(folder / "run.pt", weights_only=True)
+        ways = [(path, how) for path in sorted(folder.glob("optimizer*")) for how in ("read", "torch")]
+        assert ways
+        for path, how in ways:
+            model, optimizer = owned_model(mode, name)
+            put(model, run["start"])
+            if how == "read" or path.name == resume.PLAIN or mode != "fsdp":
+                optimizer.load_state_dict(checkpoint.read(path))
+            elif path.name == resume.FULL:
+                options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, cpu_offload=True)
+                state = torch.load(path, weights_only=True) if dist.get_rank() == 0 else {}
+                set_optimizer_state_dict(model, optimizer, state, options=options)
+            else:
+                saved = {"optimizer": get_optimizer_state_dict(model, optimizer)}
+                dcp.load(saved, storage_reader=dcp.FileSystemReader(path))
+                set_optimizer_state_dict(model, optimizer, saved["optimizer"])
+            same_gradients(model, optimizer, range(6, 12))
+            assert_equal(whole(model), run["end"], f"{name} from {path.name}, {how}")

@@ -1,5 +1,6 @@
 """FSDP2 on gloo, with real processes: two and three of them."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -85,3 +86,22 @@ def test_the_trainer_goes_on_with_other_ranks(
     settings = {"run": "a", "optim": optim, "dropout": False}
     ranks.run("sharded", "trainer_resumes", before[0], shared, state_dict_type=before[1], **settings)
     ranks.run("sharded", "trainer_goes_on", after[0], shared, state_dict_type=after[1], **settings)
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_owners_equal_one_process(count: int, shared: Path) -> None:
+    ranks.run("sharded", "owners_equal_one_process", count, shared)
+
+
+FIRST = [((2, "fsdp"), (3, "fsdp")), ((1, "whole"), (2, "fsdp")), ((2, "whole"), (1, "whole"))]
+PAIRS = list(itertools.product(((1, "whole"), (1, "fsdp"), (2, "fsdp"), (3, "fsdp"), (2, "whole")), repeat=2))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [pair if pair in FIRST else pytest.param(*pair, marks=pytest.mark.slow) for pair in PAIRS]
+)
+def test_owners_go_on_bit_for_bit(before: tuple[int, str], after: tuple[int, str], shared: Path) -> None:
+    """Every number of ranks loads what every other saved; FULL lost what ranks other than the first own."""
+    names = ["soap", "shampoo", "soap, blocks"]
+    ranks.run("sharded", "owners_save", before[0], shared, mode=before[1], names=names)
+    ranks.run("sharded", "owners_go_on", after[0], shared, mode=after[1], names=names)

@@ -40,6 +40,8 @@ class MARS(BlockOptimizer):
         betas_1d: Decay rates of their moments.
         weight_decay_1d: Their weight decay. None takes that of a group which sets its own, else 0.1.
         nonfinite: ``"skip"`` leaves out a step in which any gradient holds NaN or Inf; ``"off"`` does not look.
+        shard_mode: With several ranks: ``"local"`` preconditions each rank's part of a matrix by itself, ``"owner"``
+            whole matrices on one rank each, which is equal to one process.
         shampoo_beta: Here and below, settings of SOAP for ``variant="soap"``; see :class:`SOAP`.
 
     Raises:
@@ -67,6 +69,7 @@ class MARS(BlockOptimizer):
         weight_decay_1d: float | None = None,
         *,
         nonfinite: Literal["skip", "off"] = "skip",
+        shard_mode: Literal["local", "owner"] = "local",
         shampoo_beta: float | None = None,
         precondition_frequency: int = 10,
         max_precond_dim: int = 10000,
@@ -92,6 +95,11 @@ class MARS(BlockOptimizer):
         beta1, beta2 = check_pair("betas_1d", group["betas_1d"])
         schema.check_values(self.config, {"beta1_1d": beta1, "beta2_1d": beta2})
         check_choice("rule", group["rule"], ("adamw", "lion", "shampoo", "soap", "m", "adam"))
+        if group["exact"] and group["shard_mode"] == "owner":
+            raise ValueError(
+                "got exact=True with shard_mode='owner', wanted one of them: the previous weights lie with the ranks "
+                "that have the weights; use shard_mode='local'"
+            )
         if group["lr_1d"] is not None and group["base_lr"] == 0:
             raise ValueError("lr must be > 0 where lr_1d is set, got 0; lr_1d follows lr in proportion")
 

@@ -50,6 +50,8 @@ class Shampoo(BlockOptimizer):
         one_sided: Factor only the shorter side of each matrix, with the exponent -1/2.
         kl: KL-Shampoo: whiten the gradient by the other factors before it enters a factor; nothing may be grafted.
         nonfinite: ``"skip"`` leaves out a step in which any gradient holds NaN or Inf; ``"off"`` does not look.
+        shard_mode: With several ranks: ``"local"`` preconditions each rank's part of a matrix by itself, ``"owner"``
+            whole matrices on one rank each, which is equal to one process.
 
     Raises:
         ValueError: If a setting is of the wrong type or out of range, settings contradict each other, or a parameter
@@ -90,6 +92,7 @@ class Shampoo(BlockOptimizer):
         one_sided: bool = False,
         kl: bool = False,
         nonfinite: Literal["skip", "off"] = "skip",
+        shard_mode: Literal["local", "owner"] = "local",
     ) -> None:
         defaults = {key: value for key, value in locals().items() if key not in ("self", "params", "__class__")}
         super().__init__(params, {**defaults, "rule": "shampoo"})

@@ -43,6 +43,8 @@ class SOAP(BlockOptimizer):
         include_current: Let the current gradient into factor and basis before it is rotated, not after.
         refresh_tol: Skip the refresh of a basis that diagonalises its factor up to this share (arXiv:2506.03595).
         nonfinite: ``"skip"`` leaves out a step in which any gradient holds NaN or Inf; ``"off"`` does not look.
+        shard_mode: With several ranks: ``"local"`` preconditions each rank's part of a matrix by itself, ``"owner"``
+            whole matrices on one rank each, which is equal to one process.
 
     Raises:
         ValueError: If a setting is of the wrong type or out of range, or a parameter is complex or sharded.
@@ -77,6 +79,7 @@ class SOAP(BlockOptimizer):
         include_current: bool = False,
         refresh_tol: float = 0.0,
         nonfinite: Literal["skip", "off"] = "skip",
+        shard_mode: Literal["local", "owner"] = "local",
     ) -> None:
         defaults = {key: value for key, value in locals().items() if key not in ("self", "params", "__class__")}
         super().__init__(params, {**defaults, "rule": "soap"})

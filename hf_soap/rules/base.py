@@ -41,6 +41,10 @@ class Rule:
         """Whether all state of this layout has the tensor's own shape and coordinates, so that it can be cut anew."""
         return True
 
+    def elementwise(self, layout: Layout) -> bool:
+        """Whether the direction of an entry depends on no other entry, so that any part can be stepped by itself."""
+        return False
+
     @property
     def averages(self) -> bool:
         """Whether a factor averages over the other axes instead of summing over them."""

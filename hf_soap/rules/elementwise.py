@@ -34,6 +34,10 @@ class AdamW(Rule):
         """Returns zero moments."""
         return zeros(layout, tensors, MOMENTS, dtype=dtype, device=device)
 
+    def elementwise(self, layout: Layout) -> bool:
+        """Always."""
+        return True
+
     def update(self, grad: Tensor, state: State, chunk: Chunk) -> Tensor:
         """Returns M̂ / (√V̂ + ε)."""
         exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
@@ -95,6 +99,10 @@ class Lion(Rule):
     def allocate(self, layout: Layout, tensors: int, *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """Returns a zero first moment."""
         return zeros(layout, tensors, ("exp_avg",), dtype=dtype, device=device)
+
+    def elementwise(self, layout: Layout) -> bool:
+        """Always."""
+        return True
 
     def update(self, grad: Tensor, state: State, chunk: Chunk) -> Tensor:
         """Returns sign(M)."""

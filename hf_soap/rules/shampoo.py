@@ -93,6 +93,10 @@ class Shampoo(Rule):
         """Without factors and diagonals, where the grafted rule is alone."""
         return not layout.sides and not self._diagonals(layout)
 
+    def elementwise(self, layout: Layout) -> bool:
+        """Where the grafted rule is alone."""
+        return not layout.sides and self.graft is not None
+
     @property
     def averages(self) -> bool:
         """With KL, whose factors are means."""

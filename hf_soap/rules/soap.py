@@ -87,6 +87,10 @@ class Soap(Rule):
         """Without a factored side, where the rule is Adam."""
         return not layout.sides
 
+    def elementwise(self, layout: Layout) -> bool:
+        """Without a factored side, unless directions are divided by their norms."""
+        return not layout.sides and not self.normalize_grads
+
     @property
     def averages(self) -> bool:
         """With KL, whose factors are means."""
