@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from hf_soap.background import Background
     from hf_soap.rules import Rule
+    from hf_soap.sharding import Team
 
 CHUNK_BYTES = 256 * 2**20
 """Budget for the temporaries of one step of one bucket; a larger bucket is worked through in chunks."""
@@ -233,12 +234,23 @@ class Chunk:
         t: 1-based number of this update, a number per tensor.
         index: Place of each tensor in the whole optimizer, which staggers refreshes.
         background: Where work may go on beside the training loop.
+        team: Ranks with equal state that split decompositions among them.
     """
 
     layout: Layout
     t: tuple[int, ...]
     index: tuple[int, ...]
     background: Background | None = None
+    team: Team | None = None
+
+    def share(self, compute: Callable[[Tensor], tuple[Tensor, ...]], batch: Tensor) -> tuple[Tensor, ...]:
+        """Returns ``compute(batch)`` of matrices that all ranks of the team have, each computed by one of them.
+
+        Contiguous, as what comes from other ranks is: products of other memory layouts round in other ways.
+        """
+        if self.team is not None:
+            return self.team.share(compute, batch, turn=self.index[0])
+        return tuple(part.contiguous() for part in compute(batch))
 
     def per_block(self, values: Sequence[float], like: Tensor) -> float | Tensor:
         """Spreads one number a tensor over its blocks, to broadcast against (blocks, d_1, ..., d_k)."""
@@ -256,7 +268,7 @@ class Chunk:
         """Yields each run of adjacent tensors whose flag is set, as a slice of blocks and a smaller chunk."""
         for first, last in adjacent(flags):
             blocks = slice(first * self.layout.blocks, last * self.layout.blocks)
-            yield blocks, Chunk(self.layout, self.t[first:last], self.index[first:last], self.background)
+            yield blocks, Chunk(self.layout, self.t[first:last], self.index[first:last], self.background, self.team)
 
 
 def adjacent(flags: Iterable[bool], longest: int | None = None) -> Iterator[tuple[int, int]]:

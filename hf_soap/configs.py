@@ -18,6 +18,9 @@ class _Guard(OptimizerConfig):
         "With several ranks: `local` preconditions each rank's part of a matrix, `owner` whole matrices on one rank "
         "each, equal to one process.",
     )
+    distributed_refresh: bool | None = option(
+        None, "Split refreshes among ranks with equal weights and gradients; `none` does so under the Trainer's DDP."
+    )
     adam_modules: str | None = option(
         None, "Regex on parameter names: what matches is updated by Adam, with no factors.", trainer_only=True
     )

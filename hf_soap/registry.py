@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache, wraps
 from pathlib import Path
@@ -25,6 +26,10 @@ logger = logging.getLogger(__name__)
 HF_LEARNING_RATE = 5e-5
 HF_ADAM = {"beta1": ("adam_beta1", 0.9), "beta2": ("adam_beta2", 0.999), "eps": ("adam_epsilon", 1e-8)}
 """Option to the argument of TrainingArguments that may set it, and the default by which that counts as not set."""
+
+
+GATHERS_STATE: ContextVar[bool] = ContextVar("GATHERS_STATE", default=False)
+"""Whether the trainer that makes the optimizer brings all of its state to rank 0 before it saves."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,15 @@ def class_and_kwargs(args: TrainingArguments, model: nn.Module | None) -> tuple[
     """
     _follow_log_level(args)
     entry, config = ENTRIES[optimizer_name(args)], resolve(args)
+    under_ddp = args.world_size > 1 and not _shards(args)
+    if under_ddp and getattr(config, "shard_mode", "local") == "owner" and not GATHERS_STATE.get():
+        raise ValueError(
+            f"optim={config.name!r} got shard_mode='owner' under DDP, wanted a trainer that gathers the state of all "
+            "ranks before it saves what rank 0 has; use hf_soap.SoapTrainer, FSDP2, or shard_mode='local'"
+        )
     kwargs = {"lr": args.learning_rate, **config.constructor_kwargs()}
+    if kwargs["distributed_refresh"] is None:
+        kwargs["distributed_refresh"] = under_ddp
     _report_once(config.name, ", ".join(f"{key}={value}" for key, value in kwargs.items()))
     if args.learning_rate == HF_LEARNING_RATE:
         _warn_learning_rate_once(
@@ -201,11 +214,15 @@ def _refuse_flat_parameters(args: TrainingArguments, name: str) -> None:
             f"optim={name!r} got DeepSpeed, wanted matrices or shards of them: ZeRO hands the optimizer one flat "
             "vector, on which it could only be Adam; use FSDP2 (fsdp=True) or DDP"
         )
-    if (getattr(args, "fsdp", None) or "FSDP" in launched) and (version := _fsdp_version(args)) != 2:
+    if _shards(args) and (version := _fsdp_version(args)) != 2:
         raise ValueError(
             f"optim={name!r} got FSDP version {version}, wanted 2: version 1 shows the optimizer flat vectors, on "
             "which it could only be Adam; set fsdp_config={'version': 2}, or fsdp_version: 2 in accelerate's config"
         )
+
+
+def _shards(args: TrainingArguments) -> bool:
+    return bool(getattr(args, "fsdp", None)) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
 
 
 def _fsdp_version(args: TrainingArguments) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -105,8 +105,14 @@ def check_placements(param: Tensor) -> None:
     """Refuses a sharded parameter whose parts are not plain slices of it.
 
     Raises:
-        ValueError: If a placement is neither a shard nor a replica.
+        ValueError: If a placement is neither a shard nor a replica, or FSDP1 or ZeRO-3 made a flat vector of it.
     """
+    for sign, maker in (("_fsdp_flattened", "FSDP1"), ("_is_flat_param", "FSDP1"), ("ds_id", "DeepSpeed ZeRO-3")):
+        if getattr(param, sign, False) is not False:
+            raise ValueError(
+                f"got a parameter of shape {tuple(param.shape)} that {maker} flattened, wanted a tensor or a DTensor: "
+                "on flat vectors the optimizer could only be Adam; use FSDP2 (fully_shard) or DDP"
+            )
     if is_sharded(param):
         odd = [str(p) for p in param.placements if not (is_cut(p) or p.is_replicate())]
         if odd:
@@ -217,3 +223,35 @@ def _wrap(value: Tensor, param: DTensor, placements: Sequence[Placement], shape:
         value, param.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
     )
     return wrapped
+
+
+class Team:
+    """Ranks that hold equal state, as under DDP, and split decompositions among them."""
+
+    def share(
+        self, compute: Callable[[Tensor], tuple[Tensor, ...]], batch: Tensor, *, turn: int
+    ) -> tuple[Tensor, ...]:
+        """Computes each matrix on one rank and gives the results to all: bit for bit what each alone would get.
+
+        Args:
+            compute: Works on each matrix of a batch (..., n, n) by itself, also on a batch of none.
+            batch: (blocks, n, n), the same on every rank.
+            turn: The rank that takes the first matrix, modulo their number; the others follow in turn.
+
+        Returns:
+            What ``compute`` returns for the whole batch.
+        """
+        dist = torch.distributed
+        rank, count, blocks = dist.get_rank(), dist.get_world_size(), batch.shape[0]
+        whose = [(place + turn) % count for place in range(blocks)]
+        most = -(-blocks // count)
+        order = [sum(other == owner for other in whose[:place]) + owner * most for place, owner in enumerate(whose)]
+        mine = torch.tensor([place for place, owner in enumerate(whose) if owner == rank], dtype=torch.int64)
+        results = []
+        for part in compute(batch[mine.to(batch.device)]):
+            padded = part.new_zeros(most, *part.shape[1:])
+            padded[: len(mine)] = part
+            gathered = part.new_empty(count * most, *part.shape[1:])
+            dist.all_gather_into_tensor(gathered, padded)
+            results.append(gathered[torch.tensor(order, dtype=torch.int64, device=batch.device)])
+        return tuple(results)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections import defaultdict
@@ -37,6 +38,7 @@ class BlockOptimizer(torch.optim.Optimizer):
     def _reset_cache(self) -> None:
         self._buckets: dict[tuple[int, int], GroupCache] = {}
         self._background = Background()
+        self._made_for: dict[int, list[torch.Size]] = {}
         self._owners: Ownership | None = None
         self._consolidated: dict[str, Any] | None = None
         self.skipped_steps = 0
@@ -85,6 +87,7 @@ class BlockOptimizer(torch.optim.Optimizer):
         except ValueError:
             self.param_groups.pop()
             raise
+        self._made_for[len(self.param_groups) - 1] = [param.shape for param in group["params"]]
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_learning_rate(group["lr"])
@@ -210,6 +213,7 @@ class BlockOptimizer(torch.optim.Optimizer):
         cached, params = self._buckets.get(key), list(places.values())
         if cached is not None and cached.settings == settings and cached.fits(params, self.state):
             return cached.buckets
+        self._check_shapes(key[0], group)
         members: dict[tuple[Plan, torch.dtype, torch.device], list[tuple[int, Tensor, torch.Size]]] = {}
         for place, param in places.items():
             part = sharding.local(param)
@@ -224,6 +228,18 @@ class BlockOptimizer(torch.optim.Optimizer):
         self._buckets[key] = GroupCache(settings, params, buckets)
         return buckets
 
+    def _check_shapes(self, number: int, group: dict[str, Any]) -> None:
+        """Refuses parameters that took the place of those of other shapes since the group was added."""
+        now = [param.shape for param in group["params"]]
+        before = self._made_for.get(number, now)
+        if now != before:
+            got, want = next(pair for pair in itertools.zip_longest(now, before) if pair[0] != pair[1])
+            raise ValueError(
+                f"got a parameter of shape {got and tuple(got)} in the place of one of shape {want and tuple(want)}, "
+                "wanted the parameters that the optimizer was made for: DeepSpeed and FSDP1 put flat vectors there, "
+                "on which it could only be Adam; use FSDP2 (fully_shard) or DDP"
+            )
+
     def _step_bucket(
         self,
         group: dict[str, Any],
@@ -236,12 +252,14 @@ class BlockOptimizer(torch.optim.Optimizer):
         fresh, ready = _stages(bucket, grads)
         decay = group["weight_decay"] if plan.weight_decay is None else plan.weight_decay
         steps, size = bucket.steps.tolist(), bucket.tensors_per_chunk()
+        alike = outcomes is None and not sharding.is_sharded(bucket.params[0])
+        team = sharding.Team() if group["distributed_refresh"] and alike and sharding.ranks() > 1 else None
         with torch.autocast(bucket.params[0].device.type, enabled=False):
             for seeding, flags in ((True, fresh), (False, ready)):
                 for first, last in adjacent(flags, size):
                     bucket.steps[first:last] += 1
                     t = tuple(int(step) + 1 - plan.rule.seeds for step in steps[first:last])
-                    chunk = Chunk(plan.layout, t, tuple(bucket.index[first:last]), self._background)
+                    chunk = Chunk(plan.layout, t, tuple(bucket.index[first:last]), self._background, team)
                     given = [grad for grad in grads[first:last] if grad is not None]
                     if seeding:
                         grad = stack_gradients(given, plan.layout, bucket.dtype)
@@ -331,25 +349,28 @@ class BlockOptimizer(torch.optim.Optimizer):
         """
         if self._consolidated is not None:
             return self._consolidated
-        owners = self._find_owners()
-        if owners is not None and any(not sharding.is_sharded(param) for param in owners.owner):
+        if self.state and self._owned_whole():
             raise RuntimeError(
                 "the state of whole parameters lies with their owners, wanted on one rank: call consolidate() on all "
                 "ranks before state_dict(), as SoapTrainer does; the plain Trainer cannot save shard_mode='owner' "
                 "under DDP"
             )
-        return self._packed_state(None)
+        return self._packed_state(to_first=False)
 
     def consolidate(self) -> None:
         """Brings the state that owners hold to rank 0, whose next :meth:`state_dict` returns it; a step drops it.
 
         Only for ``shard_mode="owner"`` with whole parameters (DDP); all ranks must call it.
         """
-        owners = self._find_owners()
-        if owners is not None:
-            self._consolidated = self._packed_state(owners)
+        if self._owned_whole():
+            self._consolidated = self._packed_state(to_first=True)
 
-    def _packed_state(self, to_first: Ownership | None) -> dict[str, Any]:
+    def _owned_whole(self) -> bool:
+        """Whether owners hold state of parameters that are not sharded."""
+        owners = self._find_owners()
+        return owners is not None and any(not sharding.is_sharded(param) for param in owners.owner)
+
+    def _packed_state(self, *, to_first: bool) -> dict[str, Any]:
         plain = super().state_dict()
         owners, state = self._find_owners(), {}
         for saved, group in zip(plain["param_groups"], self.param_groups, strict=True):
@@ -361,9 +382,7 @@ class BlockOptimizer(torch.optim.Optimizer):
                     state[key] = checkpoint.packed(param, plan, known, wanted)
                 else:
                     owner = owners.owner[param]
-                    state[key] = checkpoint.packed_of_owner(
-                        param, plan, known, wanted, owner, to_first=to_first is not None
-                    )
+                    state[key] = checkpoint.packed_of_owner(param, plan, known, wanted, owner, to_first=to_first)
         return {**plain, "state": state}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -46,6 +46,20 @@ class SoapTrainerMixin(_Base):
             if every := getattr(config, "log_every", 0):
                 self.add_callback(_LogDiagnostics(self, every))
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """Makes the optimizer as the Trainer does; one whose state is spread over ranks may be made here."""
+        token = registry.GATHERS_STATE.set(True)
+        try:
+            return super().create_optimizer(*args, **kwargs)
+        finally:
+            registry.GATHERS_STATE.reset(token)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        if isinstance(optimizer, BlockOptimizer):
+            optimizer.consolidate()  # on all ranks: the Trainer asks rank 0 alone
+        super()._save_optimizer_and_scheduler(output_dir)
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Trains as the Trainer does. ``resume_from_checkpoint=True`` passes over incomplete checkpoints.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from collections.abc import Callable, Iterable
@@ -21,6 +22,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import Subset
 
 from hf_soap import MARS, SOAP, Shampoo, checkpoint, resume
@@ -44,10 +47,14 @@ OPTIMIZERS: dict[str, Callable[[Any], BlockOptimizer]] = {
 }
 
 
-def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
-    """Rows that 2 and 3 ranks share unevenly, and a last layer of which some have nothing."""
+UNEVEN, EVEN = (7, 10, 5, 1), (8, 12, 8, 4)
+
+
+def network(dtype: torch.dtype = torch.float32, sizes: tuple[int, ...] = UNEVEN) -> nn.Sequential:
+    """By default with rows that 2 and 3 ranks share unevenly, and a last layer of which some have nothing."""
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(7, 10), nn.Tanh(), nn.Linear(10, 5), nn.Tanh(), nn.Linear(5, 1)).to(dtype)
+    first, second, third = (nn.Linear(rows, columns) for rows, columns in itertools.pairwise(sizes))
+    return nn.Sequential(first, nn.Tanh(), second, nn.Tanh(), third).to(dtype)
 
 
 def shard(model: nn.Sequential, mesh: DeviceMesh | None = None) -> nn.Sequential:
@@ -60,13 +67,14 @@ def shard(model: nn.Sequential, mesh: DeviceMesh | None = None) -> nn.Sequential
     return model
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: Iterable[int]) -> list[float]:
+def train(model: nn.Sequential, optimizer: torch.optim.Optimizer, steps: Iterable[int]) -> list[float]:
     """Trains on data that depends on the step alone; every rank has the same batch."""
     losses = []
     dtype = next(model.parameters()).dtype
     for step in steps:
         generator = torch.Generator().manual_seed(step)
-        x, y = (torch.randn(16, n, generator=generator).to(dtype) for n in (7, 1))
+        ends = (model[0].in_features, model[4].out_features)
+        x, y = (torch.randn(16, n, generator=generator).to(dtype) for n in ends)
         loss = (model(x) - y).float().square().mean()
         optimizer.zero_grad()
         loss.backward()
@@ -304,12 +312,13 @@ def same_gradients(model: nn.Module, optimizer: torch.optim.Optimizer, steps: It
 def owners_equal_one_process(names: list[str] | None = None, dtype: str = "float64", replicas: int = 0) -> None:
     """Whatever the number of ranks: the weights of one process that saw the same gradients, bit for bit.
 
+    With ``replicas`` on a mesh of two dimensions, or, at -1, whole on every rank.
     But for MARS-AdamW and MARS-Lion, which one process steps by fused kernels that round otherwise.
     """
     ranks = dist.get_world_size()
     for name in names or OPTIMIZERS:
         alone, split = network(getattr(torch, dtype)), network(getattr(torch, dtype))
-        if replicas:
+        if replicas > 0:
             mesh = init_device_mesh("cpu", (replicas, ranks // replicas), mesh_dim_names=("replicate", "shard"))
             shard(split, mesh)
         elif replicas == 0:
@@ -381,3 +390,157 @@ def owners_go_on(names: list[str], mode: str) -> None:
                 set_optimizer_state_dict(model, optimizer, saved["optimizer"])
             same_gradients(model, optimizer, range(6, 12))
             assert_equal(whole(model), run["end"], f"{name} from {path.name}, {how}")
+
+
+def owners_save_with_plain_trainer() -> None:
+    """Only rank 0 is asked for its state there."""
+    trainer = trainer_for(Path(os.environ["SHARED_FOLDER"]) / "a", plain=True, optim_args="shard_mode=owner")
+    with pytest.raises(ValueError, match=r"shard_mode='owner' under DDP.*SoapTrainer"):
+        trainer.create_optimizer()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Steps
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def a_nan_on_one_rank_skips_the_step_on_all() -> None:
+    """Parameters and state stay as they are everywhere, and training goes on."""
+    for mode in ("local", "owner"):
+        for name in ("soap", "shampoo", "mars"):
+            model = shard(network())
+            optimizer = owned(name, model.parameters()) if mode == "owner" else OPTIMIZERS[name](model.parameters())
+            same_gradients(model, optimizer, range(4))
+            before, state = whole(model), optimizer.state_dict()
+            for param in model.parameters():
+                if dist.get_rank() == 1 and param.grad.to_local().numel():  # type: ignore[union-attr]
+                    param.grad.to_local().view(-1)[0] = float("nan")  # type: ignore[union-attr]
+                    break
+            optimizer.step()
+            assert optimizer.skipped_steps == 1
+            assert_equal(whole(model), before, name)
+            after = optimizer.state_dict()["state"]
+            for key, roles in state["state"].items():
+                for role, value in roles.items():
+                    one, other = (v.to_local() if isinstance(v, DTensor) else v for v in (value, after[key][role]))
+                    assert torch.equal(one, other), f"{name}: {role}"
+            same_gradients(model, optimizer, range(5, 6))
+            assert optimizer.skipped_steps == 1
+
+
+COLLECTIVES = (
+    "all_reduce",
+    "all_gather",
+    "all_gather_into_tensor",
+    "all_gather_object",
+    "all_to_all_single",
+    "broadcast",
+    "reduce_scatter_tensor",
+    "barrier",
+)
+
+
+def a_local_step_has_one_collective() -> None:
+    """A scalar that says whether all gradients are finite; none without the check."""
+    counts: dict[str, int] = {}
+
+    def counting(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            counts[name] = counts.get(name, 0) + 1
+            return call(*args, **kwargs)
+
+        return counted
+
+    for name in OPTIMIZERS:
+        for nonfinite, want in (("skip", {"all_reduce": 1}), ("off", {})):
+            model = shard(network())
+            optimizer = OPTIMIZERS[name](model.parameters())
+            for group in optimizer.param_groups:
+                group["nonfinite"] = nonfinite
+            same_gradients(model, optimizer, range(2))
+            with pytest.MonkeyPatch.context() as patch, CommDebugMode() as functional:
+                for collective in COLLECTIVES:
+                    patch.setattr(dist, collective, counting(collective, getattr(dist, collective)))
+                optimizer.step()
+            assert counts == want, f"{name}, nonfinite={nonfinite}: {counts}"
+            assert functional.get_total_counts() <= len(want), f"{name}: {functional.get_comm_counts()}"
+            counts.clear()
+
+
+def meshes_of_two_dimensions() -> None:
+    """HSDP, tensor parallelism with and without FSDP, and several meshes in one model: parts resume bit for bit."""
+    flat = init_device_mesh("cpu", (4,), mesh_dim_names=("all",))
+    square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
+
+    def hsdp(model: nn.Sequential) -> nn.Sequential:
+        return shard(model, square)
+
+    def tensor_parallel(model: nn.Sequential) -> nn.Sequential:
+        return parallelize_module(model, flat, {"0": ColwiseParallel(), "2": RowwiseParallel()})  # type: ignore[return-value]
+
+    def both(model: nn.Sequential) -> nn.Sequential:
+        parallelize_module(model, square["inner"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        for layer in (model[0], model[2], model[4]):
+            fully_shard(layer, mesh=square["outer"])
+        return model
+
+    def mixed(model: nn.Sequential) -> nn.Sequential:
+        fully_shard(model[0], mesh=flat)
+        fully_shard(model[2], mesh=square)
+        return model
+
+    for cut in (hsdp, tensor_parallel, both, mixed):
+        for name in ("soap", "shampoo", "mars"):
+            sizes = EVEN if "parallel" in cut.__name__ or cut is both else UNEVEN  # torch's are even
+            model = cut(network(sizes=sizes))
+            optimizer = OPTIMIZERS[name](model.parameters())
+            same_gradients(model, optimizer, range(6))
+            start, state = whole(model), optimizer.state_dict()
+            same_gradients(model, optimizer, range(6, 10))
+            want = whole(model)
+            again = cut(network(sizes=sizes))
+            put(again, start)
+            optimizer = OPTIMIZERS[name](again.parameters())
+            optimizer.load_state_dict(state)
+            same_gradients(again, optimizer, range(6, 10))
+            assert_equal(whole(again), want, f"{cut.__name__}, {name}")
+            losses = train(again, optimizer, [0] * 30)
+            assert losses[-1] < 0.9 * losses[0], f"{cut.__name__}, {name}: {losses}"
+
+
+def a_split_refresh_equals_one_of_its_own() -> None:
+    """Under DDP each rank decomposes some factors and gets the others: the same bits as if it did all."""
+    for name in OPTIMIZERS:
+        results = []
+        for split in (False, True):
+            model = network()
+            optimizer = OPTIMIZERS[name](model.parameters())
+            for group in optimizer.param_groups:
+                group["distributed_refresh"] = split
+            same_gradients(model, optimizer, range(8))
+            results.append(whole(model))
+        assert_equal(results[1], results[0], name)
+
+
+def accelerate_alone() -> None:
+    """``accelerator.prepare(model, optimizer)`` without a Trainer."""
+    from accelerate import Accelerator
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    let_accelerate_shard_on_cpus()
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="NO_WRAP", reshard_after_forward=True)
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    model = network()
+    prepared, optimizer = accelerator.prepare(model, OPTIMIZERS["soap"](model.parameters()))
+    assert all(isinstance(param, DTensor) for param in prepared.parameters())
+    losses = []
+    for step in range(30):
+        generator = torch.Generator().manual_seed(step % 3)
+        x, y = (torch.randn(16, n, generator=generator) for n in (7, 1))
+        loss = (prepared(x) - y).square().mean()
+        optimizer.zero_grad()
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(prepared.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0], losses

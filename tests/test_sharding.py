@@ -105,3 +105,50 @@ def test_owners_go_on_bit_for_bit(before: tuple[int, str], after: tuple[int, str
     names = ["soap", "shampoo", "soap, blocks"]
     ranks.run("sharded", "owners_save", before[0], shared, mode=before[1], names=names)
     ranks.run("sharded", "owners_go_on", after[0], shared, mode=after[1], names=names)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3])
+def test_owners_under_ddp_are_saved_by_soap_trainer(count: int, shared: Path) -> None:
+    ranks.run("sharded", "trainer_resumes", count, shared, run="a", optim_args="shard_mode=owner")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [FULL, SHARDED])
+def test_owners_under_fsdp_in_the_trainer(kind: str, shared: Path) -> None:
+    settings = {"run": "a", "optim_args": "shard_mode=owner,precondition_frequency=2", "dropout": False}
+    ranks.run("sharded", "trainer_resumes", 2, shared, state_dict_type=kind, **settings)
+    ranks.run("sharded", "trainer_goes_on", 3, shared, state_dict_type=kind, **settings)
+
+
+def test_owners_under_ddp_are_refused_by_the_plain_trainer(shared: Path) -> None:
+    ranks.run("sharded", "owners_save_with_plain_trainer", 2, shared)
+
+
+@pytest.mark.parametrize(
+    ("function", "count"),
+    [
+        ("a_nan_on_one_rank_skips_the_step_on_all", 2),
+        ("a_local_step_has_one_collective", 2),
+        ("meshes_of_two_dimensions", 4),
+        ("a_split_refresh_equals_one_of_its_own", 2),
+        ("accelerate_alone", 2),
+    ],
+)
+def test_steps(function: str, count: int, shared: Path) -> None:
+    ranks.run("sharded", function, count, shared)
+
+
+@pytest.mark.slow
+def test_owners_on_a_mesh_of_two_dimensions(shared: Path) -> None:
+    ranks.run("sharded", "owners_equal_one_process", 4, shared, replicas=2)
+
+
+@pytest.mark.slow
+def test_owners_under_ddp_equal_one_process(shared: Path) -> None:
+    ranks.run("sharded", "owners_equal_one_process", 3, shared, replicas=-1)
+
+
+@pytest.mark.slow
+def test_refreshes_split_in_three_equal_undivided_ones(shared: Path) -> None:
+    ranks.run("sharded", "a_split_refresh_equals_one_of_its_own", 3, shared)

@@ -42,6 +42,8 @@ class MARS(BlockOptimizer):
         nonfinite: ``"skip"`` leaves out a step in which any gradient holds NaN or Inf; ``"off"`` does not look.
         shard_mode: With several ranks: ``"local"`` preconditions each rank's part of a matrix by itself, ``"owner"``
             whole matrices on one rank each, which is equal to one process.
+        distributed_refresh: Split decompositions among ranks that hold equal weights and gradients (DDP): each does
+            its share and gives it to the others. All ranks must step together. None is False but for the Trainer.
         shampoo_beta: Here and below, settings of SOAP for ``variant="soap"``; see :class:`SOAP`.
 
     Raises:
@@ -70,6 +72,7 @@ class MARS(BlockOptimizer):
         *,
         nonfinite: Literal["skip", "off"] = "skip",
         shard_mode: Literal["local", "owner"] = "local",
+        distributed_refresh: bool | None = None,
         shampoo_beta: float | None = None,
         precondition_frequency: int = 10,
         max_precond_dim: int = 10000,

@@ -52,6 +52,8 @@ class Shampoo(BlockOptimizer):
         nonfinite: ``"skip"`` leaves out a step in which any gradient holds NaN or Inf; ``"off"`` does not look.
         shard_mode: With several ranks: ``"local"`` preconditions each rank's part of a matrix by itself, ``"owner"``
             whole matrices on one rank each, which is equal to one process.
+        distributed_refresh: Split decompositions among ranks that hold equal weights and gradients (DDP): each does
+            its share and gives it to the others. All ranks must step together. None is False but for the Trainer.
 
     Raises:
         ValueError: If a setting is of the wrong type or out of range, settings contradict each other, or a parameter
@@ -93,6 +95,7 @@ class Shampoo(BlockOptimizer):
         kl: bool = False,
         nonfinite: Literal["skip", "off"] = "skip",
         shard_mode: Literal["local", "owner"] = "local",
+        distributed_refresh: bool | None = None,
     ) -> None:
         defaults = {key: value for key, value in locals().items() if key not in ("self", "params", "__class__")}
         super().__init__(params, {**defaults, "rule": "shampoo"})

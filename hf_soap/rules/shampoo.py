@@ -209,7 +209,8 @@ class Shampoo(Rule):
         }
 
     def _compute_roots(self, state: State, chunk: Chunk) -> None:
-        for role, root in self._roots_of(self._snapshot(state, chunk), chunk.layout).items():
+        for role, factor in self._snapshot(state, chunk).items():
+            (root,) = chunk.share(lambda part, r=role: (self._roots_of({r: part}, chunk.layout)[r],), factor)  # type: ignore[misc]
             state[role].copy_(root)
 
     @property

@@ -141,7 +141,7 @@ class Soap(Rule):
         for side in chunk.layout.sides:
             factor = state[f"factor_{side}"]
             linalg.add_gram_(factor, grad, side, beta=0.0, alpha=1 - self.shampoo_beta)
-            values, basis = linalg.eigenbasis(factor)
+            values, basis = chunk.share(linalg.eigenbasis, factor)
             state[f"basis_{side}"].copy_(basis)
             factor.copy_(torch.diag_embed(values))
 
@@ -215,18 +215,18 @@ class Soap(Rule):
             if self.refresh_tol:
                 stale = linalg.off_diagonal_share(state[f"factor_{side}"]) > self.refresh_tol
                 for first, last in adjacent(stale.tolist()):
-                    self._refresh_side({role: value[first:last] for role, value in state.items()}, side)
+                    self._refresh_side({role: value[first:last] for role, value in state.items()}, side, chunk)
             else:
-                self._refresh_side(state, side)
+                self._refresh_side(state, side, chunk)
             basis = state[f"basis_{side}"]
             for blocks, _ in chunk.runs(n % ORTHONORMALIZE_EVERY == 0 for n in refreshes):
                 basis[blocks].copy_(linalg.orthonormalize(basis[blocks]))
 
-    def _refresh_side(self, state: State, side: int) -> None:
+    def _refresh_side(self, state: State, side: int, chunk: Chunk) -> None:
         factor, basis, exp_avg = state[f"factor_{side}"], state[f"basis_{side}"], state["exp_avg"]
         order = factor.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
         rows = torch.take_along_dim(factor, order.unsqueeze(-1), -2)
-        rotation, refreshed = linalg.refresh(torch.take_along_dim(rows, order.unsqueeze(-2), -1))
+        rotation, refreshed = chunk.share(linalg.refresh, torch.take_along_dim(rows, order.unsqueeze(-2), -1))
         factor.copy_(refreshed)
         # Rows of the rotation go back to where the columns came from: the sort costs Q and M no pass of their own.
         rotation = torch.empty_like(rotation).scatter_(-2, order.unsqueeze(-1).expand_as(rotation), rotation)
