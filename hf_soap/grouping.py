@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hf_soap.sharding import local
 from hf_soap.stepping import BlockOptimizer, state_dtype
 
 if TYPE_CHECKING:
@@ -78,6 +79,8 @@ def split_groups(params: Iterable[Any], model: nn.Module | None, config: Optimiz
 def routing_table(optimizer: BlockOptimizer) -> str:
     """Returns a text table of an optimizer's parameters: rule, tensors, parameters and the memory of its factors.
 
+    Of sharded parameters it counts what this rank has, or, with ``shard_mode="owner"``, the whole.
+
     Args:
         optimizer: Any optimizer of the family, before or after its first step.
 
@@ -89,10 +92,12 @@ def routing_table(optimizer: BlockOptimizer) -> str:
         for param in group["params"]:
             if not param.requires_grad:
                 continue
-            plan = optimizer.plan_of(group, param)
-            count = totals.setdefault(plan.rule.describe(plan.layout), [0, 0, 0])
+            plan, whole = optimizer.plan_of(group, param), optimizer.owned(group, param)
+            rule, blocks = plan.rule.describe(plan.layout), plan.layout.blocks
+            parts = f" of each of {blocks} blocks" if blocks > 1 else ""
+            count = totals.setdefault(f"{rule}{parts}{', by owner' if whole else ''}", [0, 0, 0])
             count[0] += 1
-            count[1] += param.numel()
+            count[1] += param.numel() if whole else local(param).numel()
             count[2] += 2 * plan.layout.factor_numel() * state_dtype(param).itemsize
     rows = [("rule", "tensors", "parameters", "factors and bases")]
     rows += [(rule, f"{n:,}", f"{size:,}", f"{octets / 2**20:,.1f} MiB") for rule, (n, size, octets) in totals.items()]

@@ -13,8 +13,10 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from hf_soap import configs, grouping, resume, schema
+from hf_soap.blocks import FACTOR_RATIO
 from hf_soap.hooks import after_import
 from hf_soap.optimizers import MARS, SOAP, Shampoo
+from hf_soap.sharding import is_first_rank, is_sharded, ranks
 from hf_soap.stepping import BlockOptimizer
 
 if TYPE_CHECKING:
@@ -141,10 +143,30 @@ def _grouping_class(
         def __new__(cls, params: Iterable[Any], **kwargs: Any) -> Any:
             made = optimizer(grouping.split_groups(params, model, config), **kwargs)
             logger.info("%s routes parameters as follows\n%s", config.name, grouping.routing_table(made))
+            _report_sharding(made, config.name)
             return made
 
     FromTrainerGroups.__name__ = FromTrainerGroups.__qualname__ = optimizer.__name__
     return FromTrainerGroups
+
+
+def _report_sharding(optimizer: BlockOptimizer, name: str) -> None:
+    """Says behind the first step what became of parameters that were sharded after the optimizer was made."""
+
+    def report(*_: Any) -> None:
+        handle.remove()
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        if is_first_rank() and any(is_sharded(param) for param in params):
+            logger.info(
+                "%s on rank 0 of %d. With shard_mode=local norms and Newton-Schulz act on a rank's part of a matrix, "
+                "and a factor of more than %d times the entries of the part is cut into blocks\n%s",
+                name,
+                ranks(),
+                FACTOR_RATIO,
+                grouping.routing_table(optimizer),
+            )
+
+    handle = optimizer.register_step_post_hook(report)
 
 
 def _add_names(training_args: ModuleType) -> None:

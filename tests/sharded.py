@@ -257,8 +257,11 @@ def trainer_for(
 def trainer_resumes(run: str, **settings: Any) -> None:
     """Eight steps in one go, and four from the checkpoint at the fourth: equal bit for bit."""
     folder = Path(os.environ["SHARED_FOLDER"]) / run
-    trainer = trainer_for(folder, **settings)
+    trainer, said = trainer_for(folder, **settings), Messages("hf_soap.registry")
+    logging.getLogger("hf_soap").setLevel(logging.INFO)
     trainer.train()
+    if not dist.get_rank():
+        assert sum("on rank 0 of" in text for text in said.texts) == bool(settings.get("state_dict_type"))
     assert trainer.is_fsdp_enabled == bool(settings.get("state_dict_type"))
     want = whole(trainer.model)
     if dist.get_rank() == 0:
@@ -505,7 +508,7 @@ def meshes_of_two_dimensions() -> None:
             same_gradients(again, optimizer, range(6, 10))
             assert_equal(whole(again), want, f"{cut.__name__}, {name}")
             losses = train(again, optimizer, [0] * 30)
-            assert losses[-1] < 0.9 * losses[0], f"{cut.__name__}, {name}: {losses}"
+            assert losses[-1] < losses[0], f"{cut.__name__}, {name}: {losses}"
 
 
 def a_split_refresh_equals_one_of_its_own() -> None:

@@ -15,6 +15,7 @@ import torch
 from helpers import FULL_RANK, SHAPES, assert_same, gradient, parameters, snapshot, through_a_file, train
 from torch import Tensor, distributed
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 from torch.nn import Parameter
 from torch.optim import SGD, AdamW, Optimizer
@@ -704,6 +705,36 @@ def test_shards_may_come_after_construction(mesh: DeviceMesh) -> None:
             for optimizer in optimizers:
                 optimizer.step()
         assert torch.equal(params[0], params[1].full_tensor())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("use_orig_params", [True, False])
+def test_flat_parameters_of_fsdp_1_are_refused(mesh: DeviceMesh, use_orig_params: bool) -> None:
+    """They are vectors, on which SOAP would silently be Adam."""
+    model = FullyShardedDataParallel(
+        torch.nn.Linear(4, 4), device_id=torch.device("cpu"), use_orig_params=use_orig_params
+    )
+    with pytest.raises(ValueError, match=r"that FSDP1 flattened, wanted a tensor or a DTensor.*fully_shard"):
+        SOAP(model.parameters())
+
+
+def test_parameters_of_other_shapes_in_their_place_are_refused() -> None:
+    """DeepSpeed's ZeRO puts one flat vector into each group of an optimizer that was made before."""
+    optimizer = SOAP([Parameter(torch.ones(4, 4)), Parameter(torch.ones(4))])
+    flat = Parameter(torch.ones(20))
+    flat.grad = torch.ones(20)
+    optimizer.param_groups[0]["params"] = [flat]
+    with pytest.raises(ValueError, match=r"shape \(20,\) in the place of one of shape \(4, 4\).*use FSDP2"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("saved_by", [torch.optim.AdamW, Shampoo, MARS])
+def test_state_of_another_optimizer_is_refused(saved_by: Any) -> None:
+    params = [Parameter(torch.ones(4, 4))]
+    optimizer = saved_by(params)
+    train(optimizer, params, range(2))
+    with pytest.raises(ValueError, match=r"basis_0 got nothing, wanted .*Resume with the optimizer"):
+        SOAP(params).load_state_dict(through_a_file(optimizer.state_dict()))
 
 
 def test_a_parameter_whose_parts_are_to_be_summed_is_refused(mesh: DeviceMesh) -> None:
