@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +16,6 @@ if TYPE_CHECKING:
     from hf_soap.background import Background
     from hf_soap.rules import Rule
     from hf_soap.sharding import Team
-
-CHUNK_BYTES = 256 * 2**20
-"""Budget for the temporaries of one step of one bucket; a larger bucket is worked through in chunks."""
-
 
 FACTOR_RATIO = 4
 """A factor of a shard has at most this many times the shard's entries; a longer side is cut into blocks."""
@@ -283,102 +279,3 @@ def adjacent(flags: Iterable[bool], longest: int | None = None) -> Iterator[tupl
             first = place if flag else None
     if first is not None:
         yield first, place + 1
-
-
-class Bucket:
-    """The stacked state of all tensors with the same blocks, handed out to ``optimizer.state[p]`` as views.
-
-    A cache, never the truth: :meth:`intact` tells whether the state still lives here. Where it was replaced (a load, a
-    deepcopy, a swapped parameter) the optimizer builds the bucket anew from what it finds in the state.
-    """
-
-    def __init__(
-        self,
-        plan: Plan,
-        members: Sequence[tuple[int, Tensor, torch.Size]],
-        state: Mapping[Tensor, dict[str, Any]],
-        *,
-        dtype: torch.dtype,
-    ) -> None:
-        """Takes over the state of its members.
-
-        Args:
-            plan: What happens to each of them.
-            members: Place in the optimizer, parameter, and shape of what is stepped: the parameter, or a part of it.
-            state: The optimizer's state, which gets the views.
-            dtype: Dtype of the state.
-        """
-        self.plan = plan
-        self.dtype = dtype
-        self.index = [index for index, _, _ in members]
-        self.params = [param for _, param, _ in members]
-        self.shapes = [shape for _, _, shape in members]
-        self.stacks = plan.allocate(len(members), dtype=dtype, device=self.params[0].device)
-        self.steps = torch.zeros(len(members), dtype=torch.float32, device="cpu")
-        self._pointers: list[dict[str, int]] = []
-        for place, param in enumerate(self.params):
-            views = self.rows(place, place + 1)
-            views["step"] = self.steps[place]
-            known = state[param]
-            if known.keys() - {"step"}:  # another rank may have owned it, and kept that alone
-                check_state(known, views, tuple(param.shape))
-            for role, view in views.items():
-                if role in known:
-                    view.copy_(known[role] if isinstance(known[role], Tensor) else torch.tensor(known[role]))
-                known[role] = view
-            self._pointers.append({role: view.data_ptr() for role, view in views.items()})
-        self._pieces: dict[str, list[Tensor]] = {}
-        if plan.rule.fuses and plan.layout.blocks == 1:
-            for role, stack in self.stacks.items():
-                self._pieces[role] = [stack[i].view(shape) for i, shape in enumerate(self.shapes)]
-
-    def rows(self, first: int, last: int) -> dict[str, Tensor]:
-        """Views of the state of the tensors first..last-1, by role."""
-        b = self.plan.layout.blocks
-        return {role: stack[first * b : last * b] for role, stack in self.stacks.items()}
-
-    def pieces(self, first: int, last: int) -> dict[str, list[Tensor]]:
-        """State of the tensors first..last-1 by role, a view each; only for rules that fuse and one block a tensor."""
-        return {role: rows[first:last] for role, rows in self._pieces.items()}
-
-    def intact(self, state: Mapping[Tensor, dict[str, Any]]) -> bool:
-        """Whether every tensor's state is still the view that was handed out."""
-        for param, pointers in zip(self.params, self._pointers, strict=True):
-            known = state.get(param, {})
-            for role, pointer in pointers.items():
-                value = known.get(role)
-                if not isinstance(value, Tensor) or value.data_ptr() != pointer:
-                    return False
-        return True
-
-    def tensors_per_chunk(self) -> int:
-        """How many tensors fit into the byte budget of temporaries, at least one."""
-        layout = self.plan.layout
-        block = math.prod(layout.block)
-        largest = max((layout.block[side] ** 2 for side in layout.sides), default=0)
-        per_tensor = layout.blocks * self.dtype.itemsize * (5 * block + 4 * largest)
-        return max(1, CHUNK_BYTES // max(1, per_tensor))
-
-
-def check_state(known: Mapping[str, Any], wanted: Mapping[str, Tensor], shape: tuple[int, ...]) -> None:
-    """Checks that saved state has the roles and shapes that the current settings need.
-
-    Args:
-        known: State of one parameter as found, by role.
-        wanted: Tensors of the right shapes, by role; ``step`` included.
-        shape: Shape of the parameter, for the message.
-
-    Raises:
-        ValueError: If a role is missing, unknown or has another shape.
-    """
-    got = {role: tuple(torch.as_tensor(value).shape) for role, value in known.items()}
-    want = {role: tuple(value.shape) for role, value in wanted.items()}
-    if got != want:
-        differ = sorted(role for role in got.keys() | want.keys() if got.get(role) != want.get(role))
-        raise ValueError(
-            f"the optimizer state of a parameter of shape {shape} does not fit the current settings: "
-            + "; ".join(
-                f"{role} got {got.get(role, 'nothing')}, wanted {want.get(role, 'nothing')}" for role in differ
-            )
-            + ". Resume with the optimizer and the optim_args that wrote the checkpoint, or start without its state."
-        )

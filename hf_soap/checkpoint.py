@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_soap import owners, recut, sharding
-from hf_soap.blocks import Layout, Plan, check_state
+from hf_soap.blocks import Layout, Plan
+from hf_soap.buckets import check_state
 
 logger = logging.getLogger(__name__)
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hf_soap.buckets import state_dtype
 from hf_soap.sharding import local
-from hf_soap.stepping import BlockOptimizer, state_dtype
+from hf_soap.stepping import BlockOptimizer
 
 if TYPE_CHECKING:
     from torch import nn

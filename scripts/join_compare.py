@@ -53,11 +53,22 @@ def table(best: list[dict[str, Any]], runs: list[dict[str, Any]]) -> str:
     head = ["optimizer", "learning rate", "held-out loss", "others tried", "state bytes / parameter"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for run in best:
-        name, lr = run["settings"]["optimizer"], run["settings"]["lr"]
-        others = {r["settings"]["lr"]: r["loss"] for r in runs if r["settings"]["optimizer"] == name and r is not run}
-        tried = ", ".join(f"{other:g}: {others[other]:.3f}" for other in sorted(others))
-        lines.append(f"| `{name}` | {lr:g} | {run['loss']:.3f} | {tried or '–'} | {run['bytes']:.1f} |")
+        name = run["settings"]["optimizer"]
+        others = {setting(r): r for r in runs if r["settings"]["optimizer"] == name and setting(r) != setting(run)}
+        tried = ", ".join(f"{key}: {other['loss']:.3f}" for key, other in sorted(others.items(), key=by_rate))
+        lines.append(f"| `{name}` | {setting(run)} | {run['loss']:.3f} | {tried or '–'} | {run['bytes']:.1f} |")
     return "\n".join(lines)
+
+
+def setting(run: dict[str, Any]) -> str:
+    """Names what runs of one optimizer differ in: the learning rate and its options."""
+    options = run["settings"]["optim_args"]
+    return f"{run['settings']['lr']:g}{f' ({options})' if options else ''}"
+
+
+def by_rate(item: tuple[str, dict[str, Any]]) -> tuple[float, str]:
+    """Sorts settings by their learning rate."""
+    return item[1]["settings"]["lr"], item[0]
 
 
 def plot(path: Path, best: list[dict[str, Any]]) -> None:
@@ -67,7 +78,7 @@ def plot(path: Path, best: list[dict[str, Any]]) -> None:
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for run in best:
-        label = f"{run['settings']['optimizer']}, lr {run['settings']['lr']:g}"
+        label = f"{run['settings']['optimizer']}, lr {setting(run)}"
         axes.plot([e["step"] for e in run["evals"]], [e["loss"] for e in run["evals"]], marker=".", label=label)
     axes.set_xlabel("step")
     axes.set_ylabel("loss on held-out text")

@@ -182,7 +182,7 @@ def goes_on_from_others(names: list[str], sharded: bool = True, tolerance: float
         for source in (resume.FULL, resume.SHARDED):
             model = shard(network()) if sharded else network()
             put(model, run["weights"])
-            optimizer, said = OPTIMIZERS[name](model.parameters()), Messages("hf_soap.stepping")
+            optimizer, said = OPTIMIZERS[name](model.parameters()), Messages("hf_soap.state")
             optimizer.load_state_dict(checkpoint.read(folder / source))
             exact = name in ("mars", "mars_lion", "mars_shampoo")  # no factors: nothing is estimated
             warned = [text for text in said.texts if "saved in other parts" in text]

@@ -53,7 +53,15 @@ def test_bench_async_trains_the_three_runs_alike_until_roots_differ() -> None:
 
 
 def report(folder: Path, optimizer: str, lr: float, loss: float, **changes: object) -> Path:
-    settings = {"optimizer": optimizer, "lr": lr, "adam_beta2": 0.999, "steps": 4, "eval_every": 2, **changes}
+    settings = {
+        "optimizer": optimizer,
+        "lr": lr,
+        "optim_args": "",
+        "adam_beta2": 0.999,
+        "steps": 4,
+        "eval_every": 2,
+        **changes,
+    }
     run = {
         "settings": settings,
         "evals": [{"step": 0, "seconds": 0.0, "loss": 5.0}, {"step": 4, "seconds": 1.0, "loss": loss}],

@@ -12,10 +12,11 @@ from torch.optim.optimizer import ParamsT
 
 from hf_soap import configs, schema, updates
 from hf_soap.blocks import PREV_PARAM, Plan, plan_layout
+from hf_soap.checks import check_choice, check_pair
 from hf_soap.optimizers.soap import plan_factors, soap_rule
 from hf_soap.rules import AdamW, Lion, Mars, Orthogonal, Rule
 from hf_soap.sharding import local, local_grad
-from hf_soap.stepping import BlockOptimizer, check_choice, check_pair
+from hf_soap.stepping import BlockOptimizer
 
 
 class MARS(BlockOptimizer):
@@ -47,7 +48,7 @@ class MARS(BlockOptimizer):
         shampoo_beta: Here and below, settings of SOAP for ``variant="soap"``; see :class:`SOAP`.
 
     Raises:
-        ValueError: If a setting is of the wrong type or out of range, or a parameter is complex or sharded.
+        ValueError: If a setting is of the wrong type or out of range, or a parameter is complex.
 
     Source:
         Yuan et al., MARS: Unleashing the Power of Variance Reduction for Training Large Models, arXiv:2411.10438.

@@ -10,8 +10,9 @@ from torch.optim.optimizer import ParamsT
 
 from hf_soap import configs, rules
 from hf_soap.blocks import Plan
+from hf_soap.checks import check_choice
 from hf_soap.optimizers.soap import plan_factors
-from hf_soap.stepping import BlockOptimizer, check_choice
+from hf_soap.stepping import BlockOptimizer
 
 
 class Shampoo(BlockOptimizer):
@@ -57,7 +58,7 @@ class Shampoo(BlockOptimizer):
 
     Raises:
         ValueError: If a setting is of the wrong type or out of range, settings contradict each other, or a parameter
-            is complex or sharded.
+            is complex.
 
     Source:
         Gupta et al., arXiv:1802.09568; Anil et al., arXiv:2002.09018; Shi et al., arXiv:2309.06497; Lin et al.,

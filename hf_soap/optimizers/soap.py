@@ -10,8 +10,9 @@ from torch.optim.optimizer import ParamsT
 
 from hf_soap import configs
 from hf_soap.blocks import Layout, Plan, plan_layout
+from hf_soap.checks import check_choice
 from hf_soap.rules import Soap
-from hf_soap.stepping import BlockOptimizer, check_choice
+from hf_soap.stepping import BlockOptimizer
 
 
 class SOAP(BlockOptimizer):
@@ -49,7 +50,7 @@ class SOAP(BlockOptimizer):
             its share and gives it to the others. All ranks must step together. None is False but for the Trainer.
 
     Raises:
-        ValueError: If a setting is of the wrong type or out of range, or a parameter is complex or sharded.
+        ValueError: If a setting is of the wrong type or out of range, or a parameter is complex.
 
     Source:
         Vyas et al., SOAP: Improving and Stabilizing Shampoo using Adam, arXiv:2409.11321; conventions and defaults of

@@ -1,0 +1,261 @@
+"""The stacks that keep the state of many tensors together, and the step of the tensors in one."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_soap import sharding, updates
+from hf_soap.blocks import PREV_PARAM, Chunk, Layout, Plan
+
+logger = logging.getLogger(__name__)
+
+CHUNK_BYTES = 256 * 2**20
+"""Budget for the temporaries of one step of one bucket; a larger bucket is worked through in chunks."""
+
+
+class Bucket:
+    """The stacked state of all tensors with the same blocks, handed out to ``optimizer.state[p]`` as views.
+
+    A cache, never the truth: :meth:`intact` tells whether the state still lives here. Where it was replaced (a load, a
+    deepcopy, a swapped parameter) the optimizer builds the bucket anew from what it finds in the state.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        members: Sequence[tuple[int, Tensor, torch.Size]],
+        state: Mapping[Tensor, dict[str, Any]],
+        *,
+        dtype: torch.dtype,
+    ) -> None:
+        """Takes over the state of its members.
+
+        Args:
+            plan: What happens to each of them.
+            members: Place in the optimizer, parameter, and shape of what is stepped: the parameter, or a part of it.
+            state: The optimizer's state, which gets the views.
+            dtype: Dtype of the state.
+        """
+        self.plan = plan
+        self.dtype = dtype
+        self.index = [index for index, _, _ in members]
+        self.params = [param for _, param, _ in members]
+        self.shapes = [shape for _, _, shape in members]
+        self.stacks = plan.allocate(len(members), dtype=dtype, device=self.params[0].device)
+        self.steps = torch.zeros(len(members), dtype=torch.float32, device="cpu")
+        self._pointers: list[dict[str, int]] = []
+        for place, param in enumerate(self.params):
+            views = self.rows(place, place + 1)
+            views["step"] = self.steps[place]
+            known = state[param]
+            if known.keys() - {"step"}:  # another rank may have owned it, and kept that alone
+                check_state(known, views, tuple(param.shape))
+            for role, view in views.items():
+                if role in known:
+                    view.copy_(known[role] if isinstance(known[role], Tensor) else torch.tensor(known[role]))
+                known[role] = view
+            self._pointers.append({role: view.data_ptr() for role, view in views.items()})
+        self._pieces: dict[str, list[Tensor]] = {}
+        if plan.rule.fuses and plan.layout.blocks == 1:
+            for role, stack in self.stacks.items():
+                self._pieces[role] = [stack[i].view(shape) for i, shape in enumerate(self.shapes)]
+
+    def rows(self, first: int, last: int) -> dict[str, Tensor]:
+        """Views of the state of the tensors first..last-1, by role."""
+        b = self.plan.layout.blocks
+        return {role: stack[first * b : last * b] for role, stack in self.stacks.items()}
+
+    def pieces(self, first: int, last: int) -> dict[str, list[Tensor]]:
+        """State of the tensors first..last-1 by role, a view each; only for rules that fuse and one block a tensor."""
+        return {role: rows[first:last] for role, rows in self._pieces.items()}
+
+    def intact(self, state: Mapping[Tensor, dict[str, Any]]) -> bool:
+        """Whether every tensor's state is still the view that was handed out."""
+        for param, pointers in zip(self.params, self._pointers, strict=True):
+            known = state.get(param, {})
+            for role, pointer in pointers.items():
+                value = known.get(role)
+                if not isinstance(value, Tensor) or value.data_ptr() != pointer:
+                    return False
+        return True
+
+    def tensors_per_chunk(self) -> int:
+        """How many tensors fit into the byte budget of temporaries, at least one."""
+        layout = self.plan.layout
+        block = math.prod(layout.block)
+        largest = max((layout.block[side] ** 2 for side in layout.sides), default=0)
+        per_tensor = layout.blocks * self.dtype.itemsize * (5 * block + 4 * largest)
+        return max(1, CHUNK_BYTES // max(1, per_tensor))
+
+
+def check_state(known: Mapping[str, Any], wanted: Mapping[str, Tensor], shape: tuple[int, ...]) -> None:
+    """Checks that saved state has the roles and shapes that the current settings need.
+
+    Args:
+        known: State of one parameter as found, by role.
+        wanted: Tensors of the right shapes, by role; ``step`` included.
+        shape: Shape of the parameter, for the message.
+
+    Raises:
+        ValueError: If a role is missing, unknown or has another shape.
+    """
+    got = {role: tuple(torch.as_tensor(value).shape) for role, value in known.items()}
+    want = {role: tuple(value.shape) for role, value in wanted.items()}
+    if got != want:
+        differ = sorted(role for role in got.keys() | want.keys() if got.get(role) != want.get(role))
+        raise ValueError(
+            f"the optimizer state of a parameter of shape {shape} does not fit the current settings: "
+            + "; ".join(
+                f"{role} got {got.get(role, 'nothing')}, wanted {want.get(role, 'nothing')}" for role in differ
+            )
+            + ". Resume with the optimizer and the optim_args that wrote the checkpoint, or start without its state."
+        )
+
+
+def stages(bucket: Bucket, grads: Sequence[Tensor | None]) -> tuple[list[bool], list[bool]]:
+    """Says which tensors of a bucket have the gradient that seeds them, and which have one to be updated with."""
+    rule = bucket.plan.rule
+    present = [grad is not None for grad in grads]
+    if not rule.waits:
+        return [], present
+    new = [here and not step for here, step in zip(present, bucket.steps.tolist(), strict=True)]
+    if any(new):
+        # An all-zero gradient (a LoRA matrix behind a zero one, a synthetic step) shapes no preconditioner.
+        unseen = [grad for grad, is_new in zip(grads, new, strict=True) if is_new and grad is not None]
+        nonzero = iter(torch.stack([grad.count_nonzero() for grad in unseen]).tolist())
+        # A rank's part may be zero where another's is not; what needs no factors is then counted alike by all.
+        parts = rule.elementwise(bucket.plan.layout) and sharding.is_sharded(bucket.params[0])
+        fresh = [is_new and (next(nonzero) > 0 or parts) for is_new in new]
+    else:
+        fresh = new
+    old = [here and not is_new for here, is_new in zip(present, new, strict=True)]
+    return (fresh, old) if rule.seeds else ([], [a or b for a, b in zip(fresh, old, strict=True)])
+
+
+@dataclass
+class GroupCache:
+    """The buckets of a param group, and what they were made from."""
+
+    settings: dict[str, Any]
+    params: list[Tensor]
+    buckets: list[Bucket]
+
+    def fits(self, params: list[Tensor], state: Mapping[Tensor, dict[str, Any]]) -> bool:
+        """Whether parameters and state are still those that the buckets were made from."""
+        same = len(self.params) == len(params) and all(a is b for a, b in zip(self.params, params, strict=True))
+        return same and all(bucket.intact(state) for bucket in self.buckets)
+
+
+def warn_if_flattened(layout: Layout, param: Tensor) -> None:
+    """Warns about a tensor that merging made one long vector, whose factor then has the square of its entries."""
+    if layout.sides and len(layout.view) == 1 and param.dim() > 2:
+        n = layout.block[0]
+        logger.warning(
+            "merge_dims makes one vector of %d entries of a tensor of shape %s: %d factors of %d x %d, %.0f MiB; "
+            "lower max_precond_dim to keep its dimensions apart.",
+            param.numel(),
+            tuple(param.shape),
+            layout.blocks,
+            n,
+            n,
+            2 * layout.factor_numel() * state_dtype(param).itemsize / 2**20,
+        )
+
+
+def state_dtype(param: Tensor) -> torch.dtype:
+    """Returns the dtype of a parameter's state: float32 for bf16 and fp16 parameters, else the parameter's own."""
+    return param.dtype if param.dtype in (torch.float32, torch.float64) else torch.float32
+
+
+def norms_are_sane(grads: Sequence[Tensor], dtype: torch.dtype) -> bool:
+    """Says whether all gradients are finite and small enough for sums of their squares, with a margin of 100.
+
+    Larger ones would make factors and second moments infinite for good.
+
+    Args:
+        grads: Any shapes, on one device.
+        dtype: What the state is computed in: float32 or float64.
+    """
+    norms = torch.stack(torch._foreach_norm(list(grads), 2, dtype))
+    return bool((norms < math.sqrt(torch.finfo(dtype).max / 100)).all())  # NaN compares false
+
+
+def stack_gradients(grads: Sequence[Tensor], layout: Layout, dtype: torch.dtype) -> Tensor:
+    """Returns gradients as one batch of blocks (tensors * blocks, d_1, ..., d_k) in ``dtype``."""
+    cut = [layout.to_blocks(grad) for grad in grads]
+    return (cut[0] if len(cut) == 1 else torch.cat(cut)).to(dtype)
+
+
+def step_tensors(
+    bucket: Bucket,
+    first: int,
+    last: int,
+    grads: Sequence[Tensor],
+    chunk: Chunk,
+    *,
+    lr: float | Tensor,
+    weight_decay: float,
+) -> None:
+    """Updates the tensors first..last-1 of a bucket: by the rule's fused kernels where they apply, else its direction.
+
+    Args:
+        bucket: Their parameters and state.
+        first: The first of them.
+        last: One after the last.
+        grads: Their gradients.
+        chunk: What the rule needs to know of them.
+        lr: Learning rate.
+        weight_decay: Decoupled weight decay.
+    """
+    plan, state = bucket.plan, bucket.rows(first, last)
+    weights = [sharding.local(param) for param in bucket.params[first:last]]
+    if plan.keep_weights:
+        before = torch.cat([plan.layout.to_blocks(weight) for weight in weights])
+    alike = plan.layout.blocks == 1 and all(t.dtype == bucket.dtype and t.is_contiguous() for t in (*weights, *grads))
+    if plan.rule.fuses and alike and not plan.decay_last:
+        pieces = bucket.pieces(first, last)
+        plan.rule.fused_step(weights, grads, pieces, chunk.t, lr=lr, weight_decay=weight_decay)
+    else:
+        directions = directions_of(bucket, first, last, grads, chunk)
+        apply_(weights, directions, lr=lr, weight_decay=weight_decay, decay_last=plan.decay_last)
+    if plan.keep_weights:
+        state[PREV_PARAM].copy_(before)
+
+
+def directions_of(bucket: Bucket, first: int, last: int, grads: Sequence[Tensor], chunk: Chunk) -> list[Tensor]:
+    """Updates the state of the tensors first..last-1 of a bucket and returns their directions, in their shapes."""
+    plan = bucket.plan
+    direction = plan.rule.update(stack_gradients(grads, plan.layout, bucket.dtype), bucket.rows(first, last), chunk)
+    pieces = zip(direction.split(plan.layout.blocks), bucket.shapes[first:last], strict=True)
+    return [plan.layout.from_blocks(piece, shape) for piece, shape in pieces]
+
+
+def apply_(
+    weights: Sequence[Tensor],
+    directions: Sequence[Tensor],
+    *,
+    lr: float | Tensor,
+    weight_decay: float,
+    decay_last: bool,
+) -> None:
+    """Takes a step as :func:`hf_soap.updates.take_step_` does, rounding low-precision weights once.
+
+    Args:
+        weights: Changed in place.
+        directions: Of the same shapes, used up.
+        lr: Learning rate.
+        weight_decay: Decoupled weight decay.
+        decay_last: Whether the weights decay after the update, or both are taken from the same weights.
+    """
+    exact = [w if w.dtype == d.dtype else w.to(d.dtype) for w, d in zip(weights, directions, strict=True)]
+    updates.take_step_(exact, directions, lr=lr, weight_decay=weight_decay, decay_last=decay_last)
+    for weight, value in zip(weights, exact, strict=True):
+        if weight is not value:
+            weight.copy_(value)
