@@ -238,13 +238,13 @@ def spread_rows(value: Tensor | None, like: Tensor, owner: int, param: Tensor) -
         param: The sharded parameter that it belongs to; all ranks call this for the same.
 
     Returns:
-        A DTensor of the state's shape on the parameter's mesh, cut along its longest dimension.
+        A DTensor of the state's shape on the parameter's mesh, cut along its first dimension of more than one entry.
     """
     from torch.distributed.tensor import DTensor, Replicate
     from torch.distributed.tensor import Shard as Cut
 
     assert is_sharded(param)
-    mesh, dim = param.device_mesh, _longest(like)
+    mesh, dim = param.device_mesh, _first_of_many(like)
     parts = [_chunk(like.shape[dim], mesh.shape[-1], rank) for rank in _last_coordinates(param)]
     device = local(param).device
     sizes = [like.numel() // like.shape[dim] * (end - start) for start, end in parts]
@@ -268,8 +268,9 @@ def spread_rows(value: Tensor | None, like: Tensor, owner: int, param: Tensor) -
     return wrapped
 
 
-def _longest(like: Tensor) -> int:
-    return max(range(like.dim()), key=lambda i: like.shape[i])
+def _first_of_many(like: Tensor) -> int:
+    # Parts along it are contiguous. torch 2.11 distributes others wrongly when a FULL state dict is loaded.
+    return next((dim for dim, size in enumerate(like.shape) if size > 1), 0)
 
 
 def _chunk(size: int, ranks: int, rank: int) -> tuple[int, int]:

@@ -239,7 +239,8 @@ def _refuse_flat_parameters(args: TrainingArguments, name: str) -> None:
     if _shards(args) and (version := _fsdp_version(args)) != 2:
         raise ValueError(
             f"optim={name!r} got FSDP version {version}, wanted 2: version 1 shows the optimizer flat vectors, on "
-            "which it could only be Adam; set fsdp_config={'version': 2}, or fsdp_version: 2 in accelerate's config"
+            "which it could only be Adam; set fsdp_config={'version': 2}, or fsdp_version: 2 in accelerate's config "
+            "(transformers 4: FSDP_VERSION=2 in the environment)"
         )
 
 
@@ -248,13 +249,9 @@ def _shards(args: TrainingArguments) -> bool:
 
 
 def _fsdp_version(args: TrainingArguments) -> int:
+    # transformers 4 leaves it to accelerate, which reads the environment, whatever fsdp_config says.
     plugin: dict[str, Any] = getattr(args, "fsdp_plugin_args", None) or {}
-    config: Any = getattr(args, "fsdp_config", None)
-    if "fsdp_version" in plugin:
-        return int(plugin["fsdp_version"])
-    if isinstance(config, dict) and "version" in config:
-        return int(config["version"])
-    return int(os.environ.get("FSDP_VERSION", "1"))
+    return int(plugin.get("fsdp_version", os.environ.get("FSDP_VERSION", "1")))
 
 
 def _follow_log_level(args: TrainingArguments) -> None:

@@ -237,7 +237,9 @@ def trainer_for(
     if state_dict_type:
         let_accelerate_shard_on_cpus()
         wrapped = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": ["GPT2Block"]}
-        settings |= {"fsdp": True, "fsdp_config": {"version": 2, "state_dict_type": state_dict_type, **wrapped}}
+        settings |= {"fsdp": "full_shard auto_wrap"}  # the way of transformers 4, which 5 still takes
+        settings |= {"fsdp_config": {"version": 2, "state_dict_type": state_dict_type, **wrapped}}
+        os.environ |= {"FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": state_dict_type}  # for transformers 4
     if dist.get_world_size() > 1:
         settings |= {"ddp_backend": "gloo"}
     model: Any = gpt2(**({} if dropout else dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)))

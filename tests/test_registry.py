@@ -279,12 +279,12 @@ def test_fsdp_1_is_refused_with_a_way_out(tmp_path: Path) -> None:
         mock.patch.dict(os.environ),
         pytest.raises(ValueError, match=r"optim='soap' got FSDP version 1, wanted 2: .*fsdp_config={'version': 2}"),
     ):
-        registry.resolve(tiny.arguments(tmp_path, fsdp=True, fsdp_config={"version": 1}))
+        registry.resolve(tiny.arguments(tmp_path, fsdp="full_shard", fsdp_config={"version": 1}))
 
 
 def test_fsdp_2_is_taken(tmp_path: Path) -> None:
-    with mock.patch.dict(os.environ):
-        registry.resolve(tiny.arguments(tmp_path, fsdp=True, fsdp_config={"version": 2}))
+    with mock.patch.dict(os.environ, {"FSDP_VERSION": "2"}):
+        registry.resolve(tiny.arguments(tmp_path, fsdp="full_shard", fsdp_config={"version": 2}))
 
 
 def test_deepspeed_is_refused_with_a_way_out(tmp_path: Path) -> None:
