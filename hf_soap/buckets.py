@@ -55,7 +55,7 @@ class Bucket:
             views = self.rows(place, place + 1)
             views["step"] = self.steps[place]
             known = state[param]
-            if known.keys() - {"step"}:  # another rank may have owned it, and kept that alone
+            if known.keys() - {"step"} or known.get("step", 0) > 0:
                 check_state(known, views, tuple(param.shape))
             for role, view in views.items():
                 if role in known:

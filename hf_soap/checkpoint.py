@@ -167,6 +167,11 @@ def packed_shapes(param: Tensor, plan: Plan, wanted: dict[str, Tensor], *, whole
     return shapes
 
 
+def gathered(saved: dict[str, Any]) -> dict[str, Any]:
+    """Returns saved state with whole tensors in place of DTensors; all ranks must call this."""
+    return {role: sharding.gathered(value) if isinstance(value, Tensor) else value for role, value in saved.items()}
+
+
 def restored(
     param: Tensor, plan: Plan, saved: dict[str, Any], wanted: dict[str, Tensor], *, whole: bool
 ) -> tuple[dict[str, Any], bool]:
@@ -177,7 +182,7 @@ def restored(
         plan: How what this rank steps of it is cut.
         saved: Its saved state by role: plain tensors, or DTensors that are cut as :func:`packed` does.
         wanted: Tensors with the right shapes, by role.
-        whole: The parameter has an owner: all of its state is wanted, and all ranks call this.
+        whole: The parameter has an owner: all of its state is wanted, and was gathered.
 
     Returns:
         State by role, and whether some of it is estimated, because it was cut in other parts.
@@ -186,8 +191,6 @@ def restored(
         ValueError: If roles or shapes differ in a way that cannot be bridged.
     """
     part, cut = sharding.local(param), sharding.is_sharded(param) and not whole
-    if whole:
-        saved = {role: sharding.gathered(v) if isinstance(v, Tensor) else v for role, v in saved.items()}
     shard = sharding.shard_of(param) if cut else _whole(param)
     state = _as_it_was(param, plan, saved, wanted, shard, cut=cut)
     estimated = state is None and (LAYOUT in saved or not plan.rule.entrywise(plan.layout))

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_soap.sharding import Shard, is_sharded, local, local_grad, shards_of_ranks
+from hf_soap.sharding import Shard, is_sharded, local, local_grad, shards_of_ranks, wire_device
 
 ROUND_BYTES = 128 * 2**20
 """Gradients that are exchanged at once."""
@@ -27,12 +27,13 @@ Outcome = tuple[int, Tensor | None]
 """What happened, and the direction of the part at hand."""
 
 
-def assign(loads: Sequence[tuple[float, float]], ranks: int) -> list[int]:
+def assign(loads: Sequence[tuple[float, float]], ranks: int, known: Sequence[int | None] | None = None) -> list[int]:
     """Gives each matrix an owner, so that neither the work nor the memory of any rank stands out.
 
     Args:
         loads: (work, memory) of each matrix, in any units.
         ranks: Number of ranks.
+        known: Owners that are settled, because they hold the state.
 
     Returns:
         The owner of each: largest first, to the rank that then has the least of what it has most of.
@@ -40,13 +41,20 @@ def assign(loads: Sequence[tuple[float, float]], ranks: int) -> list[int]:
     totals = [max(sum(load[kind] for load in loads), 1e-30) for kind in (0, 1)]
     shares = [(work / totals[0], memory / totals[1]) for work, memory in loads]
     held = [[0.0, 0.0] for _ in range(ranks)]
-    owners = [0] * len(loads)
-    for number in sorted(range(len(loads)), key=lambda i: (-max(shares[i]), i)):
-        work, memory = shares[number]
-        owner = min(range(ranks), key=lambda r: (max(held[r][0] + work, held[r][1] + memory), sum(held[r]), r))
-        held[owner][0] += work
-        held[owner][1] += memory
+    owners = [-1 if owner is None else owner for owner in known or [None] * len(loads)]
+
+    def give(number: int, owner: int) -> None:
         owners[number] = owner
+        for kind in (0, 1):
+            held[owner][kind] += shares[number][kind]
+
+    for number, owner in enumerate(owners):
+        if owner >= 0:
+            give(number, owner)
+    open_ = [number for number, owner in enumerate(owners) if owner < 0]
+    for number in sorted(open_, key=lambda i: (-max(shares[i]), i)):
+        work, memory = shares[number]
+        give(number, min(range(ranks), key=lambda r: (max(held[r][0] + work, held[r][1] + memory), sum(held[r]), r)))
     return owners
 
 
@@ -58,11 +66,11 @@ class Exchange:
     received: dict[torch.dtype, list[Tensor]]
     buffers: list[Tensor]
 
-    def wait(self) -> dict[torch.dtype, list[Tensor]]:
-        """Returns what came, by dtype and sender."""
+    def readers(self) -> dict[torch.dtype, list[_Reader]]:
+        """Waits, and returns what came by dtype and sender."""
         for work in self.works:
             work.wait()
-        return self.received
+        return {dtype: [_Reader(part) for part in parts] for dtype, parts in self.received.items()}
 
 
 class Ownership:
@@ -73,6 +81,7 @@ class Ownership:
         loads: (work, memory) of each.
         dtypes: What the state of each is computed in.
         among: All trainable parameters, owned or not.
+        known: Owners from before, who hold the state.
 
     Raises:
         ValueError: If a parameter is sharded over other ranks than all.
@@ -85,6 +94,7 @@ class Ownership:
         dtypes: Sequence[torch.dtype],
         *,
         among: Sequence[Tensor],
+        known: Mapping[Tensor, int],
     ) -> None:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         for param in params:
@@ -94,7 +104,8 @@ class Ownership:
                     f"{param.device_mesh.size()} of {self.ranks} ranks, wanted all; use shard_mode='local'"
                 )
         self._among = list(among)
-        self.owner = dict(zip(params, assign(loads, self.ranks), strict=True))
+        settled = [known.get(param) for param in params]
+        self.owner = dict(zip(params, assign(loads, self.ranks, settled), strict=True))
         self._dtype = dict(zip(params, dtypes, strict=True))
         self.rounds = list(_rounds(params))
 
@@ -131,21 +142,21 @@ class Ownership:
 
     def finish_gradients(self, params: Sequence[Tensor], exchange: Exchange) -> dict[Tensor, Tensor]:
         """Returns the whole gradients of the parameters that this rank owns, those that have one."""
-        received = {dtype: [_Reader(part) for part in parts] for dtype, parts in exchange.wait().items()}
-        grads = {}
+        readers = exchange.readers()
+        grads, flags = {}, []
         for param in params:
             if not self.owns(param):
                 continue
             dtype = self._dtype[param]
-            whole = torch.zeros(param.shape, dtype=dtype, device=local(param).device)
-            present = False
+            grads[param] = torch.zeros(param.shape, dtype=dtype, device=local(param).device)
+            here = []
             for sender in self._senders(param):
-                shard, reader = self._parts[param][sender], received[dtype][sender]
-                present |= bool(reader.take(1)[0])
-                shard.of(whole).copy_(reader.take(shard.numel).view(shard.size))
-            if present:
-                grads[param] = whole
-        return grads
+                shard, reader = self._parts[param][sender], readers[dtype][sender]
+                here.append(reader.take(1))
+                shard.of(grads[param]).copy_(reader.take(shard.numel).view(shard.size))
+            flags.append(torch.cat(here).amax())
+        present = torch.stack(flags).tolist() if flags else []  # one wait for the device, not one a parameter
+        return {param: grad for (param, grad), there in zip(grads.items(), present, strict=True) if there}
 
     def start_directions(self, params: Sequence[Tensor], outcomes: Mapping[Tensor, Outcome]) -> Exchange:
         """Sends every rank its part of the directions of the parameters that this rank owns."""
@@ -166,13 +177,14 @@ class Ownership:
 
     def finish_directions(self, params: Sequence[Tensor], exchange: Exchange) -> dict[Tensor, Outcome]:
         """Returns what happened to each parameter and this rank's part of its direction."""
-        received = {dtype: [_Reader(part) for part in parts] for dtype, parts in exchange.wait().items()}
-        outcomes: dict[Tensor, Outcome] = {}
+        readers = exchange.readers()
+        flags, parts = [], []
         for param in params:
-            reader, shard = received[self._dtype[param]][self.owner[param]], self._parts[param][self.rank]
-            flag = int(reader.take(1)[0])
-            outcomes[param] = flag, reader.take(shard.numel).view(shard.size)
-        return outcomes
+            reader, shard = readers[self._dtype[param]][self.owner[param]], self._parts[param][self.rank]
+            flags.append(reader.take(1)[0])
+            parts.append(reader.take(shard.numel).view(shard.size).to(local(param).device))
+        happened = torch.stack([flag.float() for flag in flags]).tolist()
+        return {p: (int(flag), part) for p, flag, part in zip(params, happened, parts, strict=True)}
 
     def _senders(self, param: Tensor) -> list[int]:
         """One rank for every part of a parameter: the owner where it has the part, else the first that has."""
@@ -189,12 +201,12 @@ class Ownership:
         sizes: Sequence[Mapping[torch.dtype, int]],
     ) -> Exchange:
         exchange = Exchange([], {}, [])
-        device = local(params[0]).device
+        device = wire_device(params[0])
         for dtype in sorted({self._dtype[param] for param in params}, key=str):
             pieces = [to_rank.get(dtype, []) for to_rank in outgoing]
             splits = [sum(piece.numel() for piece in to_rank) for to_rank in pieces]
             flat = list(itertools.chain.from_iterable(pieces))
-            outbound = torch.cat(flat) if flat else torch.empty(0, dtype=dtype, device=device)
+            outbound = torch.cat(flat).to(device) if flat else torch.empty(0, dtype=dtype, device=device)
             expected = [from_rank.get(dtype, 0) for from_rank in sizes]
             inbound = torch.empty(sum(expected), dtype=dtype, device=device)
             work = dist.all_to_all_single(inbound, outbound, expected, splits, async_op=True)
@@ -246,12 +258,12 @@ def spread_rows(value: Tensor | None, like: Tensor, owner: int, param: Tensor) -
     assert is_sharded(param)
     mesh, dim = param.device_mesh, _first_of_many(like)
     parts = [_chunk(like.shape[dim], mesh.shape[-1], rank) for rank in _last_coordinates(param)]
-    device = local(param).device
+    device = wire_device(param)
     sizes = [like.numel() // like.shape[dim] * (end - start) for start, end in parts]
     outbound = torch.empty(0, dtype=like.dtype, device=device)
     rank = dist.get_rank()
     if value is not None:
-        outbound = torch.cat([value.narrow(dim, start, end - start).flatten() for start, end in parts])
+        outbound = torch.cat([value.narrow(dim, start, end - start).flatten() for start, end in parts]).to(device)
     inbound = torch.empty(sizes[rank], dtype=like.dtype, device=device)
     dist.all_to_all_single(
         inbound,
@@ -263,7 +275,12 @@ def spread_rows(value: Tensor | None, like: Tensor, owner: int, param: Tensor) -
     shape = [end - start if i == dim else size for i, size in enumerate(like.shape)]
     where = [Replicate() for _ in mesh.shape[:-1]] + [Cut(dim)]
     wrapped: Tensor = DTensor.from_local(
-        inbound.view(shape), mesh, where, run_check=False, shape=like.shape, stride=torch.empty_like(like).stride()
+        inbound.view(shape).to(local(param).device),
+        mesh,
+        where,
+        run_check=False,
+        shape=like.shape,
+        stride=torch.empty_like(like).stride(),
     )
     return wrapped
 

@@ -191,6 +191,13 @@ def is_first_rank() -> bool:
     )
 
 
+def wire_device(param: Tensor) -> torch.device:
+    """Returns the device whose tensors the ranks of a parameter exchange; offloaded parts lie on another."""
+    if not is_sharded(param) or param.device_mesh.device_type == "cpu":
+        return local(param).device
+    return torch.device(param.device_mesh.device_type, torch.get_device_module().current_device())
+
+
 def agree(fine: bool, params: Sequence[Tensor]) -> bool:
     """Says whether all ranks that share sharded parameters are fine; the one collective of a step.
 
@@ -203,7 +210,7 @@ def agree(fine: bool, params: Sequence[Tensor]) -> bool:
         return fine
     import torch.distributed as dist
 
-    device = next(local(param).device for param in params if is_sharded(param))
+    device = wire_device(next(param for param in params if is_sharded(param)))
     flag = torch.tensor(1 if fine else 0, dtype=torch.int32, device=device)
     if any(mesh.size() == dist.get_world_size() for mesh in meshes):
         dist.all_reduce(flag, dist.ReduceOp.MIN)

@@ -41,6 +41,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
         self._background = Background()
         self._made_for: dict[int, list[torch.Size]] = {}
         self._owners: Ownership | None = None
+        self._owner_of: dict[Tensor, int] = {}
         self._consolidated: dict[str, Any] | None = None
         self.skipped_steps = 0
         """Steps that were left out because a gradient was not finite, since construction or load."""
@@ -126,7 +127,9 @@ class PlannedOptimizer(torch.optim.Optimizer):
                     params.append(param)
                     loads.append((self.plan_of(group, param).layout.work(), self._bytes_of(group, param)))
             dtypes = [state_dtype(param) for param in params]
-            self._owners = Ownership(params, loads, dtypes, among=[param for _, param in listed])
+            among = [param for _, param in listed]
+            self._owners = Ownership(params, loads, dtypes, among=among, known=self._owner_of)
+            self._owner_of |= self._owners.owner
         return self._owners
 
     def __getstate__(self) -> dict[str, Any]:
@@ -194,18 +197,22 @@ class PlannedOptimizer(torch.optim.Optimizer):
         """
         # torch casts loaded state to the parameter's dtype, which would round float32 factors of a bf16 model.
         groups = checkpoint.groups_to_load(self.param_groups, state_dict)
-        restored, estimated = {}, 0
+        restored, estimated, owners = {}, 0, self._find_owners()
         for group, param, saved in checkpoint.saved_state(self.param_groups, state_dict):
-            plan, wanted = self.plan_of(group, param), self._wanted_state(group, param)
-            whole = self.owned(group, param)
+            plan, wanted, whole = (
+                self.plan_of(group, param),
+                self._wanted_state(group, param),
+                self.owned(group, param),
+            )
+            if whole:
+                saved = checkpoint.gathered(saved)
+            if owners is not None and whole and not owners.owns(param):
+                restored[param] = {"step": torch.as_tensor(saved["step"]).max().float().cpu()}
+                continue
             restored[param], guessed = checkpoint.restored(param, plan, saved, wanted, whole=whole)
             estimated += guessed
         super().load_state_dict(groups)
         self.state.update(restored)
-        owners = self._find_owners()
-        for param in owners.owner if owners is not None else ():
-            if not owners.owns(param) and param in restored:  # type: ignore[union-attr]
-                self.state[param] = {"step": restored[param]["step"]}
         if estimated and sharding.is_first_rank():
             logger.warning(
                 "%d parameters were saved in other parts (another number of ranks or block size). Momentum carries "

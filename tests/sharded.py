@@ -339,6 +339,17 @@ def owners_equal_one_process(names: list[str] | None = None, dtype: str = "float
         assert held, "every rank holds all state"
 
 
+def owners_keep_their_matrices() -> None:
+    """Freezing one parameter moved the others to new owners, who knew nothing of their state."""
+    model, alone = shard(network(torch.float64)), network(torch.float64)
+    optimizer, reference = owned("soap", model.parameters()), OPTIMIZERS["soap"](alone.parameters())
+    for steps, frozen in ((range(4), False), (range(4, 8), True), (range(8, 12), False)):
+        for net, stepped in ((model, optimizer), (alone, reference)):
+            net[0].weight.requires_grad_(not frozen)
+            same_gradients(net, stepped, steps)
+        assert_equal(whole(model), whole(alone), f"frozen={frozen}")
+
+
 def owned_model(mode: str, name: str) -> tuple[nn.Sequential, BlockOptimizer]:
     """A model under FSDP2, or whole on every rank, and its optimizer."""
     model = network(torch.float64)

@@ -139,6 +139,7 @@ def test_owners_under_ddp_are_refused_by_the_plain_trainer(shared: Path) -> None
         ("meshes_of_two_dimensions", 4),
         ("a_split_refresh_equals_one_of_its_own", 2),
         ("accelerate_alone", 2),
+        ("owners_keep_their_matrices", 3),
     ],
 )
 def test_steps(function: str, count: int, shared: Path) -> None:
