@@ -73,9 +73,9 @@ class Layout:
         """Entries of all factors of one tensor; the bases take as many again."""
         return self.blocks * sum(self.block[side] ** 2 for side in self.sides)
 
-    def work(self) -> float:
-        """Roughly the floating point operations that preconditioning takes, refreshes as at a frequency of 10."""
-        block = math.prod(self.block)
+    def work(self, *, refreshes_only: bool = False) -> float:
+        """Roughly the floating point operations that preconditioning takes, with refreshes at a frequency of 10."""
+        block = 0 if refreshes_only else math.prod(self.block)
         return self.blocks * sum(0.667 * self.block[i] ** 3 + 5 * block * self.block[i] for i in self.sides)
 
     def to_blocks(self, tensor: Tensor) -> Tensor:

@@ -249,6 +249,8 @@ class Team:
             What ``compute`` returns for the whole batch.
         """
         dist = torch.distributed
+        # Renamed in torch 2.13, where the old name warns.
+        all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         rank, count, blocks = dist.get_rank(), dist.get_world_size(), batch.shape[0]
         whose = [(place + turn) % count for place in range(blocks)]
         most = -(-blocks // count)
@@ -259,6 +261,6 @@ class Team:
             padded = part.new_zeros(most, *part.shape[1:])
             padded[: len(mine)] = part
             gathered = part.new_empty(count * most, *part.shape[1:])
-            dist.all_gather_into_tensor(gathered, padded)
+            all_gather(gathered, padded)
             results.append(gathered[torch.tensor(order, dtype=torch.int64, device=batch.device)])
         return tuple(results)

@@ -3,8 +3,11 @@
 import json
 import math
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from dataclasses import replace
@@ -15,6 +18,7 @@ import torch
 import typer
 from typer.testing import CliRunner, Result
 
+from hf_soap import checkpoint
 from hf_soap.__main__ import app
 from hf_soap.cli.compare import per_optimizer, resolve_names
 from hf_soap.cli.corpus import build_corpus
@@ -219,6 +223,58 @@ def test_unmodified_run_clm_trains_with_soap(launcher, run_clm, tiny_model, tmp_
     done = python(*launcher, "run", run_clm, *arguments, *COMMON, "--do_train", "--output_dir", "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "basis_0" in soap_state(tmp_path / "out" / "checkpoint-2")
+
+
+@pytest.mark.slow
+def test_unmodified_run_clm_is_killed_and_resumed_under_fsdp(run_clm, tiny_model, tmp_path):
+    """Two processes, killed behind a checkpoint: the resumed run ends with the weights of one that was left alone."""
+    config = {"version": 2, "state_dict_type": "SHARDED_STATE_DICT", "transformer_layer_cls_to_wrap": ["GPT2Block"]}
+    (tmp_path / "fsdp.json").write_text(json.dumps(config))
+    tests = Path(__file__).parent
+
+    def launch(output, *more):
+        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", tests / "fsdp_on_cpus.py", "run", run_clm]
+        data = ["--model_name_or_path", tiny_model, "--train_file", tiny_model / "text.txt", "--block_size", "32"]
+        run = ["--do_train", "--output_dir", output, "--max_steps", "8", "--save_steps", "4", "--ddp_backend", "gloo"]
+        sharded = ["--fsdp", "full_shard auto_wrap", "--fsdp_config", tmp_path / "fsdp.json"]
+        soap = ["--optim", "soap", "--optim_args", "precondition_frequency=2", "--learning_rate", "3e-3"]
+        rest = ["--use_cpu", "--report_to", "none", *more]
+        environment = {
+            **os.environ,
+            "PYTHONPATH": f"{tests.parent}:{tests}",
+            "OMP_NUM_THREADS": "1",
+            "FSDP_VERSION": "2",
+            "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+        }
+        return subprocess.Popen(
+            [str(part) for part in [sys.executable, *launcher, *data, *run, *sharded, *soap, *rest]],
+            env=environment,
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    output = launch("alone").communicate(timeout=300)[0]
+    assert (tmp_path / "alone" / "checkpoint-8" / "optimizer_0").is_dir(), output
+    process = launch("killed")
+    try:
+        deadline = time.monotonic() + 300
+        while not (tmp_path / "killed" / "checkpoint-4" / "trainer_state.json").is_file():
+            assert process.poll() is None, "ended before it could be killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    shutil.rmtree(tmp_path / "killed" / "checkpoint-8", ignore_errors=True)
+    output = launch("killed", "--resume_from_checkpoint", "killed/checkpoint-4").communicate(timeout=300)[0]
+    ends = [tmp_path / name / "checkpoint-8" / "pytorch_model_fsdp_0" for name in ("alone", "killed")]
+    assert ends[1].is_dir(), output
+    want, got = map(checkpoint.read_weights, ends)
+    for name, value in want.items():
+        assert torch.equal(value, got[name]), name
 
 
 ACCURACY = """

@@ -140,6 +140,8 @@ def test_owners_under_ddp_are_refused_by_the_plain_trainer(shared: Path) -> None
         ("a_split_refresh_equals_one_of_its_own", 2),
         ("accelerate_alone", 2),
         ("owners_keep_their_matrices", 3),
+        ("owners_equal_one_process_on_data_of_their_own", 3),
+        ("a_rank_without_a_gradient_holds_up_nobody", 2),
     ],
 )
 def test_steps(function: str, count: int, shared: Path) -> None:
@@ -159,3 +161,13 @@ def test_owners_under_ddp_equal_one_process(shared: Path) -> None:
 @pytest.mark.slow
 def test_refreshes_split_in_three_equal_undivided_ones(shared: Path) -> None:
     ranks.run("sharded", "a_split_refresh_equals_one_of_its_own", 3, shared)
+
+
+@pytest.mark.slow
+def test_two_owners_equal_one_process_on_data_of_their_own(shared: Path) -> None:
+    ranks.run("sharded", "owners_equal_one_process_on_data_of_their_own", 2, shared)
+
+
+@pytest.mark.parametrize("sharded", [True, False], ids=["FSDP2", "DDP"])
+def test_exact_mars_equals_a_loop_by_hand(sharded: bool, shared: Path) -> None:
+    ranks.run("sharded", "exact_mars_equals_a_loop_by_hand", 2, shared, sharded=sharded)
