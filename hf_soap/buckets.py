@@ -131,7 +131,7 @@ def stages(bucket: Bucket, grads: Sequence[Tensor | None]) -> tuple[list[bool], 
         unseen = [grad for grad, is_new in zip(grads, new, strict=True) if is_new and grad is not None]
         nonzero = iter(torch.stack([grad.count_nonzero() for grad in unseen]).tolist())
         # A rank's part may be zero where another's is not; what needs no factors is then counted alike by all.
-        parts = rule.elementwise(bucket.plan.layout) and sharding.is_sharded(bucket.params[0])
+        parts = rule.entrywise(bucket.plan.layout) and sharding.is_sharded(bucket.params[0])
         fresh = [is_new and (next(nonzero) > 0 or parts) for is_new in new]
     else:
         fresh = new

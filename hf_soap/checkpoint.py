@@ -114,7 +114,7 @@ def packed(param: Tensor, plan: Plan, state: dict[str, Any], wanted: dict[str, T
     if not whole:
         described = recut.describe(sharding.shard_of(param), plan.layout)
         several = bool(sharding.stack_sizes(param))
-        saved[LAYOUT] = sharding.to_stack(param, described.to(part.device)) if several else described
+        saved[LAYOUT] = sharding.to_stack(param, described.to(part.device)) if several else described.to(part.device)
     return saved
 
 
@@ -147,7 +147,7 @@ def packed_of_owner(
         else:
             saved[role] = owners.spread_rows(value, like, owner, param)
     if not plan.rule.entrywise(plan.layout):
-        saved[LAYOUT] = recut.describe(_whole(param), plan.layout)
+        saved[LAYOUT] = recut.describe(_whole(param), plan.layout).to("cpu" if to_first else part.device)
     return saved
 
 
@@ -313,13 +313,34 @@ def read_weights(source: Path) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Loads whole weights into a model, sharded or not; every rank must have them and call this."""
-    if not any(sharding.is_sharded(param) for param in model.parameters()):
-        model.load_state_dict(weights, strict=False)
+    """Loads whole weights into a model, sharded or not; every rank must have them and call this.
+
+    Args:
+        model: The model.
+        weights: By name; those of adapters may lack the adapter's name, as peft saves them.
+
+    Raises:
+        ValueError: If a name is unknown, or a trainable parameter is left out.
+    """
+    names = dict(model.named_parameters(remove_duplicate=False))
+    known = {*model.state_dict(), *names}
+    adapters = getattr(model, "active_adapters", ())
+    short = {name.replace(f".{adapter}", ""): name for adapter in adapters for name in names}
+    renamed = {name if name in known else short.get(name, name): value for name, value in weights.items()}
+    unknown = sorted(renamed.keys() - known)
+    loaded = {names[name] for name in renamed if name in names}  # tied weights are saved under one of their names
+    left_out = sorted(name for name, param in names.items() if param.requires_grad and param not in loaded)
+    if unknown or left_out:
+        raise ValueError(
+            f"the saved weights do not fit the model: unknown are {unknown[:3]}, left out are {left_out[:3]}; resume "
+            "with the model, the adapters and the kind of state dict that wrote the checkpoint"
+        )
+    if not any(sharding.is_sharded(param) for param in names.values()):
+        model.load_state_dict(renamed, strict=False)
         return
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
-    set_model_state_dict(model, dict(weights), options=StateDictOptions(full_state_dict=True, strict=False))
+    set_model_state_dict(model, dict(renamed), options=StateDictOptions(full_state_dict=True, strict=False))
 
 
 def _read_folder(source: Path) -> dict[str, Any]:

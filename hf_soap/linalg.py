@@ -112,6 +112,20 @@ def refresh(factor: Tensor) -> tuple[Tensor, Tensor]:
     return rotation, symmetrize(upper @ rotation)
 
 
+def sorted_refresh(factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`refresh` of factors whose diagonals may be in any order.
+
+    Args:
+        factor: L̂ (blocks, n, n), symmetric.
+
+    Returns:
+        The order (blocks, n) that sorts the diagonals, largest first, and what :func:`refresh` returns for that.
+    """
+    order = factor.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
+    rows = torch.take_along_dim(factor, order.unsqueeze(-1), -2)
+    return order, *refresh(torch.take_along_dim(rows, order.unsqueeze(-2), -1))
+
+
 def orthonormalize(basis: Tensor) -> Tensor:
     """One Newton–Schulz step towards the nearest orthonormal basis, Q(3I − QᵀQ)/2.
 

@@ -103,11 +103,16 @@ class Ownership:
                     f"shard_mode='owner' got a parameter of shape {tuple(param.shape)} on a mesh of "
                     f"{param.device_mesh.size()} of {self.ranks} ranks, wanted all; use shard_mode='local'"
                 )
+        if len({is_sharded(param) for param in params}) > 1:
+            raise ValueError(
+                "shard_mode='owner' got sharded parameters beside whole ones, wanted one kind: nobody says whether "
+                "the gradients of whole ones are summed over ranks; shard all of them, or use shard_mode='local'"
+            )
         self._among = list(among)
         settled = [known.get(param) for param in params]
         self.owner = dict(zip(params, assign(loads, self.ranks, settled), strict=True))
         self._dtype = dict(zip(params, dtypes, strict=True))
-        self.rounds = list(_rounds(params))
+        self.rounds = list(_rounds(params, self.ranks))
 
     @cached_property
     def _parts(self) -> dict[Tensor, list[Shard]]:
@@ -227,12 +232,12 @@ class _Reader:
         return self.flat[self.place - numel : self.place]
 
 
-def _rounds(params: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+def _rounds(params: Iterable[Tensor], ranks: int) -> Iterator[list[Tensor]]:
     current: list[Tensor] = []
     octets = 0
     for param in params:
         current.append(param)
-        octets += param.numel() * 4
+        octets += param.numel() * 4 * (1 if is_sharded(param) else ranks)  # whole directions go to every rank
         if octets >= ROUND_BYTES:
             yield current
             current, octets = [], 0

@@ -16,7 +16,7 @@ from hf_soap import configs, grouping, resume, schema
 from hf_soap.blocks import FACTOR_RATIO
 from hf_soap.hooks import after_import
 from hf_soap.optimizers import MARS, SOAP, Shampoo
-from hf_soap.sharding import is_first_rank, is_sharded, ranks
+from hf_soap.sharding import is_sharded, rank, ranks
 from hf_soap.stepping import BlockOptimizer
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ def _report_sharding(optimizer: BlockOptimizer, name: str) -> None:
     def report(*_: Any) -> None:
         handle.remove()
         params = [param for group in optimizer.param_groups for param in group["params"]]
-        if is_first_rank() and any(is_sharded(param) for param in params):
+        if rank() == 0 and any(is_sharded(param) for param in params):
             logger.info(
                 "%s on rank 0 of %d. With shard_mode=local norms and Newton-Schulz act on a rank's part of a matrix, "
                 "and a factor of more than %d times the entries of the part is cut into blocks\n%s",

@@ -46,7 +46,11 @@ def load_optimizer(trainer: Trainer, folder: Path) -> bool:
     native = folder / _format(trainer)
     if not saved or not (folder / "scheduler.pt").is_file():
         return False  # the Trainer says what is missing, or starts afresh
-    if native in saved and (native.name == PLAIN or optimizer.fits(checkpoint.saved_shapes(native))):
+    if native.name == PLAIN:  # state that owners spread must not come whole to every device, as with the Trainer
+        fits = not optimizer.spreads_state()
+    else:
+        fits = native in saved and optimizer.fits(checkpoint.saved_shapes(native))
+    if native in saved and fits:
         return False
     source = native if native in saved else saved[0]
     logger.warning("Loading the optimizer from %s, which was saved on other ranks or in another format.", source)
@@ -70,7 +74,8 @@ def load_model(trainer: Trainer, folder: Path, model: nn.Module) -> bool:
     full, sharded = folder / "pytorch_model_fsdp.bin", folder / "pytorch_model_fsdp_0"
     saved = {FULL: [full] if full.is_file() else [], SHARDED: [sharded] if sharded.is_dir() else []}
     if not any(saved.values()):  # with FSDP the Trainer may save these too, but does not load them without it
-        saved[PLAIN] = sorted([*folder.glob("model*.safetensors"), *folder.glob("pytorch_model.bin")])
+        kinds = ("model*.safetensors", "adapter_model*.safetensors", "pytorch_model*.bin", "adapter_model.bin")
+        saved[PLAIN] = sorted(path for kind in kinds for path in folder.glob(kind))
     others = next((files for files in saved.values() if files), [])
     if saved.get(_format(trainer)) or not others:
         return False
@@ -129,6 +134,9 @@ def find_problem(folder: Path, *, model_only: bool = False) -> str | None:
             return f"{index.name}: {error}"
         if missing := sorted(shards - {path.name for path in weights}):
             return f"{missing[0]} is missing"
+    for part in (*folder.glob("optimizer_[0-9]*"), *folder.glob("pytorch_model_fsdp_[0-9]*")):
+        if part.is_dir() and not (part / ".metadata").is_file():  # written last
+            return f"{part.name} has no .metadata"
     saved = [*weights]
     if not model_only:
         # A missing random state is the Trainer's to warn about, half of one stops it.

@@ -1,4 +1,4 @@
-"""Parameters that are sharded over ranks: the only module, beside checkpoint, that knows torch.distributed.
+"""Parameters that are sharded over ranks: what the others need to know of DTensors and process groups.
 
 Each rank works on its own shard as if that were a tensor. A shard's state is saved as a DTensor: state that has the
 tensor's own coordinates as one of the tensor's shape, all other state with a leading dimension for every dimension of
@@ -64,13 +64,15 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def local_grad(param: Tensor) -> Tensor | None:
-    """Returns the gradient of this rank's part of a parameter, cut as the parameter is."""
+    """Returns the gradient of this rank's part of a parameter; see :func:`settle_gradient_`."""
+    return None if param.grad is None else local(param.grad)
+
+
+def settle_gradient_(param: Tensor) -> None:
+    """Cuts a parameter's gradient as the parameter is cut: tensor parallelism may leave sums to be made."""
     grad = param.grad
-    if grad is None or not is_sharded(param):
-        return grad
-    if is_sharded(grad) and grad.placements != param.placements:
-        grad = grad.redistribute(placements=param.placements)  # tensor parallelism may leave sums to be made
-    return local(grad)
+    if grad is not None and is_sharded(param) and is_sharded(grad) and grad.placements != param.placements:
+        param.grad = grad.redistribute(placements=param.placements)
 
 
 def shard_of(param: Tensor) -> Shard:
@@ -162,7 +164,12 @@ def to_whole(param: Tensor, value: Tensor) -> Tensor:
 
 def gathered(value: Tensor) -> Tensor:
     """Returns the whole of a DTensor, for which all ranks must call this; a plain tensor itself."""
-    return value.full_tensor() if is_sharded(value) else value
+    if not is_sharded(value):
+        return value
+    # What was offloaded lies where NCCL cannot reach it.
+    near: Any = value.to(value.device_mesh.device_type)
+    whole: Tensor = near.full_tensor()
+    return whole
 
 
 def place_in_stack(param: Tensor) -> tuple[int, ...]:
@@ -182,13 +189,10 @@ def ranks() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def is_first_rank() -> bool:
-    """Whether this process speaks for all of them."""
-    return (
-        not torch.distributed.is_available()
-        or not torch.distributed.is_initialized()
-        or not torch.distributed.get_rank()
-    )
+def rank() -> int:
+    """Number of this process among those that train together."""
+    dist = torch.distributed
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def wire_device(param: Tensor) -> torch.device:
@@ -243,24 +247,24 @@ class Team:
         Args:
             compute: Works on each matrix of a batch (..., n, n) by itself, also on a batch of none.
             batch: (blocks, n, n), the same on every rank.
-            turn: The rank that takes the first matrix, modulo their number; the others follow in turn.
+            turn: The rank that takes the first share, modulo their number; the others follow in turn.
 
         Returns:
             What ``compute`` returns for the whole batch.
         """
         dist = torch.distributed
-        # Renamed in torch 2.13, where the old name warns.
-        all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        rank, count, blocks = dist.get_rank(), dist.get_world_size(), batch.shape[0]
-        whose = [(place + turn) % count for place in range(blocks)]
-        most = -(-blocks // count)
-        order = [sum(other == owner for other in whose[:place]) + owner * most for place, owner in enumerate(whose)]
-        mine = torch.tensor([place for place, owner in enumerate(whose) if owner == rank], dtype=torch.int64)
-        results = []
-        for part in compute(batch[mine.to(batch.device)]):
-            padded = part.new_zeros(most, *part.shape[1:])
-            padded[: len(mine)] = part
-            gathered = part.new_empty(count * most, *part.shape[1:])
-            all_gather(gathered, padded)
-            results.append(gathered[torch.tensor(order, dtype=torch.int64, device=batch.device)])
+        rank, count = dist.get_rank(), dist.get_world_size()
+        shares = batch.tensor_split(count)
+        whose = [(place + turn) % count for place in range(count)]
+        results, works = [], []
+        for mine in compute(shares[whose.index(rank)]):
+            result = mine.new_empty(batch.shape[0], *mine.shape[1:])
+            for owner, part in zip(whose, result.tensor_split(count), strict=True):
+                if owner == rank:
+                    part.copy_(mine)
+                if part.numel():
+                    works.append(dist.broadcast(part, src=owner, async_op=True))
+            results.append(result)
+        for work in works:
+            work.wait()
         return tuple(results)

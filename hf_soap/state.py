@@ -15,7 +15,7 @@ from torch.optim.optimizer import ParamsT
 
 from hf_soap import checkpoint, schema, sharding
 from hf_soap.background import Background
-from hf_soap.blocks import Plan
+from hf_soap.blocks import Layout, Plan
 from hf_soap.buckets import GroupCache, state_dtype
 from hf_soap.checks import check_learning_rate, check_number, check_pair
 from hf_soap.owners import Ownership
@@ -33,15 +33,15 @@ class PlannedOptimizer(torch.optim.Optimizer):
     config: type[schema.OptimizerConfig]
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        self._made_for: dict[int, list[torch.Size]] = {}
+        self._owner_of: dict[Tensor, int] = {}
         self._reset_cache()
         super().__init__(params, defaults)
 
     def _reset_cache(self) -> None:
         self._buckets: dict[tuple[int, int], GroupCache] = {}
         self._background = Background()
-        self._made_for: dict[int, list[torch.Size]] = {}
         self._owners: Ownership | None = None
-        self._owner_of: dict[Tensor, int] = {}
         self._consolidated: dict[str, Any] | None = None
         self.skipped_steps = 0
         """Steps that were left out because a gradient was not finite, since construction or load."""
@@ -66,7 +66,8 @@ class PlannedOptimizer(torch.optim.Optimizer):
             return self.plan(group, shard.whole)
         plan = self.plan(group, shard.largest, sharded=True)
         if plan.rule.entrywise(plan.layout):
-            return self.plan(group, shard.size, sharded=True)
+            size = shard.size or (1,)
+            return replace(plan, layout=Layout(size, (1,) * len(size), size, ()))
         return replace(plan, layout=plan.layout.fitted(shard.largest, shard.size))
 
     def owned(self, group: dict[str, Any], param: Tensor) -> bool:
@@ -130,6 +131,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
             among = [param for _, param in listed]
             self._owners = Ownership(params, loads, dtypes, among=among, known=self._owner_of)
             self._owner_of |= self._owners.owner
+            self._buckets.clear()
         return self._owners
 
     def __getstate__(self) -> dict[str, Any]:
@@ -139,16 +141,21 @@ class PlannedOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        # A load comes by here too, and changes neither for which parameters this was made nor who owns them.
+        self.__dict__.setdefault("_made_for", {})
+        self.__dict__.setdefault("_owner_of", {})
         self._reset_cache()
 
     def state_dict(self) -> dict[str, Any]:
         """Returns a copy of the state: flat tensors by role for each parameter, and the param groups.
 
+        Of sharded parameters it is made of DTensors; with ``shard_mode="owner"`` all ranks must call this together.
+
         The tensors are copies: the optimizer holds views of stacks, and saving one would write its whole stack.
         """
         if self._consolidated is not None:
             return self._consolidated
-        if self.state and self._owned_whole():
+        if self.state and self.spreads_state():
             raise RuntimeError(
                 "the state of whole parameters lies with their owners, wanted on one rank: call consolidate() on all "
                 "ranks before state_dict(), as SoapTrainer does; the plain Trainer cannot save shard_mode='owner' "
@@ -161,10 +168,10 @@ class PlannedOptimizer(torch.optim.Optimizer):
 
         Only for ``shard_mode="owner"`` with whole parameters (DDP); all ranks must call it.
         """
-        if self._owned_whole():
+        if self.spreads_state():
             self._consolidated = self._packed_state(to_first=True)
 
-    def _owned_whole(self) -> bool:
+    def spreads_state(self) -> bool:
         """Whether owners hold state of parameters that are not sharded."""
         owners = self._find_owners()
         return owners is not None and any(not sharding.is_sharded(param) for param in owners.owner)
@@ -177,10 +184,10 @@ class PlannedOptimizer(torch.optim.Optimizer):
                 if key not in plain["state"]:
                     continue
                 plan, wanted, known = self.plan_of(group, param), self._wanted_state(group, param), plain["state"][key]
-                if owners is None or param not in owners.owner:
+                owner = self._owner_of.get(param) if owners is not None else None
+                if owner is None:
                     state[key] = checkpoint.packed(param, plan, known, wanted)
                 else:
-                    owner = owners.owner[param]
                     state[key] = checkpoint.packed_of_owner(param, plan, known, wanted, owner, to_first=to_first)
         return {**plain, "state": state}
 
@@ -197,7 +204,8 @@ class PlannedOptimizer(torch.optim.Optimizer):
         """
         # torch casts loaded state to the parameter's dtype, which would round float32 factors of a bf16 model.
         groups = checkpoint.groups_to_load(self.param_groups, state_dict)
-        restored, estimated, owners = {}, 0, self._find_owners()
+        restored, estimated = {}, 0
+        self._find_owners()
         for group, param, saved in checkpoint.saved_state(self.param_groups, state_dict):
             plan, wanted, whole = (
                 self.plan_of(group, param),
@@ -206,14 +214,14 @@ class PlannedOptimizer(torch.optim.Optimizer):
             )
             if whole:
                 saved = checkpoint.gathered(saved)
-            if owners is not None and whole and not owners.owns(param):
+            if whole and self._owner_of.setdefault(param, 0) != sharding.rank():  # 0 takes what is frozen
                 restored[param] = {"step": torch.as_tensor(saved["step"]).max().float().cpu()}
                 continue
             restored[param], guessed = checkpoint.restored(param, plan, saved, wanted, whole=whole)
             estimated += guessed
         super().load_state_dict(groups)
         self.state.update(restored)
-        if estimated and sharding.is_first_rank():
+        if estimated and sharding.rank() == 0:
             logger.warning(
                 "%d parameters were saved in other parts (another number of ranks or block size). Momentum carries "
                 "over; factors are put together from the old parts, and second moments estimated from them.",

@@ -86,7 +86,8 @@ class BlockOptimizer(PlannedOptimizer):
             return False
         params = [param for group in self.param_groups for param in group["params"] if param.requires_grad]
         grads = [sharding.local_grad(param) for param in params]
-        return not any(grad is not None and bool(grad.any()) for grad in grads)
+        zero = not any(grad is not None and bool(grad.any()) for grad in grads)
+        return sharding.agree(zero, params)  # a warmup starts at 0 too, and the gradient of one part may be zero
 
     def _gradients_usable(self) -> bool:
         """Refuses sparse gradients, and says whether all gradients are finite where a group wants to know."""
@@ -100,6 +101,7 @@ class BlockOptimizer(PlannedOptimizer):
                         f"{type(self).__name__} needs dense gradients, got {param.grad.layout} for a parameter of "
                         f"shape {tuple(param.shape)}; build the embedding with sparse=False"
                     )
+                sharding.settle_gradient_(param)
                 grad = sharding.local_grad(param)
                 if group["nonfinite"] == "skip" and grad is not None and grad.numel():
                     checked.append(grad)
@@ -150,6 +152,8 @@ class BlockOptimizer(PlannedOptimizer):
 
     def _check_shapes(self, number: int, group: dict[str, Any]) -> None:
         """Refuses parameters that took the place of those of other shapes since the group was added."""
+        for param in group["params"]:
+            sharding.check_placements(param)
         now = [param.shape for param in group["params"]]
         before = self._made_for.get(number, now)
         if now != before:

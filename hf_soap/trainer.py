@@ -57,6 +57,11 @@ class SoapTrainerMixin(_Base):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
         if isinstance(optimizer, BlockOptimizer):
+            if optimizer.spreads_state() and self.args.save_on_each_node:
+                raise ValueError(
+                    "got save_on_each_node=True with shard_mode='owner' under DDP, wanted one of them: the state is "
+                    "gathered on rank 0 alone; use FSDP2, or shard_mode='local'"
+                )
             optimizer.consolidate()  # on all ranks: the Trainer asks rank 0 alone
         super()._save_optimizer_and_scheduler(output_dir)
 

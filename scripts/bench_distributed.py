@@ -68,20 +68,18 @@ class Counter:
 
     def __init__(self) -> None:
         self.bytes = 0
-        newest = hasattr(dist, "all_gather_single")
-        gathering = "all_gather_single" if newest else "all_gather_into_tensor"
-        exchange, gather = dist.all_to_all_single, getattr(dist, gathering)
+        exchange, broadcast = dist.all_to_all_single, dist.broadcast
 
         def counted_exchange(out: Tensor, given: Tensor, received: Any, sent: list[int], **options: Any) -> Any:
             self.bytes += (given.numel() - sent[dist.get_rank()]) * given.element_size()
             return exchange(out, given, received, sent, **options)
 
-        def counted_gather(out: Tensor, given: Tensor, **options: Any) -> Any:
-            self.bytes += given.numel() * given.element_size() * (dist.get_world_size() - 1)
-            return gather(out, given, **options)
+        def counted_broadcast(given: Tensor, src: int, **options: Any) -> Any:
+            if src == dist.get_rank():
+                self.bytes += given.numel() * given.element_size() * (dist.get_world_size() - 1)
+            return broadcast(given, src=src, **options)
 
-        dist.all_to_all_single = counted_exchange
-        setattr(dist, gathering, counted_gather)
+        dist.all_to_all_single, dist.broadcast = counted_exchange, counted_broadcast
 
 
 def worker(rank: int, ranks: int, port: int, name: str, steps: int, rounds: int, results: Any) -> None:

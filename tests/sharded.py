@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import Subset
@@ -348,6 +348,8 @@ def owners_keep_their_matrices() -> None:
             net[0].weight.requires_grad_(not frozen)
             same_gradients(net, stepped, steps)
         assert_equal(whole(model), whole(alone), f"frozen={frozen}")
+        state = optimizer.state_dict()  # also of what is frozen
+        optimizer.load_state_dict(state)
 
 
 def owned_model(mode: str, name: str) -> tuple[nn.Sequential, BlockOptimizer]:
@@ -668,3 +670,27 @@ def a_rank_without_a_gradient_holds_up_nobody() -> None:
             optimizer.step()
             same_gradients(model, optimizer, range(4, 8))
             assert all(value.isfinite().all() for value in whole(model).values()), f"{mode}, {name}"
+
+
+def ranks_plan_alike() -> None:
+    """A smaller part found a factor where the largest had none, and one rank ran SOAP while the other ran Adam."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for shape, settings in (((9, 1), {}), ((1025, 6), {"max_precond_dim": 512}), ((9,), {"precondition_1d": True})):
+        param = nn.Parameter(distribute_tensor(torch.randn(shape), mesh, [Shard(0)]))
+        optimizer = SOAP([param], **settings)
+        for _ in range(3):
+            param.grad = distribute_tensor(torch.randn(shape), mesh, [Shard(0)])
+            optimizer.step()
+        roles: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(roles, {role: tuple(v.shape) for role, v in optimizer.state_dict()["state"][0].items()})
+        assert all(other == roles[0] for other in roles), f"{shape}: {roles}"
+
+
+def a_first_step_at_no_learning_rate_is_taken_by_all() -> None:
+    """Warmup starts at 0, and ranks whose part of all gradients is zero left the others alone in an exchange."""
+    model = nn.Sequential(nn.Linear(6, 2, bias=False))
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    optimizer = SOAP(model.parameters(), lr=0.0, shard_mode="owner")
+    model(torch.ones(4, 6)).square().mean().backward()
+    optimizer.step()
+    assert all(state["step"] == 1 for state in optimizer.state.values())

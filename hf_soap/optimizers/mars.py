@@ -15,7 +15,7 @@ from hf_soap.blocks import PREV_PARAM, Plan, plan_layout
 from hf_soap.checks import check_choice, check_pair
 from hf_soap.optimizers.soap import plan_factors, soap_rule
 from hf_soap.rules import AdamW, Lion, Mars, Orthogonal, Rule
-from hf_soap.sharding import local, local_grad
+from hf_soap.sharding import local, local_grad, settle_gradient_
 from hf_soap.stepping import BlockOptimizer
 
 
@@ -189,9 +189,11 @@ class MARS(BlockOptimizer):
         else:
             with torch.no_grad():
                 for (group, param, grad), (_, _, previous) in zip(stash, moved, strict=True):
+                    settle_gradient_(param)
                     behind = local_grad(param) if previous is not None else None
                     param.grad = grad
                     if grad is not None:
+                        settle_gradient_(param)
                         self._correct(group, param, behind)
             self._corrected = True
         finally:

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from hf_soap import configs, rules
+from hf_soap import configs, rules, sharding
 from hf_soap.blocks import Plan
 from hf_soap.checks import check_choice
 from hf_soap.optimizers.soap import plan_factors
@@ -108,6 +108,11 @@ class Shampoo(BlockOptimizer):
         if delay is not None and delay > frequency:
             raise ValueError(
                 f"delay must be <= precondition_frequency={frequency}, got {delay}; the next snapshot replaces one"
+            )
+        if group["asynchronous"] and delay is None and sharding.ranks() > 1:
+            raise ValueError(
+                "asynchronous=True got delay=None with several ranks, wanted a number: ranks would take new roots "
+                "over at different steps and drift apart; set delay, at most precondition_frequency"
             )
         if delay and not group["asynchronous"]:
             raise ValueError(f"got delay={delay} without asynchronous, wanted both or none; set asynchronous=True")

@@ -224,9 +224,7 @@ class Soap(Rule):
 
     def _refresh_side(self, state: State, side: int, chunk: Chunk) -> None:
         factor, basis, exp_avg = state[f"factor_{side}"], state[f"basis_{side}"], state["exp_avg"]
-        order = factor.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
-        rows = torch.take_along_dim(factor, order.unsqueeze(-1), -2)
-        rotation, refreshed = chunk.share(linalg.refresh, torch.take_along_dim(rows, order.unsqueeze(-2), -1))
+        order, rotation, refreshed = chunk.share(linalg.sorted_refresh, factor)
         factor.copy_(refreshed)
         # Rows of the rotation go back to where the columns came from: the sort costs Q and M no pass of their own.
         rotation = torch.empty_like(rotation).scatter_(-2, order.unsqueeze(-1).expand_as(rotation), rotation)
