@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from typing import Any
 
 import typer
 
@@ -37,7 +39,19 @@ def main() -> None:
             raise
     # Here and not inside the command, where an EOFError of the program would read "Aborted!".
     for launch in launches:
-        launch()
+        try:
+            launch()
+        except SystemExit as end:
+            if end.code:
+                raise
+        _leave_process_group()
+
+
+def _leave_process_group() -> None:
+    """Ends the communication that a program left open: gloo's threads sometimes abort a process that exits in it."""
+    distributed: Any = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
