@@ -26,7 +26,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils.data import Subset
 
-from hf_soap import MARS, SOAP, Shampoo, checkpoint, resume
+from hf_soap import MARS, SOAP, Shampoo, checkpoint, costs, resume
 from hf_soap.stepping import BlockOptimizer
 
 OPTIMIZERS: dict[str, Callable[[Any], BlockOptimizer]] = {
@@ -694,3 +694,26 @@ def a_first_step_at_no_learning_rate_is_taken_by_all() -> None:
     model(torch.ones(4, 6)).square().mean().backward()
     optimizer.step()
     assert all(state["step"] == 1 for state in optimizer.state.values())
+
+
+def costs_are_those_of_the_optimizer() -> None:
+    """The projected state of the rank that has most is what the optimizer counts there."""
+    count = dist.get_world_size()
+    shapes = [(40, 24), (40, 40), (24, 24), (24,), (64, 8)]
+    mesh = init_device_mesh("cpu", (count,))
+    for make in (SOAP, Shampoo, MARS):
+        for mode in ("local", "owner", "ddp", "ddp, owner"):
+            params = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+            projected = costs.cost(make(params), ranks=count, mode=mode)
+            if "ddp" not in mode:
+                params = [nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)])) for p in params]
+            optimizer = make(params, shard_mode="owner" if "owner" in mode else "local")
+            for param in params:
+                grad = torch.randn(param.shape)
+                param.grad = distribute_tensor(grad, mesh, [Shard(0)]) if isinstance(param, DTensor) else grad
+            optimizer.step()
+            kept = {v.untyped_storage().data_ptr(): v for s in optimizer.state.values() for v in s.values()}
+            octets: list[Any] = [None] * count
+            dist.all_gather_object(octets, sum(v.untyped_storage().nbytes() for v in kept.values()))
+            far = abs(max(octets) - projected.state) / projected.state
+            assert far < 0.03, f"{make.__name__}, {mode}: {octets}, projected {projected.state}"

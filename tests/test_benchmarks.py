@@ -7,11 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from rich.console import Console
 from typer.testing import CliRunner
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
 import bench_async
+import bench_distributed
 import bench_roots
 import bench_step
 import join_compare
@@ -98,3 +100,23 @@ def test_options_command() -> None:
     wrong = CliRunner().invoke(app, ["options", "sopa"])
     assert wrong.exit_code == 2
     assert "did you mean soap?" in wrong.output
+
+
+def test_bench_distributed_projects(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(bench_distributed, "PROJECTED", {"a small one": bench_distributed.llama(64, 128, 2, 16)})
+    bench_distributed.project(Console(width=120), "MARS")
+    printed = capsys.readouterr().out
+    assert printed.count("a small one") == 6
+    assert {"local", "owner"} <= set(printed.split())
+
+
+@pytest.mark.slow
+def test_bench_distributed_measures_every_mode(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parents[1]}")
+    bench_distributed.measure(Console(width=120), "SOAP", 2, 10, 1)
+    rows = [line.split("│") for line in capsys.readouterr().out.splitlines() if line.count("│") == 5]
+    sent = {row[1].strip(): float(row[3]) for row in rows}
+    assert sent["local"] == 0
+    assert min(sent["owner"], sent["ddp"], sent["ddp, owner"]) > 0

@@ -156,6 +156,7 @@ def test_owners_under_ddp_are_refused_by_the_plain_trainer(shared: Path) -> None
         ("owners_equal_one_process_on_data_of_their_own", 3),
         ("a_rank_without_a_gradient_holds_up_nobody", 2),
         ("ranks_plan_alike", 2),
+        ("costs_are_those_of_the_optimizer", 2),
         ("a_first_step_at_no_learning_rate_is_taken_by_all", 3),
     ],
 )
