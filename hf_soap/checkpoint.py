@@ -324,7 +324,9 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
     """
     names = dict(model.named_parameters(remove_duplicate=False))
     known = {*model.state_dict(), *names}
-    adapters = getattr(model, "active_adapters", ())
+    adapters: Any = getattr(model, "active_adapters", ())  # of peft's models; a method of all others
+    if callable(adapters):
+        adapters = adapters() if getattr(model, "_hf_peft_config_loaded", False) else ()
     short = {name.replace(f".{adapter}", ""): name for adapter in adapters for name in names}
     renamed = {name if name in known else short.get(name, name): value for name, value in weights.items()}
     unknown = sorted(renamed.keys() - known)
