@@ -239,13 +239,9 @@ def _own_place(param: Tensor, value: Tensor, shape: Sequence[int]) -> Tensor | N
     """This rank's place of stacked state, or None if it was not stacked over these ranks."""
     if sharding.is_sharded(value):
         return sharding.local(value).reshape(tuple(shape))
-    stack = sharding.stack_sizes(param)
-    if value.numel() != math.prod(stack) * math.prod(shape) or tuple(value.shape) not in (
-        (*stack, *shape),
-        tuple(shape),
-    ):
+    if tuple(value.shape) != (*sharding.stack_sizes(param), *shape):
         return None
-    return value.view(*stack, *shape)[sharding.place_in_stack(param)]
+    return value[sharding.place_in_stack(param)]
 
 
 def _own_part(param: Tensor, value: Tensor) -> Tensor | None:

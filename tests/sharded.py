@@ -113,9 +113,7 @@ def resumed_equals_uninterrupted(dtype: str, names: list[str] | None = None) -> 
         optimizer = OPTIMIZERS[name](model.parameters())
         train(model, optimizer, range(6))
         weights = whole(model)
-        for full in (True, False):
-            options = StateDictOptions(full_state_dict=full, cpu_offload=full)
-            save(get_optimizer_state_dict(model, optimizer, options=options), folder, full=full)
+        save(model, optimizer, folder)
         losses = train(model, optimizer, range(6, 10))
         want = whole(model)
         for full in (True, False):
@@ -135,12 +133,13 @@ def resumed_equals_uninterrupted(dtype: str, names: list[str] | None = None) -> 
         dist.barrier()
 
 
-def save(state: dict[str, Any], folder: Path, *, full: bool) -> None:
-    """Writes a state dict as accelerate does."""
-    if not full:
-        dcp.save({"optimizer": state}, storage_writer=dcp.FileSystemWriter(folder / resume.SHARDED))
-    elif dist.get_rank() == 0:
-        torch.save(state, folder / resume.FULL)
+def save(model: nn.Module, optimizer: torch.optim.Optimizer, folder: Path) -> None:
+    """Writes both kinds of state dict of an optimizer as accelerate does."""
+    full = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if dist.get_rank() == 0:
+        torch.save(full, folder / resume.FULL)
+    sharded = {"optimizer": get_optimizer_state_dict(model, optimizer)}
+    dcp.save(sharded, storage_writer=dcp.FileSystemWriter(folder / resume.SHARDED))
     dist.barrier()
 
 
@@ -153,9 +152,7 @@ def save_for_others(names: list[str]) -> None:
         optimizer = OPTIMIZERS[name](model.parameters())
         train(model, optimizer, range(6))
         weights = whole(model)
-        for full in (True, False):
-            options = StateDictOptions(full_state_dict=full, cpu_offload=full)
-            save(get_optimizer_state_dict(model, optimizer, options=options), folder, full=full)
+        save(model, optimizer, folder)
         losses = train(model, optimizer, range(6, 12))
         if dist.get_rank() == 0:
             torch.save({"weights": weights, "losses": losses}, folder / "run.pt")
@@ -369,9 +366,7 @@ def owners_save(names: list[str], mode: str) -> None:
         same_gradients(model, optimizer, range(6))
         start = whole(model)
         if mode == "fsdp":
-            for full in (True, False):
-                options = StateDictOptions(full_state_dict=full, cpu_offload=full)
-                save(get_optimizer_state_dict(model, optimizer, options=options), folder, full=full)
+            save(model, optimizer, folder)
         else:
             if dist.get_world_size() > 1:
                 with pytest.raises(RuntimeError, match=r"call consolidate\(\) on all ranks"):
