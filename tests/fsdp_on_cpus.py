@@ -4,7 +4,7 @@ import os
 import runpy
 import sys
 
-from sharded import let_accelerate_shard_on_cpus
+from sharded_trainer import let_accelerate_shard_on_cpus
 
 let_accelerate_shard_on_cpus()
 try:

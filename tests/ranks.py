@@ -1,6 +1,6 @@
 """Runs a function of a test module in several processes that talk by gloo.
 
-python tests/ranks.py MODULE FUNCTION RANK RANKS MEETING-FILE JSON
+python tests/ranks.py MODULE.FUNCTION RANK RANKS MEETING-FILE JSON
 """
 
 import importlib
@@ -14,8 +14,8 @@ from typing import Any
 TESTS = Path(__file__).parent
 
 
-def run(module: str, function: str, ranks: int, meet_in: Path, **arguments: Any) -> None:
-    """Calls ``function(**arguments)`` in ``ranks`` processes; an assertion that fails in one fails here."""
+def run(function: str, ranks: int, meet_in: Path, **arguments: Any) -> None:
+    """Calls MODULE.FUNCTION(**arguments) in ``ranks`` processes; an assertion that fails in one fails here."""
     meet_in.mkdir(parents=True, exist_ok=True)
     meeting = meet_in / f"meeting-{function}-{ranks}-{len(list(meet_in.iterdir()))}"
     environment = {
@@ -26,7 +26,7 @@ def run(module: str, function: str, ranks: int, meet_in: Path, **arguments: Any)
     }
     workers = [
         subprocess.Popen(
-            [sys.executable, __file__, module, function, str(rank), str(ranks), str(meeting), json.dumps(arguments)],
+            [sys.executable, __file__, function, str(rank), str(ranks), str(meeting), json.dumps(arguments)],
             env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -50,14 +50,15 @@ def run(module: str, function: str, ranks: int, meet_in: Path, **arguments: Any)
 
 def main() -> None:
     """Is one of the processes."""
-    module, function, rank, ranks, meeting, arguments = sys.argv[1:]
+    function, rank, ranks, meeting, arguments = sys.argv[1:]
+    module, _, name = function.partition(".")
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=int(rank), world_size=int(ranks))
     try:
-        getattr(importlib.import_module(module), function)(**json.loads(arguments))
+        getattr(importlib.import_module(module), name)(**json.loads(arguments))
     except BaseException:
         import traceback
 

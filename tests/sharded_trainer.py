@@ -1,0 +1,138 @@
+"""The Trainer and accelerate over several ranks, run in every process; see ranks.py."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from sharded import OPTIMIZERS, Messages, assert_equal, network, whole
+from torch.distributed.tensor import DTensor
+from torch.utils.data import Subset
+
+
+def let_accelerate_shard_on_cpus() -> None:
+    """accelerate attaches FSDP to listed kinds of devices only, and CPUs are not among them: it would run DDP."""
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    original = AcceleratorState.__init__
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        fresh = AcceleratorState._shared_state == {}
+        original(self, *args, **kwargs)
+        plugin = kwargs.get("fsdp_plugin")
+        if fresh and plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            if self._mixed_precision != "no":
+                plugin.set_mixed_precision(self._mixed_precision)
+            self.fsdp_plugin = plugin
+            self.distributed_type = DistributedType.FSDP
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = init
+
+
+def trainer_for(
+    folder: Path,
+    state_dict_type: str | None = None,
+    *,
+    dtype: str = "float32",
+    lora: bool = False,
+    plain: bool = False,
+    dropout: bool = True,
+    **settings: Any,
+) -> Any:
+    """A Trainer over a tiny GPT-2 with tied embeddings, under FSDP2 where a kind of state dict is named, else DDP."""
+    from tiny import Counting, arguments, gpt2
+    from transformers import Trainer
+
+    from hf_soap import SoapTrainer
+
+    if state_dict_type:
+        let_accelerate_shard_on_cpus()
+        wrapped = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": ["GPT2Block"]}
+        settings |= {"fsdp": "full_shard auto_wrap"}  # the way of transformers 4, which 5 still takes
+        settings |= {"fsdp_config": {"version": 2, "state_dict_type": state_dict_type, **wrapped}}
+        os.environ |= {"FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": state_dict_type}  # for transformers 4
+    if dist.get_world_size() > 1:
+        settings |= {"ddp_backend": "gloo"}
+    model: Any = gpt2(**({} if dropout else dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)))
+    model.to(getattr(torch, dtype))
+    if lora:
+        from peft import LoraConfig, get_peft_model
+
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True))
+    rows = 12 // dist.get_world_size()
+    if "mars" not in settings.get("optim", ""):
+        settings.setdefault("optim_args", "precondition_frequency=2")
+    settings = {"per_device_train_batch_size": rows, **settings}
+    args = arguments(folder, save_strategy="steps", save_steps=4, logging_steps=1, **settings)
+    return (Trainer if plain else SoapTrainer)(model=model, args=args, train_dataset=Subset(Counting(), range(60)))
+
+
+def trainer_resumes(run: str, **settings: Any) -> None:
+    """Eight steps in one go, and four from the checkpoint at the fourth: equal bit for bit."""
+    folder = Path(os.environ["SHARED_FOLDER"]) / run
+    trainer, said = trainer_for(folder, **settings), Messages("hf_soap.registry")
+    logging.getLogger("hf_soap").setLevel(logging.INFO)
+    trainer.train()
+    if not dist.get_rank():
+        assert sum("on rank 0 of" in text for text in said.texts) == bool(settings.get("state_dict_type"))
+    assert trainer.is_fsdp_enabled == bool(settings.get("state_dict_type"))
+    want = whole(trainer.model)
+    if dist.get_rank() == 0:
+        torch.save(losses_of(trainer), folder / "losses.pt")
+    dist.barrier()
+    trainer = trainer_for(folder, **settings)
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
+    assert_equal(whole(trainer.model), want, run)
+
+
+def losses_of(trainer: Any) -> list[float]:
+    """The logged losses, one a step."""
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def trainer_goes_on(run: str, tolerance: float = 0.01, **settings: Any) -> None:
+    """Resumes from what other ranks or another kind of state dict saved, with the losses that run went on with."""
+    folder = Path(os.environ["SHARED_FOLDER"]) / run
+    trainer = trainer_for(folder, **settings)
+    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
+    want, got = torch.load(folder / "losses.pt"), losses_of(trainer)
+    assert len(got) == len(want) == 8
+    assert all(abs(a - b) <= tolerance * b for a, b in zip(got, want, strict=True)), f"{got}, wanted {want}"
+
+
+def owners_save_with_plain_trainer() -> None:
+    """Only rank 0 is asked for its state there."""
+    trainer = trainer_for(Path(os.environ["SHARED_FOLDER"]) / "a", plain=True, optim_args="shard_mode=owner")
+    with pytest.raises(ValueError, match=r"shard_mode='owner' under DDP.*SoapTrainer"):
+        trainer.create_optimizer()
+
+
+def accelerate_alone() -> None:
+    """``accelerator.prepare(model, optimizer)`` without a Trainer."""
+    from accelerate import Accelerator
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    let_accelerate_shard_on_cpus()
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="NO_WRAP", reshard_after_forward=True)
+    accelerator = Accelerator(cpu=True, fsdp_plugin=plugin)
+    model = network()
+    prepared, optimizer = accelerator.prepare(model, OPTIMIZERS["soap"](model.parameters()))
+    assert all(isinstance(param, DTensor) for param in prepared.parameters())
+    losses = []
+    for step in range(30):
+        generator = torch.Generator().manual_seed(step % 3)
+        x, y = (torch.randn(16, n, generator=generator) for n in (7, 1))
+        loss = (prepared(x) - y).square().mean()
+        optimizer.zero_grad()
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(prepared.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.8 * losses[0], losses
