@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from hf_soap import owners, recut, sharding
 from hf_soap.blocks import Layout, Plan
 from hf_soap.buckets import check_state
+from hf_soap.precision import float32_products
 
 logger = logging.getLogger(__name__)
 
@@ -195,7 +196,9 @@ def restored(
     state = _as_it_was(param, plan, saved, wanted, shard, cut=cut)
     estimated = state is None and (LAYOUT in saved or not plan.rule.entrywise(plan.layout))
     if state is None:
-        state = recut.recut(_pieces(param, saved), plan.rule, plan.layout, shard, wanted)
+        pieces = _pieces(param, saved)
+        with float32_products(plan.layout.block, torch.device("cpu")):
+            state = recut.recut(pieces, plan.rule, plan.layout, shard, wanted)
     if not shard.numel and cut:
         step = state["step"] if plan.rule.entrywise(plan.layout) else torch.zeros(())
         return {"step": step.to("cpu")}, estimated

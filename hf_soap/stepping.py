@@ -25,6 +25,7 @@ from hf_soap.buckets import (
     warn_if_flattened,
 )
 from hf_soap.owners import SEEDED, UPDATED, Outcome, Ownership
+from hf_soap.precision import float32_products
 from hf_soap.state import PlannedOptimizer
 
 logger = logging.getLogger(__name__)
@@ -178,7 +179,8 @@ class BlockOptimizer(PlannedOptimizer):
         steps, size = bucket.steps.tolist(), bucket.tensors_per_chunk()
         alike = outcomes is None and not sharding.is_sharded(bucket.params[0])
         team = sharding.Team() if group["distributed_refresh"] and alike and sharding.ranks() > 1 else None
-        with torch.autocast(bucket.params[0].device.type, enabled=False):
+        device = bucket.params[0].device
+        with torch.autocast(device.type, enabled=False), float32_products(plan.layout.block, device):
             for seeding, flags in ((True, fresh), (False, ready)):
                 for first, last in adjacent(flags, size):
                     bucket.steps[first:last] += 1

@@ -42,6 +42,7 @@ LAYERS = [
     "blocks",
     "updates",
     "linalg",
+    "precision",
     "sharding",
 ]
 """A module imports only from those listed after it, and within a folder from its siblings."""

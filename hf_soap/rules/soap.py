@@ -232,10 +232,10 @@ class Soap(Rule):
         exp_avg.copy_(linalg.mode_product(exp_avg, rotation, side))
         # The second moments belong to columns: unless they are permuted with them, the sort scrambles them.
         if "exp_avg_sq" in state:
-            along = updates.along(order, side, exp_avg.dim())
-            state["exp_avg_sq"].copy_(torch.take_along_dim(state["exp_avg_sq"], along, side + 1))
+            along = updates.along(order, side, exp_avg.dim()).expand_as(exp_avg)
+            state["exp_avg_sq"].copy_(state["exp_avg_sq"].gather(side + 1, along))
         else:
-            state[V_FACTORS[side]].copy_(torch.take_along_dim(state[V_FACTORS[side]], order, 1))
+            state[V_FACTORS[side]].copy_(state[V_FACTORS[side]].gather(1, order))
 
 
 V_FACTORS = ("exp_avg_sq_row", "exp_avg_sq_col")

@@ -1,0 +1,90 @@
+"""Which arithmetic float32 matrix products use: the fastest that is exact, never TF32 or bf16 unless asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from typing import Any, ClassVar
+
+import torch
+
+EXACT, REDUCED = "ieee", {"cpu": "bf16", "cuda": "tf32"}
+"""Names of torch's settings for products of float32 matrices: in float32, or in less where that is faster."""
+
+SMALLEST, LARGEST = 128, 16384
+"""Sides of matrices that oneDNN may multiply in place of MKL. It starts too slowly for smaller ones; sums over larger
+ones it may split in a way that depends on how many matrices are multiplied at once."""
+
+
+@contextmanager
+def float32_products(block: Sequence[int], device: torch.device, *, reduced: bool = False) -> Iterator[None]:
+    """Multiplies float32 matrices exactly within the context, whatever the program has set for its model.
+
+    Factors do not survive less: at a spread of 1e7 between eigenvalues TF32 loses the small ones altogether. On a CPU
+    that has no matrix unit for bf16, oneDNN computes what torch calls its bf16 mode in float32, and on AMD processors
+    about twice as fast as MKL; there it is used.
+
+    Args:
+        block: Shape of the blocks that the matrices belong to.
+        device: Where the products are computed.
+        reduced: Let a GPU use TF32, for products that do not concern factors.
+    """
+    settings = _settings(device.type)
+    if settings is None:
+        yield
+        return
+    usual = min(block, default=0) >= SMALLEST and max(block) <= LARGEST
+    fast = reduced if device.type == "cuda" else usual and onednn_is_exact()
+    before, wanted = settings.fp32_precision, REDUCED[device.type] if fast else EXACT
+    settings.fp32_precision = wanted
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
+@cache
+def onednn_is_exact() -> bool:
+    """Whether oneDNN's bf16 mode computes products of float32 matrices in float32 on this processor."""
+    settings = _settings("cpu")
+    if settings is None or not torch.backends.mkldnn.is_available():
+        return False
+    generator = torch.Generator().manual_seed(0)
+    before = settings.fp32_precision
+    try:
+        for size in (SMALLEST, 4 * SMALLEST):
+            one, other = (torch.rand(2, size, size, generator=generator) for _ in range(2))
+            settings.fp32_precision = REDUCED["cpu"]
+            got = torch.bmm(one, other).double()
+            want = one.double() @ other.double()
+            # All entries are positive: float32 sums err by 1e-6 of the result, bf16 entries by 1e-3.
+            if ((got - want).abs() > 2e-5 * want).any():
+                return False
+    finally:
+        settings.fp32_precision = before
+    return True
+
+
+class _Legacy:
+    """The one setting for all devices that torch has before 2.9, under the names of the newer ones."""
+
+    NAMES: ClassVar = {EXACT: "highest", "tf32": "high", "bf16": "medium"}
+
+    @property
+    def fp32_precision(self) -> str:
+        now = torch.get_float32_matmul_precision()
+        return next(name for name, legacy in self.NAMES.items() if legacy == now)
+
+    @fp32_precision.setter
+    def fp32_precision(self, name: str) -> None:
+        torch.set_float32_matmul_precision(self.NAMES[name])
+
+
+def _settings(device: str) -> Any:
+    """Where torch keeps its setting for products on a kind of device; None for a kind that has none."""
+    if device not in REDUCED:
+        return None
+    backend = torch.backends.mkldnn if device == "cpu" else torch.backends.cuda
+    matmul = getattr(backend, "matmul", None)
+    return matmul if hasattr(matmul, "fp32_precision") else _Legacy()
