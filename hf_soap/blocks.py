@@ -54,6 +54,11 @@ class Layout:
         return math.prod(self.view)
 
     @cached_property
+    def whole(self) -> bool:
+        """Whether the tensor, reshaped, is its only block."""
+        return self.blocks == 1 and not self.padded
+
+    @cached_property
     def padded(self) -> bool:
         """Whether some blocks hold entries that no parameter entry stands behind."""
         return any(g * b != v for g, b, v in zip(self.grid, self.block, self.view, strict=True))
@@ -81,7 +86,7 @@ class Layout:
     def to_blocks(self, tensor: Tensor) -> Tensor:
         """Cuts a tensor into (blocks, d_1, ..., d_k), zero-padded; a view when there is one block."""
         tensor = tensor.reshape(self.view)
-        if self.blocks == 1 and not self.padded:
+        if self.whole:
             return tensor.unsqueeze(0)
         if self.padded:
             excess = [g * b - v for g, b, v in zip(self.grid, self.block, self.view, strict=True)]
@@ -250,7 +255,7 @@ class Chunk:
 
     def per_block(self, values: Sequence[float], like: Tensor) -> float | Tensor:
         """Spreads one number a tensor over its blocks, to broadcast against (blocks, d_1, ..., d_k)."""
-        if len(set(values)) == 1:
+        if values.count(values[0]) == len(values):
             return values[0]
         column = torch.tensor(values, dtype=like.dtype, device=like.device)
         return column.repeat_interleave(self.layout.blocks).view(-1, *[1] * (like.dim() - 1))

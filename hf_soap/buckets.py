@@ -16,8 +16,12 @@ from hf_soap.blocks import PREV_PARAM, Chunk, Layout, Plan
 
 logger = logging.getLogger(__name__)
 
-CHUNK_BYTES = 256 * 2**20
-"""Budget for the temporaries of one step of one bucket; a larger bucket is worked through in chunks."""
+CHUNK_BYTES = {"cpu": 4 * 2**20}
+LAUNCH_BYTES = 256 * 2**20
+"""Budgets for the temporaries of one step of one bucket; a larger bucket is worked through in chunks of whole tensors.
+
+What a CPU works on stays in its cache. Other devices want few launches.
+"""
 
 
 class Bucket:
@@ -37,6 +41,8 @@ class Bucket:
     ) -> None:
         """Takes over the state of its members.
 
+        ``fuses`` says whether the rule's fused kernels take their gradients as they are.
+
         Args:
             plan: What happens to each of them.
             members: Place in the optimizer, parameter, and shape of what is stepped: the parameter, or a part of it.
@@ -50,7 +56,11 @@ class Bucket:
         self.shapes = [shape for _, _, shape in members]
         self.stacks = plan.allocate(len(members), dtype=dtype, device=self.params[0].device)
         self.steps = torch.zeros(len(members), dtype=torch.float32, device="cpu")
-        self._pointers: list[dict[str, int]] = []
+        parts = [sharding.local(param) for param in self.params] if plan.rule.fuses and not plan.decay_last else []
+        self.fuses = bool(parts) and all(
+            part.shape == plan.layout.block and part.dtype == dtype and part.is_contiguous() for part in parts
+        )
+        self._pointers: list[list[int]] = []
         for place, param in enumerate(self.params):
             views = self.rows(place, place + 1)
             views["step"] = self.steps[place]
@@ -61,30 +71,22 @@ class Bucket:
                 if role in known:
                     view.copy_(known[role] if isinstance(known[role], Tensor) else torch.tensor(known[role]))
                 known[role] = view
-            self._pointers.append({role: view.data_ptr() for role, view in views.items()})
-        self._pieces: dict[str, list[Tensor]] = {}
-        if plan.rule.fuses and plan.layout.blocks == 1:
-            for role, stack in self.stacks.items():
-                self._pieces[role] = [stack[i].view(shape) for i, shape in enumerate(self.shapes)]
+            self._pointers.append([view.data_ptr() for view in known.values()])
 
     def rows(self, first: int, last: int) -> dict[str, Tensor]:
         """Views of the state of the tensors first..last-1, by role."""
         b = self.plan.layout.blocks
         return {role: stack[first * b : last * b] for role, stack in self.stacks.items()}
 
-    def pieces(self, first: int, last: int) -> dict[str, list[Tensor]]:
-        """State of the tensors first..last-1 by role, a view each; only for rules that fuse and one block a tensor."""
-        return {role: rows[first:last] for role, rows in self._pieces.items()}
-
     def intact(self, state: Mapping[Tensor, dict[str, Any]]) -> bool:
         """Whether every tensor's state is still the view that was handed out."""
-        for param, pointers in zip(self.params, self._pointers, strict=True):
-            known = state.get(param, {})
-            for role, pointer in pointers.items():
-                value = known.get(role)
-                if not isinstance(value, Tensor) or value.data_ptr() != pointer:
-                    return False
-        return True
+        try:
+            return all(
+                [view.data_ptr() for view in state.get(param, {}).values()] == pointers
+                for param, pointers in zip(self.params, self._pointers, strict=True)
+            )
+        except AttributeError:  # something else than a tensor
+            return False
 
     def tensors_per_chunk(self) -> int:
         """How many tensors fit into the byte budget of temporaries, at least one."""
@@ -92,7 +94,8 @@ class Bucket:
         block = math.prod(layout.block)
         largest = max((layout.block[side] ** 2 for side in layout.sides), default=0)
         per_tensor = layout.blocks * self.dtype.itemsize * (5 * block + 4 * largest)
-        return max(1, CHUNK_BYTES // max(1, per_tensor))
+        budget = LAUNCH_BYTES if self.fuses else CHUNK_BYTES.get(self.params[0].device.type, LAUNCH_BYTES)
+        return max(1, budget // max(1, per_tensor))
 
 
 def check_state(known: Mapping[str, Any], wanted: Mapping[str, Tensor], shape: tuple[int, ...]) -> None:
@@ -174,21 +177,23 @@ def state_dtype(param: Tensor) -> torch.dtype:
     return param.dtype if param.dtype in (torch.float32, torch.float64) else torch.float32
 
 
-def norms_are_sane(grads: Sequence[Tensor], dtype: torch.dtype) -> bool:
+def norms_are_sane(grads: Sequence[Tensor]) -> bool:
     """Says whether all gradients are finite and small enough for sums of their squares, with a margin of 100.
 
     Larger ones would make factors and second moments infinite for good.
 
     Args:
-        grads: Any shapes, on one device.
-        dtype: What the state is computed in: float32 or float64.
+        grads: Any shapes, of one dtype and on one device.
     """
+    dtype = state_dtype(grads[0])
     norms = torch.stack(torch._foreach_norm(list(grads), 2, dtype))
     return bool((norms < math.sqrt(torch.finfo(dtype).max / 100)).all())  # NaN compares false
 
 
 def stack_gradients(grads: Sequence[Tensor], layout: Layout, dtype: torch.dtype) -> Tensor:
     """Returns gradients as one batch of blocks (tensors * blocks, d_1, ..., d_k) in ``dtype``."""
+    if layout.whole and all(grad.shape == layout.view for grad in grads):
+        return torch.stack(list(grads)).to(dtype)
     cut = [layout.to_blocks(grad) for grad in grads]
     return (cut[0] if len(cut) == 1 else torch.cat(cut)).to(dtype)
 
@@ -218,10 +223,9 @@ def step_tensors(
     weights = [sharding.local(param) for param in bucket.params[first:last]]
     if plan.keep_weights:
         before = torch.cat([plan.layout.to_blocks(weight) for weight in weights])
-    alike = plan.layout.blocks == 1 and all(t.dtype == bucket.dtype and t.is_contiguous() for t in (*weights, *grads))
-    if plan.rule.fuses and alike and not plan.decay_last:
-        pieces = bucket.pieces(first, last)
-        plan.rule.fused_step(weights, grads, pieces, chunk.t, lr=lr, weight_decay=weight_decay)
+    if bucket.fuses and all(map(Tensor.is_contiguous, grads)) and {grad.dtype for grad in grads} == {bucket.dtype}:
+        each = {role: value.unbind() for role, value in state.items()}
+        plan.rule.fused_step(weights, grads, each, chunk.t, lr=lr, weight_decay=weight_decay)
     else:
         directions = directions_of(bucket, first, last, grads, chunk)
         apply_(weights, directions, lr=lr, weight_decay=weight_decay, decay_last=plan.decay_last)
@@ -233,7 +237,10 @@ def directions_of(bucket: Bucket, first: int, last: int, grads: Sequence[Tensor]
     """Updates the state of the tensors first..last-1 of a bucket and returns their directions, in their shapes."""
     plan = bucket.plan
     direction = plan.rule.update(stack_gradients(grads, plan.layout, bucket.dtype), bucket.rows(first, last), chunk)
-    pieces = zip(direction.split(plan.layout.blocks), bucket.shapes[first:last], strict=True)
+    shapes = bucket.shapes[first:last]
+    if plan.layout.whole and all(shape == plan.layout.view for shape in shapes):
+        return list(direction.unbind())
+    pieces = zip(direction.split(plan.layout.blocks), shapes, strict=True)
     return [plan.layout.from_blocks(piece, shape) for piece, shape in pieces]
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, ClassVar
 
@@ -12,13 +11,12 @@ import torch
 EXACT, REDUCED = "ieee", {"cpu": "bf16", "cuda": "tf32"}
 """Names of torch's settings for products of float32 matrices: in float32, or in less where that is faster."""
 
-SMALLEST, LARGEST = 128, 16384
-"""Sides of matrices that oneDNN may multiply in place of MKL. It starts too slowly for smaller ones; sums over larger
-ones it may split in a way that depends on how many matrices are multiplied at once."""
+SMALLEST, LARGEST = 128, 8192
+"""Longest sides of matrices that oneDNN may multiply in place of MKL. It starts too slowly for smaller ones; sums over
+larger ones it may split in a way that depends on how many matrices are multiplied at once."""
 
 
-@contextmanager
-def float32_products(block: Sequence[int], device: torch.device, *, reduced: bool = False) -> Iterator[None]:
+class float32_products:
     """Multiplies float32 matrices exactly within the context, whatever the program has set for its model.
 
     Factors do not survive less: at a spread of 1e7 between eigenvalues TF32 loses the small ones altogether. On a CPU
@@ -30,18 +28,22 @@ def float32_products(block: Sequence[int], device: torch.device, *, reduced: boo
         device: Where the products are computed.
         reduced: Let a GPU use TF32, for products that do not concern factors.
     """
-    settings = _settings(device.type)
-    if settings is None:
-        yield
-        return
-    usual = min(block, default=0) >= SMALLEST and max(block) <= LARGEST
-    fast = reduced if device.type == "cuda" else usual and onednn_is_exact()
-    before, wanted = settings.fp32_precision, REDUCED[device.type] if fast else EXACT
-    settings.fp32_precision = wanted
-    try:
-        yield
-    finally:
-        settings.fp32_precision = before
+
+    def __init__(self, block: Sequence[int], device: torch.device, *, reduced: bool = False) -> None:
+        self._settings = _settings(device.type)
+        usual = SMALLEST <= max(block, default=0) <= LARGEST
+        fast = reduced if device.type == "cuda" else usual and onednn_is_exact()
+        self._wanted = REDUCED[device.type] if fast and self._settings is not None else EXACT
+
+    def __enter__(self) -> None:
+        if self._settings is not None:
+            self._before = self._settings.fp32_precision
+            if self._before != self._wanted:
+                self._settings.fp32_precision = self._wanted
+
+    def __exit__(self, *error: object) -> None:
+        if self._settings is not None and self._before != self._wanted:
+            self._settings.fp32_precision = self._before
 
 
 @cache
@@ -81,6 +83,7 @@ class _Legacy:
         torch.set_float32_matmul_precision(self.NAMES[name])
 
 
+@cache
 def _settings(device: str) -> Any:
     """Where torch keeps its setting for products on a kind of device; None for a kind that has none."""
     if device not in REDUCED:

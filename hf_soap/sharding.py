@@ -48,8 +48,13 @@ class Shard:
         return tensor[tuple(slice(start, start + size) for start, size in cut)]
 
 
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
 def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
     """Whether a tensor is a DTensor, replicated ones included."""
+    if type(tensor) in PLAIN:  # asked several times a parameter and step
+        return False
     dtensor = sys.modules.get("torch.distributed.tensor")  # not loaded: no DTensor exists, and loading takes 0.6 s
     return dtensor is not None and isinstance(tensor, dtensor.DTensor)
 

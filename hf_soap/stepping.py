@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Sequence
@@ -65,7 +66,7 @@ class BlockOptimizer(PlannedOptimizer):
     def _step_all(self, *, allocate_only: bool) -> None:
         owners = self._find_owners()
         for number, group, places in self._trainable():
-            own = {i: p for i, p in places.items() if owners is None or p not in owners.owner}
+            own = places if owners is None else {i: p for i, p in places.items() if p not in owners.owner}
             if not allocate_only:
                 self._count_empty_parts(own.values())
             for bucket in self._group_buckets((number, 0), group, own):
@@ -92,24 +93,24 @@ class BlockOptimizer(PlannedOptimizer):
 
     def _gradients_usable(self) -> bool:
         """Refuses sparse gradients, and says whether all gradients are finite where a group wants to know."""
-        checked: list[Tensor] = []
+        checked: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for group in self.param_groups:
+            skips = group["nonfinite"] == "skip"
             for param in group["params"]:
-                if param.grad is None or not param.requires_grad:
+                grad = param.grad
+                if grad is None or not param.requires_grad:
                     continue
-                if param.grad.is_sparse or param.grad.layout != torch.strided:
+                if grad.layout != torch.strided:
                     raise ValueError(
-                        f"{type(self).__name__} needs dense gradients, got {param.grad.layout} for a parameter of "
+                        f"{type(self).__name__} needs dense gradients, got {grad.layout} for a parameter of "
                         f"shape {tuple(param.shape)}; build the embedding with sparse=False"
                     )
-                sharding.settle_gradient_(param)
-                grad = sharding.local_grad(param)
-                if group["nonfinite"] == "skip" and grad is not None and grad.numel():
-                    checked.append(grad)
-        kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-        for grad in checked:
-            kinds.setdefault((grad.device, state_dtype(grad)), []).append(grad)
-        fine = all(norms_are_sane(grads, dtype) for (_, dtype), grads in kinds.items())
+                if sharding.is_sharded(param):
+                    sharding.settle_gradient_(param)
+                    grad = sharding.local_grad(param)
+                if skips and grad is not None and grad.numel():
+                    checked.setdefault((grad.device, grad.dtype), []).append(grad)
+        fine = all(norms_are_sane(grads) for grads in checked.values())
         guarded = [p for group in self.param_groups if group["nonfinite"] == "skip" for p in group["params"]]
         if sharding.agree(fine, guarded):
             return True
@@ -179,11 +180,10 @@ class BlockOptimizer(PlannedOptimizer):
         steps, size = bucket.steps.tolist(), bucket.tensors_per_chunk()
         alike = outcomes is None and not sharding.is_sharded(bucket.params[0])
         team = sharding.Team() if group["distributed_refresh"] and alike and sharding.ranks() > 1 else None
-        device = bucket.params[0].device
-        with torch.autocast(device.type, enabled=False), float32_products(plan.layout.block, device):
+        with self._exact_arithmetic(bucket):
             for seeding, flags in ((True, fresh), (False, ready)):
                 for first, last in adjacent(flags, size):
-                    bucket.steps[first:last] += 1
+                    bucket.steps[first:last].add_(1)
                     t = tuple(int(step) + 1 - plan.rule.seeds for step in steps[first:last])
                     chunk = Chunk(plan.layout, t, tuple(bucket.index[first:last]), self._background, team)
                     given = [grad for grad in grads[first:last] if grad is not None]
@@ -199,6 +199,16 @@ class BlockOptimizer(PlannedOptimizer):
                     if outcomes is not None:
                         for place, param in enumerate(bucket.params[first:last]):
                             outcomes[param] = (SEEDED, None) if seeding else (UPDATED, directions[place])
+
+    @staticmethod
+    def _exact_arithmetic(bucket: Bucket) -> contextlib.ExitStack:
+        """Keeps what the program has set for its model's arithmetic away from the step of a bucket."""
+        contexts, device = contextlib.ExitStack(), bucket.params[0].device
+        if torch.is_autocast_enabled(device.type):
+            contexts.enter_context(torch.autocast(device.type, enabled=False))
+        if not bucket.fuses:  # fused kernels multiply no matrices
+            contexts.enter_context(float32_products(bucket.plan.layout.block, device))
+        return contexts
 
     def _step_owned(self, owners: Ownership, *, allocate_only: bool) -> None:
         """Steps the parameters that have owners, round by round, with the next round's gradients under way."""

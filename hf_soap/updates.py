@@ -30,7 +30,7 @@ def adam_direction(
     exp_avg.lerp_(grad, 1 - beta1)
     exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
     denominator = exp_avg_sq.sqrt().add_(eps)
-    return exp_avg.div(denominator)
+    return torch.div(exp_avg, denominator, out=denominator)
 
 
 def bias_correction(t: int, *, beta1: float, beta2: float) -> float:
@@ -83,7 +83,7 @@ def factorized_adam_direction(
     column.lerp_(square.mean(1), 1 - beta2)
     scale = row.mean(1, keepdim=True).clamp_(min=torch.finfo(row.dtype).tiny)
     denominator = torch.mul(row.div(scale).unsqueeze(2), column.unsqueeze(1), out=square).sqrt_().add_(eps)
-    return exp_avg.div(denominator)
+    return torch.div(exp_avg, denominator, out=denominator)
 
 
 def along(values: Tensor, mode: int, dim: int) -> Tensor:
@@ -133,14 +133,29 @@ def take_step_(
         weight_decay: Decoupled weight decay, arXiv:1711.05101.
         decay_last: Decay what the update left, as SOAP's official implementation does, instead of what it found.
     """
-    weights, steps, alpha = list(params), list(directions), 1.0
+    weights, steps = list(params), list(directions)
     if isinstance(lr, Tensor):
         lr = lr.reshape(()).to(steps[0].device)  # foreach takes a scalar, and not a vector of one entry
-        torch._foreach_mul_(steps, lr)
-    else:
-        alpha = lr
+    elif all(map(Tensor.is_contiguous, weights)) and all(map(Tensor.is_contiguous, steps)):
+        # One pass in place of three. A decay behind the update shrinks what the update added, too.
+        kept = 1 - lr * weight_decay if decay_last else 1.0
+        if kept > 0:
+            torch._fused_sgd_(
+                weights,
+                steps,
+                [],
+                weight_decay=weight_decay / kept,
+                momentum=0.0,
+                lr=lr * kept,
+                dampening=0.0,
+                nesterov=False,
+                maximize=False,
+                is_first_step=False,
+            )
+            return
     if weight_decay and not decay_last:
         torch._foreach_mul_(weights, 1 - lr * weight_decay)
-    torch._foreach_sub_(weights, steps, alpha=alpha)
+    torch._foreach_mul_(steps, lr)
+    torch._foreach_sub_(weights, steps)
     if weight_decay and decay_last:
         torch._foreach_mul_(weights, 1 - lr * weight_decay)

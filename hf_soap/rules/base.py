@@ -77,16 +77,18 @@ class Rule:
         *,
         lr: float | Tensor,
         weight_decay: float,
+        divisors: Sequence[Tensor] | None = None,
     ) -> None:
         """Takes the whole step of :meth:`update` and the weights, where the rule :attr:`fuses` them.
 
         Args:
-            params: Tensors of one block each and of the state's dtype, changed in place.
-            grads: Their gradients.
+            params: Tensors of one block each, of the block's shape and the state's dtype, changed in place.
+            grads: Their gradients; used up where there are divisors.
             state: Their state by role, one tensor each, changed in place.
             t: 1-based number of the update of each.
             lr: Learning rate.
             weight_decay: Decoupled weight decay, taken from the weights before the update.
+            divisors: What each gradient is divided by first, scalars.
         """
         raise TypeError(f"{type(self).__name__} must define fused_step where it fuses")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -62,16 +63,21 @@ class AdamW(Rule):
         *,
         lr: float | Tensor,
         weight_decay: float,
+        divisors: Sequence[Tensor] | None = None,
     ) -> None:
         """Takes the step by torch's fused AdamW, which updates weights and moments in one pass."""
-        device = params[0].device
+        device, divisor = params[0].device, None
+        if divisors is not None and len(divisors) == 1 and divisors[0].dtype == torch.float32:
+            (divisor,) = divisors  # the kernel divides on its way, but by one number of float32 alone
+        elif divisors is not None:
+            torch._foreach_div_(list(grads), list(divisors))
         torch._fused_adamw_(
             list(params),
             list(grads),
             list(state["exp_avg"]),
             list(state["exp_avg_sq"]),
             [],
-            [torch.full((), float(number), device=device) for number in t],
+            [_counter(number, device) for number in t],
             amsgrad=False,
             lr=lr,
             beta1=self.beta1,
@@ -79,7 +85,14 @@ class AdamW(Rule):
             weight_decay=weight_decay,
             eps=self.eps,
             maximize=False,
+            grad_scale=divisor,
         )
+
+
+@lru_cache(maxsize=64)
+def _counter(number: int, device: torch.device) -> Tensor:
+    """A number of updates as torch's kernel takes it; the tensors of a model mostly share theirs."""
+    return torch.full((), float(number), device=device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,8 +135,11 @@ class Lion(Rule):
         *,
         lr: float | Tensor,
         weight_decay: float,
+        divisors: Sequence[Tensor] | None = None,
     ) -> None:
         """Takes the step by torch's multi-tensor kernels."""
+        if divisors is not None:
+            torch._foreach_div_(list(grads), list(divisors))
         exp_avgs = list(state["exp_avg"])
         torch._foreach_lerp_(exp_avgs, list(grads), 1 - self.beta1)
         updates.take_step_(params, torch._foreach_sign(exp_avgs), lr=lr, weight_decay=weight_decay)

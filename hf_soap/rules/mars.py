@@ -12,6 +12,9 @@ from hf_soap import updates
 from hf_soap.blocks import Chunk, Layout
 from hf_soap.rules.base import Rule, State, zeros
 
+CACHED_BYTES = 2**18
+"""On a CPU, gradients of so many bytes go through all kernels together, so that they stay in its cache."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Mars(Rule):
@@ -91,23 +94,25 @@ class Mars(Rule):
         *,
         lr: float | Tensor,
         weight_decay: float,
+        divisors: Sequence[Tensor] | None = None,
     ) -> None:
         """Corrects the gradients in the buffer of the previous ones and hands them to the inner rule's kernels."""
-        # A CPU keeps a tensor in its cache from one kernel to the next; a GPU wants few launches.
-        each = 1 if params[0].device.type == "cpu" else len(params)
+        each = len(params)
+        if params[0].device.type == "cpu":
+            each = max(1, CACHED_BYTES // (params[0].numel() * params[0].element_size()))
         for first in range(0, len(params), each):
             part = slice(first, first + each)
-            fresh, own = list(grads[part]), {role: tensors[part] for role, tensors in state.items()}
-            buffers = [grad.clone() for grad in fresh] if self.exact else list(own["prev_grad"])
+            fresh, own = list(grads[part]), {role: list(tensors[part]) for role, tensors in state.items()}
+            corrected = [grad.clone() for grad in fresh] if self.exact else own["prev_grad"]
             if not self.exact:
-                torch._foreach_lerp_(buffers, fresh, 1 + self.gamma * self.beta1 / (1 - self.beta1))
-            norms = torch._foreach_norm(buffers)
+                torch._foreach_lerp_(corrected, fresh, 1 + self.gamma * self.beta1 / (1 - self.beta1))
+            norms = torch._foreach_norm(corrected)
             torch._foreach_clamp_min_(norms, 1.0)
-            torch._foreach_reciprocal_(norms)
-            torch._foreach_mul_(buffers, norms)
-            self.inner.fused_step(params[part], buffers, own, t[part], lr=lr, weight_decay=weight_decay)
+            self.inner.fused_step(
+                params[part], corrected, own, t[part], lr=lr, weight_decay=weight_decay, divisors=norms
+            )
             if not self.exact:
-                torch._foreach_copy_(buffers, fresh)
+                torch._foreach_copy_(corrected, fresh)
 
     def _corrected(self, grad: Tensor, state: State, chunk: Chunk) -> Tensor:
         if self.exact:
