@@ -10,6 +10,7 @@ import typer
 
 from hf_soap.cli.compare import compare
 from hf_soap.cli.options import options
+from hf_soap.cli.plan import plan
 from hf_soap.cli.run import run
 
 app = typer.Typer(
@@ -23,6 +24,7 @@ app = typer.Typer(
 app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})(run)
 app.command()(compare)
 app.command()(options)
+app.command()(plan)
 
 
 def main() -> None:

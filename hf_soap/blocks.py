@@ -78,11 +78,6 @@ class Layout:
         """Entries of all factors of one tensor; the bases take as many again."""
         return self.blocks * sum(self.block[side] ** 2 for side in self.sides)
 
-    def work(self, *, refreshes_only: bool = False) -> float:
-        """Roughly the floating point operations that preconditioning takes, with refreshes at a frequency of 10."""
-        block = 0 if refreshes_only else math.prod(self.block)
-        return self.blocks * sum(0.667 * self.block[i] ** 3 + 5 * block * self.block[i] for i in self.sides)
-
     def to_blocks(self, tensor: Tensor) -> Tensor:
         """Cuts a tensor into (blocks, d_1, ..., d_k), zero-padded; a view when there is one block."""
         tensor = tensor.reshape(self.view)
@@ -224,6 +219,10 @@ class Plan:
             shape = (tensors * self.layout.blocks, *self.layout.block)
             state[PREV_PARAM] = torch.zeros(shape, dtype=dtype, device=device)
         return state
+
+    def work(self, *, refreshes_only: bool = False) -> float:
+        """Floating point operations of the matrix products and decompositions of a step, averaged over refreshes."""
+        return self.rule.work(self.layout, refreshes_only=refreshes_only)
 
 
 @dataclass(frozen=True)

@@ -90,12 +90,15 @@ class Bucket:
 
     def tensors_per_chunk(self) -> int:
         """How many tensors fit into the byte budget of temporaries, at least one."""
-        layout = self.plan.layout
-        block = math.prod(layout.block)
-        largest = max((layout.block[side] ** 2 for side in layout.sides), default=0)
-        per_tensor = layout.blocks * self.dtype.itemsize * (5 * block + 4 * largest)
         budget = LAUNCH_BYTES if self.fuses else CHUNK_BYTES.get(self.params[0].device.type, LAUNCH_BYTES)
-        return max(1, budget // max(1, per_tensor))
+        return max(1, budget // max(1, temporary_bytes(self.plan.layout, self.dtype)))
+
+
+def temporary_bytes(layout: Layout, dtype: torch.dtype) -> int:
+    """Estimates what the step of one tensor needs beside its state, for as long as it takes."""
+    block = math.prod(layout.block)
+    largest = max((layout.block[side] ** 2 for side in layout.sides), default=0)
+    return layout.blocks * dtype.itemsize * (5 * block + 4 * largest)
 
 
 def check_state(known: Mapping[str, Any], wanted: Mapping[str, Tensor], shape: tuple[int, ...]) -> None:

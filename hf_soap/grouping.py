@@ -17,6 +17,7 @@ from hf_soap.stepping import BlockOptimizer
 if TYPE_CHECKING:
     from torch import nn
 
+    from hf_soap.blocks import Plan
     from hf_soap.schema import OptimizerConfig
 
 LORA = re.compile(r"lora_(embedding_)?[AB]\b")
@@ -94,9 +95,7 @@ def routing_table(optimizer: BlockOptimizer) -> str:
             if not param.requires_grad:
                 continue
             plan, whole = optimizer.plan_of(group, param), optimizer.owned(group, param)
-            rule, blocks = plan.rule.describe(plan.layout), plan.layout.blocks
-            parts = f" of each of {blocks} blocks" if blocks > 1 else ""
-            count = totals.setdefault(f"{rule}{parts}{', by owner' if whole else ''}", [0, 0, 0])
+            count = totals.setdefault(describe(plan, owned=whole), [0, 0, 0])
             count[0] += 1
             count[1] += param.numel() if whole else local(param).numel()
             count[2] += 2 * plan.layout.factor_numel() * state_dtype(param).itemsize
@@ -107,6 +106,18 @@ def routing_table(optimizer: BlockOptimizer) -> str:
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
         for row in rows
     )
+
+
+def describe(plan: Plan, *, owned: bool) -> str:
+    """Says in a few words what happens to a tensor.
+
+    Args:
+        plan: Its plan.
+        owned: Whether one rank preconditions the whole of it.
+    """
+    blocks = plan.layout.blocks
+    parts = f" of each of {blocks} blocks" if blocks > 1 else ""
+    return f"{plan.rule.describe(plan.layout)}{parts}{', by owner' if owned else ''}"
 
 
 def _listed(params: Any) -> list[Tensor]:

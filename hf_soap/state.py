@@ -126,7 +126,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
             for group, param in listed:
                 if self.owned(group, param):
                     params.append(param)
-                    loads.append((self.plan_of(group, param).layout.work(), self._bytes_of(group, param)))
+                    loads.append((self.plan_of(group, param).work(), self._bytes_of(group, param)))
             dtypes = [state_dtype(param) for param in params]
             among = [param for _, param in listed]
             self._owners = Ownership(params, loads, dtypes, among=among, known=self._owner_of)
@@ -246,21 +246,35 @@ class PlannedOptimizer(torch.optim.Optimizer):
 
     def _wanted_state(self, group: dict[str, Any], param: Tensor) -> dict[str, Tensor]:
         """Shapes and dtypes of the state of this rank's part of a parameter, on the meta device."""
-        device = torch.device("meta")
-        state = self.plan_of(group, param).allocate(1, dtype=state_dtype(param), device=device)
-        return {**state, "step": torch.zeros((), device=device)}
+        return planned_state(self.plan_of(group, param), param)
 
     def state_bytes(self) -> int:
         """Returns the bytes of state of all trainable parameters on this rank, whether it was made already or not."""
+        return sum(self.state_bytes_of_parameters().values())
+
+    def state_bytes_of_parameters(self) -> dict[Tensor, int]:
+        """Returns the bytes of state that this rank keeps of each trainable parameter; see :meth:`state_bytes`."""
         owners = self._find_owners()
-        total = 0.0
+        octets = {}
         for _, group, places in self._trainable():
             for param in places.values():
                 if owners is not None and param in owners.owner:
-                    total += self._bytes_of(group, param) if owners.owns(param) else torch.float32.itemsize
+                    octets[param] = self._bytes_of(group, param) if owners.owns(param) else torch.float32.itemsize
                 elif sharding.local(param).numel():
-                    total += self._bytes_of(group, param)
-        return int(total)
+                    octets[param] = self._bytes_of(group, param)
+        return octets
 
-    def _bytes_of(self, group: dict[str, Any], param: Tensor) -> float:
-        return sum(value.numel() * value.element_size() for value in self._wanted_state(group, param).values())
+    def _bytes_of(self, group: dict[str, Any], param: Tensor) -> int:
+        return bytes_of(self._wanted_state(group, param))
+
+
+def planned_state(plan: Plan, param: Tensor) -> dict[str, Tensor]:
+    """Returns shapes and dtypes, on the meta device, of the state that a plan keeps of a parameter."""
+    device = torch.device("meta")
+    state = plan.allocate(1, dtype=state_dtype(param), device=device)
+    return {**state, "step": torch.zeros((), device=device)}
+
+
+def bytes_of(state: Mapping[str, Tensor]) -> int:
+    """Returns the size of tensors."""
+    return sum(value.numel() * value.element_size() for value in state.values())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from contextlib import nullcontext
 from dataclasses import fields
 from enum import Enum
@@ -12,9 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_soap import metrics, registry, resume, schema
+from hf_soap import metrics, preflight, registry, resume, schema
 from hf_soap.optimizers import MARS
 from hf_soap.stepping import BlockOptimizer
+
+logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
     _Base = Trainer
@@ -30,13 +33,21 @@ class SoapTrainerMixin(_Base):
     Args:
         *args: Positional arguments of the Trainer.
         optimizer_config: Which optimizer and its options, in place of ``optim`` and ``optim_args``.
+        preflight: Look before the first step whether gradients and optimizer state fit into the device's memory: a
+            warning if they do not fit into what is free, an error if the state is larger than the device.
         **kwargs: Keyword arguments of the Trainer.
 
     Raises:
         ValueError: If ``optim_args`` is wrong, or contradicts ``optimizer_config``.
     """
 
-    def __init__(self, *args: Any, optimizer_config: schema.OptimizerConfig | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        optimizer_config: schema.OptimizerConfig | None = None,
+        preflight: bool = True,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
         self._window: list[tuple[RandomState, Any]] = []
         if optimizer_config is not None:
@@ -45,6 +56,8 @@ class SoapTrainerMixin(_Base):
             config = registry.resolve(self.args)
             if every := getattr(config, "log_every", 0):
                 self.add_callback(_LogDiagnostics(self, every))
+            if preflight:
+                self.add_callback(_Preflight(self))
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Makes the optimizer as the Trainer does; one whose state is spread over ranks may be made here."""
@@ -140,6 +153,22 @@ class _LogDiagnostics(TrainerCallback):
             due = control.should_log
             self.trainer.log(self.trainer.optimizer_diagnostics())
             control.should_log = due  # logging clears it, and the loss of this step would go unlogged
+
+
+class _Preflight(TrainerCallback):
+    """Looks when training begins: only then are parameters sharded, and those who own state known."""
+
+    def __init__(self, trainer: SoapTrainerMixin) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        optimizer = getattr(self.trainer.optimizer, "optimizer", self.trainer.optimizer)
+        if isinstance(optimizer, BlockOptimizer) and self.trainer.model is not None:
+            config = registry.resolve(args)
+            for warning in preflight.check(self.trainer.model, optimizer, config):
+                logger.warning("optim=%s: %s", config.name, warning)
 
 
 def _write_config(args: TrainingArguments, config: schema.OptimizerConfig) -> None:

@@ -24,7 +24,7 @@ def loads(optimizer: BlockOptimizer) -> list[tuple[float, float]]:
         for param in group["params"]:
             plan = optimizer.plan(group, param.shape)
             if not plan.rule.elementwise(plan.layout):
-                found.append((plan.layout.work(), optimizer._bytes_of(group, param)))
+                found.append((plan.work(), optimizer._bytes_of(group, param)))
     return found
 
 

@@ -22,6 +22,8 @@ LAYERS = [
     "trainer",
     "recipes",
     "metrics",
+    "preflight",
+    "planning",
     "registry",
     "resume",
     "hooks",

@@ -61,6 +61,10 @@ class Rule:
         """Names in a few words what happens to a tensor of this layout, for tables."""
         return type(self).__name__
 
+    def work(self, layout: Layout, *, refreshes_only: bool = False) -> float:
+        """Floating point operations of the matrix products and decompositions of a step, averaged over refreshes."""
+        return 0.0
+
     def seed(self, grad: Tensor, state: State, chunk: Chunk) -> None:
         """Absorbs the first non-zero gradient (blocks, d_1, ..., d_k) into ``state``, in place."""
 

@@ -72,6 +72,10 @@ class Mars(Rule):
         """Returns the inner rule with MARS before it."""
         return f"MARS {self.inner.describe(layout)}"
 
+    def work(self, layout: Layout, *, refreshes_only: bool = False) -> float:
+        """As the inner rule."""
+        return self.inner.work(layout, refreshes_only=refreshes_only)
+
     def seed(self, grad: Tensor, state: State, chunk: Chunk) -> None:
         """Seeds the inner rule with the corrected gradient."""
         self.inner.seed(self._corrected(grad, state, chunk), state, chunk)

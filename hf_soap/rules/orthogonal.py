@@ -39,6 +39,11 @@ class Orthogonal(Rule):
         """Returns Newton–Schulz."""
         return "Newton-Schulz"
 
+    def work(self, layout: Layout, *, refreshes_only: bool = False) -> float:
+        """Five iterations of three products each."""
+        short, long = sorted(layout.block)
+        return 0.0 if refreshes_only else layout.blocks * 5 * (4.0 * short**2 * long + 2.0 * short**3)
+
     def update(self, grad: Tensor, state: State, chunk: Chunk) -> Tensor:
         """Returns the scaled orthogonal factor of M, (blocks, rows, cols)."""
         exp_avg = state["exp_avg"].lerp_(grad, 1 - self.beta1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -135,6 +136,13 @@ class Soap(Rule):
         sides = len(layout.sides)
         name = "KL-SOAP" if self.kl else "SOAP"
         return f"{name}, {sides} side{'s' if sides > 1 else ''}" if sides else "Adam"
+
+    def work(self, layout: Layout, *, refreshes_only: bool = False) -> float:
+        """Two rotations and a Gram matrix a side; in a refresh QR, two products, and the rotation of the momentum."""
+        numel, sides = math.prod(layout.block), [layout.block[side] for side in layout.sides]
+        step = 0.0 if refreshes_only else sum(6.0 * numel * n for n in sides)
+        refresh = sum((8 / 3 + 2 + 2) * n**3 + 2 * numel * n for n in sides)
+        return layout.blocks * (step + refresh / self.precondition_frequency)
 
     def seed(self, grad: Tensor, state: State, chunk: Chunk) -> None:
         """Sets factors and bases from the first gradient; no gradient shapes the basis it is rotated into."""
