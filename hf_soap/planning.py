@@ -225,7 +225,7 @@ class Report:
     """What ``hf-soap plan`` says.
 
     Attributes:
-        model: Class of the model.
+        model: Class of the model, of that under adapters.
         parameters: Number of parameters.
         trained: Number of those that are trained.
         optim: Name of the optimizer.
@@ -286,7 +286,7 @@ def report(
     fine = fits(cost)
     found = [] if fine else settings_that_fit(config, run.cost, fits)
     return Report(
-        model=type(run.model).__name__,
+        model=type(getattr(run.model, "get_base_model", lambda: run.model)()).__name__,
         parameters=sum(param.numel() for param in run.model.parameters()),
         trained=sum(param.numel() for param in run.model.parameters() if param.requires_grad),
         optim=config.name,

@@ -90,9 +90,11 @@ def suggestion(model: nn.Module, optimizer: BlockOptimizer, config: schema.Optim
         plans = [made.plan_of(group, p) for group in made.param_groups for p in group["params"] if p.requires_grad]
         return costs.Cost(state=made.state_bytes(), work=sum(plan.work() for plan in plans))
 
-    for found, cost in planning.settings_that_fit(config, measure, lambda cost: cost.state <= room):
-        return f"use optim_args={found.to_optim_args()!r} ({_gib(cost.state)} of state)"
-    return "no setting of the optimizer that was tried fits; use LoRA, or FSDP2 on more ranks"
+    found = planning.settings_that_fit(config, measure, lambda cost: cost.state <= room)
+    if not found:
+        return "no setting of the optimizer that was tried fits; use LoRA, or FSDP2 on more ranks"
+    best, cost = found[0]
+    return f"use optim_args={best.to_optim_args()!r} ({_gib(cost.state)} of state)"
 
 
 def device_memory(device: torch.device) -> tuple[int, int] | None:

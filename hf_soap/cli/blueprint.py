@@ -64,6 +64,7 @@ def _with_adapters(model: Any, r: int, targets: str | None) -> nn.Module:
 
 def trainer_groups(model: Any) -> list[dict[str, Any]]:
     """Returns the param groups that the Trainer makes: weights that decay, and those that do not."""
+    # The method looks at the model alone, and a Trainer would want the model to have weights.
     decaying = set(transformers.Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
     trained = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
     return [

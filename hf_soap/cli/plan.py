@@ -85,7 +85,7 @@ def _config(optim: str, optim_args: str, shard_mode: str | None) -> OptimizerCon
 PLACES = {
     "local": "FSDP2, each rank its part of a matrix (shard_mode=local)",
     "owner": "FSDP2, whole matrices on one rank each (shard_mode=owner)",
-    "ddp": "DDP, refreshes split among the ranks",
+    "ddp": "DDP",
     "ddp, owner": "DDP, whole matrices on one rank each (shard_mode=owner)",
 }
 
@@ -102,9 +102,12 @@ def _show(console: Console, report: Report, memory: float | None) -> None:
 
 
 def _routing(rows: list[Row], *, owners: bool) -> Table:
-    names = ("tensors", "shape", "rule", "factors of", "decay", "factors GiB", "state GiB")
+    names = ("tensors", "shape", "rule", "factors of", "decay", "factors", "state")
     caption = "state of tensors by owner is that of all owners together, other state that of each rank"
     table = Table(*names, caption=caption if owners else None)
+    table.columns[0].overflow = "fold"
+    for column in table.columns[4:]:
+        column.justify = "right"
     for row in rows:
         table.add_row(
             row.example + (f" × {row.tensors}" if row.tensors > 1 else ""),
@@ -112,24 +115,25 @@ def _routing(rows: list[Row], *, owners: bool) -> Table:
             row.rule,
             ", ".join(map(str, row.sides)),
             "yes" if row.decays else "no",
-            _gib(row.factors),
-            _gib(row.state),
+            _size(row.factors),
+            _size(row.state),
         )
     return table
 
 
 def _figures(report: Report, memory: float | None) -> Table:
     asked, cost = report.asked, report.asked.cost
-    table = Table("of each rank, at most", "", show_header=True)
-    table.add_row("weights", f"{_gib(report.weights)} GiB")
-    table.add_row("gradients", f"{_gib(report.gradients)} GiB")
-    table.add_row("optimizer: factors, bases, roots", f"{_gib(cost.factors)} GiB")
-    table.add_row("optimizer: other state", f"{_gib(cost.state - cost.factors)} GiB")
-    table.add_row("optimizer: temporaries of a step, about", f"{_gib(cost.temporaries)} GiB")
-    table.add_row("together", f"{_gib(asked.memory)} GiB")
+    table = Table("of each rank, at most", "")
+    table.columns[1].justify = "right"
+    table.add_row("weights", _size(report.weights))
+    table.add_row("gradients", _size(report.gradients))
+    table.add_row("optimizer: factors, bases, roots", _size(cost.factors))
+    table.add_row("optimizer: other state", _size(cost.state - cost.factors))
+    table.add_row("optimizer: temporaries of a step, about", _size(cost.temporaries))
+    table.add_row("together", _size(asked.memory))
     if memory is not None:
-        table.add_row("left for activations", f"{_gib(memory - asked.memory)} GiB")
-    table.add_row("sent by the optimizer in a step", f"{_gib(cost.sent)} GiB", end_section=True)
+        table.add_row("left for activations", _size(memory - asked.memory))
+    table.add_row("sent by the optimizer in a step", _size(cost.sent), end_section=True)
     table.add_row("preconditioning, a step", f"{cost.work / 1e12:,.2f} TFLOP")
     table.add_row(f"forward and backward of {report.tokens:,} tokens", f"{report.model_work / 1e12:,.2f} TFLOP")
     table.add_row("overhead", f"{asked.overhead:.1%}")
@@ -142,11 +146,12 @@ def _suggestions(report: Report) -> Table | str:
             "This does not fit, nor does any setting that was tried. Use more ranks under FSDP2 (--fsdp), LoRA "
             "(--lora-r) or bfloat16 weights (--dtype)."
         )
-    table = Table("optim_args", "state GiB", "together GiB", "overhead", title="This does not fit; these settings do")
+    table = Table("optim_args", "state", "together", "overhead", title="This does not fit; these settings do")
+    table.columns[0].overflow = "fold"
     for found in report.suggestions:
-        table.add_row(found.optim_args, _gib(found.cost.state), _gib(found.memory), f"{found.overhead:.1%}")
+        table.add_row(found.optim_args, _size(found.cost.state), _size(found.memory), f"{found.overhead:.1%}")
     return table
 
 
-def _gib(octets: float) -> str:
-    return f"{octets / GIB:,.2f}"
+def _size(octets: float) -> str:
+    return f"{octets / GIB:,.2f} GiB" if abs(octets) >= GIB / 10 else f"{octets / 2**20:,.2f} MiB"

@@ -118,7 +118,7 @@ class Shampoo(Rule):
     def work(self, layout: Layout, *, refreshes_only: bool = False) -> float:
         """A product and a Gram matrix a side, with KL a product for each other side; eigh and a product for a root.
 
-        Coupled Newton takes as many products as it needs, in the order of ten times that of eigh.
+        Coupled Newton counts as eigh, of which it takes several times: how often it multiplies depends on the matrix.
         """
         numel, sides = math.prod(layout.block), [layout.block[side] for side in layout.sides]
         products = 4.0 + 2 * self.kl * (len(sides) - 1)
