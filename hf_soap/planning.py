@@ -111,7 +111,8 @@ def model_work(model: nn.Module, *, tokens: int) -> float:
         model: A model of transformers; it may be on the meta device.
         tokens: Tokens in a step.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
     names = ("num_local_experts", "num_experts", "n_routed_experts")
     experts = next((getattr(config, name) for name in names if getattr(config, name, None)), 1)
     active = (getattr(config, "num_experts_per_tok", None) or experts) / experts
