@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_soap.storage import Storage
+
 if TYPE_CHECKING:
     from hf_soap.background import Background
     from hf_soap.rules import Rule
@@ -203,6 +205,7 @@ class Plan:
         weight_decay: In place of the group's, where set.
         decay_last: Decay the weights after the update, as SOAP's implementation does; else both at once.
         keep_weights: Keep the weights before the last update in the state, for exact MARS.
+        storage: How its state is kept between steps.
     """
 
     rule: Rule
@@ -211,9 +214,27 @@ class Plan:
     weight_decay: float | None = None
     decay_last: bool = False
     keep_weights: bool = False
+    storage: Storage = Storage()
+
+    @property
+    def entrywise(self) -> bool:
+        """Whether all state has the tensor's own shape and coordinates, so that it can be cut anew."""
+        return self.rule.entrywise(self.layout)
+
+    @cached_property
+    def kept(self) -> Storage:
+        """How state is kept: what can be cut anew has no scales for its blocks, and no matrices to be packed."""
+        if not self.entrywise:
+            return self.storage
+        return Storage("float32" if self.storage.format == "float32" else "bfloat16")
 
     def allocate(self, tensors: int, *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-        """Returns fresh state by role for a number of tensors, each of shape (tensors * blocks, ...)."""
+        """Returns fresh state by role for a number of tensors, (tensors * blocks, ...) each, as it is kept."""
+        state = self.computed(tensors, dtype=dtype, device=device if self.kept.plain else torch.device("meta"))
+        return state if self.kept.plain else self.kept.allocate(state, device)
+
+    def computed(self, tensors: int, *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        """As :meth:`allocate`, as the rule computes with it."""
         state = self.rule.allocate(self.layout, tensors, dtype=dtype, device=device)
         if self.keep_weights:
             shape = (tensors * self.layout.blocks, *self.layout.block)

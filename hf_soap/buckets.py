@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from hf_soap import sharding, updates
 from hf_soap.blocks import PREV_PARAM, Chunk, Layout, Plan
+from hf_soap.storage import SCALE, step_keys
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +58,8 @@ class Bucket:
         self.shapes = [shape for _, _, shape in members]
         self.stacks = plan.allocate(len(members), dtype=dtype, device=self.params[0].device)
         self.steps = torch.zeros(len(members), dtype=torch.float32, device="cpu")
-        parts = [sharding.local(param) for param in self.params] if plan.rule.fuses and not plan.decay_last else []
+        fuses = plan.rule.fuses and plan.kept.plain and not plan.decay_last
+        parts = [sharding.local(param) for param in self.params] if fuses else []
         self.fuses = bool(parts) and all(
             part.shape == plan.layout.block and part.dtype == dtype and part.is_contiguous() for part in parts
         )
@@ -66,6 +69,10 @@ class Bucket:
             views["step"] = self.steps[place]
             known = state[param]
             if known.keys() - {"step"} or known.get("step", 0) > 0:
+                known.update(plan.kept.converted(known, views))
+                for role in known.keys() - views.keys():
+                    if role.endswith(SCALE):
+                        del known[role]
                 check_state(known, views, tuple(param.shape))
             for role, view in views.items():
                 if role in known:
@@ -77,6 +84,17 @@ class Bucket:
         """Views of the state of the tensors first..last-1, by role."""
         b = self.plan.layout.blocks
         return {role: stack[first * b : last * b] for role, stack in self.stacks.items()}
+
+    @contextmanager
+    def working(self, first: int, last: int, chunk: Chunk) -> Iterator[dict[str, Tensor]]:
+        """State of the tensors first..last-1 to compute with, which is put back as it is kept on leaving."""
+        kept, storage = self.rows(first, last), self.plan.kept
+        state = storage.decode(kept, self.dtype)
+        versions = {role: value._version for role, value in state.items()}
+        yield state
+        changed = {role: value for role, value in state.items() if value._version != versions[role]}
+        if not storage.plain:
+            storage.encode_(kept, changed, step_keys(chunk.t, chunk.index))
 
     def intact(self, state: Mapping[Tensor, dict[str, Any]]) -> bool:
         """Whether every tensor's state is still the view that was handed out."""
@@ -91,14 +109,19 @@ class Bucket:
     def tensors_per_chunk(self) -> int:
         """How many tensors fit into the byte budget of temporaries, at least one."""
         budget = LAUNCH_BYTES if self.fuses else CHUNK_BYTES.get(self.params[0].device.type, LAUNCH_BYTES)
-        return max(1, budget // max(1, temporary_bytes(self.plan.layout, self.dtype)))
+        return max(1, budget // max(1, temporary_bytes(self.plan, self.dtype)))
 
 
-def temporary_bytes(layout: Layout, dtype: torch.dtype) -> int:
+def temporary_bytes(plan: Plan, dtype: torch.dtype) -> int:
     """Estimates what the step of one tensor needs beside its state, for as long as it takes."""
+    layout = plan.layout
     block = math.prod(layout.block)
     largest = max((layout.block[side] ** 2 for side in layout.sides), default=0)
-    return layout.blocks * dtype.itemsize * (5 * block + 4 * largest)
+    needs = layout.blocks * dtype.itemsize * (5 * block + 4 * largest)
+    if not plan.kept.plain:
+        computed = plan.computed(1, dtype=dtype, device=torch.device("meta"))
+        needs += sum(value.numel() * value.element_size() for value in computed.values())
+    return needs
 
 
 def check_state(known: Mapping[str, Any], wanted: Mapping[str, Tensor], shape: tuple[int, ...]) -> None:
@@ -137,7 +160,7 @@ def stages(bucket: Bucket, grads: Sequence[Tensor | None]) -> tuple[list[bool], 
         unseen = [grad for grad, is_new in zip(grads, new, strict=True) if is_new and grad is not None]
         nonzero = iter(torch.stack([grad.count_nonzero() for grad in unseen]).tolist())
         # A rank's part may be zero where another's is not; what needs no factors is then counted alike by all.
-        parts = rule.entrywise(bucket.plan.layout) and sharding.is_sharded(bucket.params[0])
+        parts = bucket.plan.entrywise and sharding.is_sharded(bucket.params[0])
         fresh = [is_new and (next(nonzero) > 0 or parts) for is_new in new]
     else:
         fresh = new
@@ -222,24 +245,25 @@ def step_tensors(
         lr: Learning rate.
         weight_decay: Decoupled weight decay.
     """
-    plan, state = bucket.plan, bucket.rows(first, last)
+    plan = bucket.plan
     weights = [sharding.local(param) for param in bucket.params[first:last]]
     if plan.keep_weights:
         before = torch.cat([plan.layout.to_blocks(weight) for weight in weights])
     if bucket.fuses and all(map(Tensor.is_contiguous, grads)) and {grad.dtype for grad in grads} == {bucket.dtype}:
-        each = {role: value.unbind() for role, value in state.items()}
+        each = {role: value.unbind() for role, value in bucket.rows(first, last).items()}
         plan.rule.fused_step(weights, grads, each, chunk.t, lr=lr, weight_decay=weight_decay)
     else:
         directions = directions_of(bucket, first, last, grads, chunk)
         apply_(weights, directions, lr=lr, weight_decay=weight_decay, decay_last=plan.decay_last)
     if plan.keep_weights:
-        state[PREV_PARAM].copy_(before)
+        bucket.rows(first, last)[PREV_PARAM].copy_(before)
 
 
 def directions_of(bucket: Bucket, first: int, last: int, grads: Sequence[Tensor], chunk: Chunk) -> list[Tensor]:
     """Updates the state of the tensors first..last-1 of a bucket and returns their directions, in their shapes."""
     plan = bucket.plan
-    direction = plan.rule.update(stack_gradients(grads, plan.layout, bucket.dtype), bucket.rows(first, last), chunk)
+    with bucket.working(first, last, chunk) as state:
+        direction = plan.rule.update(stack_gradients(grads, plan.layout, bucket.dtype), state, chunk)
     shapes = bucket.shapes[first:last]
     if plan.layout.whole and all(shape == plan.layout.view for shape in shapes):
         return list(direction.unbind())

@@ -10,7 +10,8 @@ import itertools
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from hf_soap import owners, recut, sharding
 from hf_soap.blocks import Layout, Plan
 from hf_soap.buckets import check_state
 from hf_soap.precision import float32_products
+from hf_soap.storage import decoded
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +98,7 @@ def packed(param: Tensor, plan: Plan, state: dict[str, Any], wanted: dict[str, T
         State by role. What has the tensor's coordinates has its shape; all else of a sharded parameter is stacked over
         the ranks, see :func:`hf_soap.sharding.to_stack`, with a role that says how each was cut.
     """
-    part, whole = sharding.local(param), plan.rule.entrywise(plan.layout)
+    part, whole = sharding.local(param), plan.entrywise
     saved: dict[str, Any] = {}
     for role, like in wanted.items():
         value = state.get(role)
@@ -147,7 +149,7 @@ def packed_of_owner(
                 saved[role] = brought
         else:
             saved[role] = owners.spread_rows(value, like, owner, param)
-    if not plan.rule.entrywise(plan.layout):
+    if not plan.entrywise:
         saved[LAYOUT] = recut.describe(_whole(param), plan.layout).to("cpu" if to_first else part.device)
     return saved
 
@@ -159,7 +161,7 @@ def _whole(param: Tensor) -> sharding.Shard:
 
 def packed_shapes(param: Tensor, plan: Plan, wanted: dict[str, Tensor], *, whole: bool) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of what is saved of a parameter, by role; ``whole`` says that it has an owner."""
-    stack, entrywise = () if whole else sharding.stack_sizes(param), plan.rule.entrywise(plan.layout)
+    stack, entrywise = () if whole else sharding.stack_sizes(param), plan.entrywise
     shapes = {role: (*stack, *like.shape) for role, like in wanted.items()}
     if entrywise and sharding.is_sharded(param) and not whole:
         shapes = {role: () if role == "step" else tuple(param.shape) for role in shapes}
@@ -194,14 +196,16 @@ def restored(
     part, cut = sharding.local(param), sharding.is_sharded(param) and not whole
     shard = sharding.shard_of(param) if cut else _whole(param)
     state = _as_it_was(param, plan, saved, wanted, shard, cut=cut)
-    estimated = state is None and (LAYOUT in saved or not plan.rule.entrywise(plan.layout))
+    estimated = state is None and (LAYOUT in saved or not plan.entrywise)
     if state is None:
-        pieces = _pieces(param, saved)
+        pieces = [replace(piece, state=decoded(piece.state, torch.float32)) for piece in _pieces(param, saved)]
+        computed = plan.computed(1, dtype=torch.float32, device=torch.device("meta"))
         with float32_products(plan.layout.block, torch.device("cpu")):
-            state = recut.recut(pieces, plan.rule, plan.layout, shard, wanted)
+            state = recut.recut(pieces, plan.rule, plan.layout, shard, {**computed, "step": wanted["step"]})
     if not shard.numel and cut:
-        step = state["step"] if plan.rule.entrywise(plan.layout) else torch.zeros(())
+        step = state["step"] if plan.entrywise else torch.zeros(())
         return {"step": step.to("cpu")}, estimated
+    state = plan.kept.converted(state, wanted)
     check_state(state, wanted, tuple(param.shape))
     return {role: value.to("cpu" if role == "step" else part.device) for role, value in state.items()}, estimated
 
@@ -212,10 +216,10 @@ def _as_it_was(
     """What this rank steps of saved state, or None if it was cut in another way."""
     own = recut.describe(shard, plan.layout)
     if (described := saved.get(LAYOUT)) is not None:
-        mine = _own_place(param, described, own.shape) if cut else described
+        mine = _own_place(param, described) if cut else described
         if mine is None or mine.numel() != own.numel() or not torch.equal(mine.view(own.shape).cpu(), own):
             return None
-    entrywise = plan.rule.entrywise(plan.layout)
+    entrywise = plan.entrywise
     state = {}
     for role, value in saved.items():
         if role == LAYOUT:
@@ -223,13 +227,11 @@ def _as_it_was(
         like = wanted.get(role)
         tensor = value if isinstance(value, Tensor) else torch.tensor(value)
         taken: Tensor | None = tensor
-        if like is None:
-            pass  # unknown, which the caller finds out
-        elif role == "step" and (entrywise or not cut or not sharding.stack_sizes(param)):
+        if role == "step" and (entrywise or not cut or not sharding.stack_sizes(param)):
             taken = sharding.gathered(tensor).max()  # several ranks may have saved one each
         elif cut:
-            taken = _own_part(param, tensor) if entrywise else _own_place(param, tensor, like.shape)
-        elif entrywise and tensor.numel() == like.numel():
+            taken = _own_part(param, tensor) if entrywise else _own_place(param, tensor)
+        elif entrywise and like is not None and tensor.numel() == like.numel():
             taken = tensor.reshape(like.shape)
         if taken is None:
             return None
@@ -238,11 +240,13 @@ def _as_it_was(
     return state
 
 
-def _own_place(param: Tensor, value: Tensor, shape: Sequence[int]) -> Tensor | None:
+def _own_place(param: Tensor, value: Tensor) -> Tensor | None:
     """This rank's place of stacked state, or None if it was not stacked over these ranks."""
+    stack = sharding.stack_sizes(param)
     if sharding.is_sharded(value):
-        return sharding.local(value).reshape(tuple(shape))
-    if tuple(value.shape) != (*sharding.stack_sizes(param), *shape):
+        part = sharding.local(value)
+        return part.reshape(part.shape[len(stack) :])
+    if tuple(value.shape[: len(stack)]) != stack:
         return None
     return value[sharding.place_in_stack(param)]
 

@@ -18,6 +18,12 @@ class _Guard(OptimizerConfig):
         "With several ranks: `local` preconditions each rank's part of a matrix, `owner` whole matrices on one rank "
         "each, equal to one process.",
     )
+    state_dtype: Literal["float32", "bfloat16", "float8"] = option(
+        "float32",
+        "What state is kept in between steps; `float8` is for moments, what goes with them is bfloat16. Rounded at "
+        "random, repeatably.",
+    )
+    pack_factors: bool = option(False, "Keep one triangle of each symmetric matrix: exact, and slightly slower.")
     distributed_refresh: bool | None = option(
         None, "Split refreshes among ranks with equal weights and gradients; `none` does so under the Trainer's DDP."
     )

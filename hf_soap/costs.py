@@ -106,7 +106,7 @@ def cost(optimizer: BlockOptimizer, *, ranks: int, mode: Mode) -> Cost:
     for share in shares(optimizer, ranks=ranks, mode=mode):
         param, plan = share.param, share.plan
         octets = state_dtype(param).itemsize
-        needs = temporary_bytes(plan.layout, state_dtype(param))
+        needs = temporary_bytes(plan, state_dtype(param))
         at_once = [at_once[0] + needs, max(at_once[1], needs)]
         if share.owned:
             owned.append(share)

@@ -14,6 +14,33 @@ def symmetrize(matrix: Tensor) -> Tensor:
     return (matrix + matrix.mT).mul_(0.5)
 
 
+def pack(matrix: Tensor) -> Tensor:
+    """Folds symmetric matrices (..., n, n) to (..., n // 2 + 1, n), which holds one triangle.
+
+    The lower right corner is laid under the diagonal of the upper left one.
+    """
+    n = matrix.shape[-1]
+    rows = n // 2 + 1
+    folded = matrix[..., :rows, :].clone()
+    corner = matrix[..., rows:, rows:].tril()
+    under = folded[..., 1 : n - rows + 1, : n - rows]
+    under.copy_(corner + under.triu(1))
+    return folded
+
+
+def unpack(folded: Tensor) -> Tensor:
+    """Unfolds what :func:`pack` made of symmetric matrices."""
+    rows, n = folded.shape[-2:]
+    matrix = folded.new_empty(*folded.shape[:-2], n, n)
+    left, right = folded[..., :rows], folded[..., rows:]
+    under = folded[..., 1 : n - rows + 1, : n - rows]
+    matrix[..., :rows, :rows] = left.triu() + left.triu(1).mT
+    matrix[..., :rows, rows:] = right
+    matrix[..., rows:, :rows] = right.mT
+    matrix[..., rows:, rows:] = under.tril() + under.tril(-1).mT
+    return matrix
+
+
 def unfold(tensor: Tensor, mode: int) -> Tensor:
     """Lays out mode ``mode`` of a batch of blocks as the rows of a batch of matrices.
 

@@ -8,6 +8,7 @@ import torch
 
 from hf_soap import linalg
 from hf_soap.stepping import BlockOptimizer
+from hf_soap.storage import decoded
 
 
 @torch.no_grad()
@@ -24,7 +25,8 @@ def diagnostics(optimizer: BlockOptimizer) -> dict[str, float]:
         ``skipped_steps``: steps left out because of a non-finite gradient. Names carry the prefix ``optimizer/``.
     """
     found: defaultdict[str, list[float]] = defaultdict(list)
-    for state in optimizer.state.values():
+    for kept in optimizer.state.values():
+        state = decoded(kept, torch.float32)
         found["seeded_share"].append(float(state["step"] > 0))
         for role, value in state.items():
             # Without a basis, a factor lives in the space of the gradients, where it need not be diagonal.

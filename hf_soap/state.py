@@ -65,7 +65,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
         if math.prod(sharding.stack_sizes(param)) == 1 or self.owned(group, param):
             return self.plan(group, shard.whole)
         plan = self.plan(group, shard.largest, sharded=True)
-        if plan.rule.entrywise(plan.layout):
+        if plan.entrywise:
             size = shard.size or (1,)
             return replace(plan, layout=Layout(size, (1,) * len(size), size, ()))
         return replace(plan, layout=plan.layout.fitted(shard.largest, shard.size))

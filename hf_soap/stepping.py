@@ -189,7 +189,8 @@ class BlockOptimizer(PlannedOptimizer):
                     given = [grad for grad in grads[first:last] if grad is not None]
                     if seeding:
                         grad = stack_gradients(given, plan.layout, bucket.dtype)
-                        plan.rule.seed(grad, bucket.rows(first, last), chunk)
+                        with bucket.working(first, last, chunk) as state:
+                            plan.rule.seed(grad, state, chunk)
                         directions: list[Tensor] = []
                     elif outcomes is None:
                         lr = group["lr"] * plan.lr_scale

@@ -133,10 +133,10 @@ def take_step_(
         weight_decay: Decoupled weight decay, arXiv:1711.05101.
         decay_last: Decay what the update left, as SOAP's official implementation does, instead of what it found.
     """
-    weights, steps = list(params), list(directions)
+    weights, steps = list(params), [direction.contiguous() for direction in directions]
     if isinstance(lr, Tensor):
         lr = lr.reshape(()).to(steps[0].device)  # foreach takes a scalar, and not a vector of one entry
-    elif all(map(Tensor.is_contiguous, weights)) and all(map(Tensor.is_contiguous, steps)):
+    elif all(map(Tensor.is_contiguous, weights)):
         # One pass in place of three. A decay behind the update shrinks what the update added, too.
         kept = 1 - lr * weight_decay if decay_last else 1.0
         if kept > 0:

@@ -43,6 +43,7 @@ LAYERS = [
     "background",
     "blocks",
     "updates",
+    "storage",
     "linalg",
     "precision",
     "sharding",

@@ -176,23 +176,30 @@ def test_a_suggestion_fits(tmp_path: Path) -> None:
 def test_the_fewest_changes_come_first_and_of_them_the_quickest(tmp_path: Path) -> None:
     blueprint = model_without_weights(save_config("llama", tmp_path))
     run = planning.Run(blueprint, trainer_groups(blueprint))
-    costs = {text: run.cost(SoapConfig(**options)) for text, options in OPTIONS.items()}
-    least, half = costs["one_sided=true,factorized=true"].state, costs["one_sided=true"].state
-    found = planning.settings_that_fit(SoapConfig(), run.cost, lambda cost: cost.state <= half)
-    assert [config.to_optim_args() for config, _ in found] == ["one_sided=true"]
-    found = planning.settings_that_fit(SoapConfig(), run.cost, lambda cost: cost.state <= least)
-    assert [config.to_optim_args() for config, _ in found] == ["one_sided=true,factorized=true"]
-    found = planning.settings_that_fit(SoapConfig(), run.cost, lambda cost: cost.state < costs[""].state)
-    assert {config.to_optim_args() for config, _ in found} == {"factorized=true", "one_sided=true"}
-    assert [cost.work for _, cost in found] == sorted(cost.work for _, cost in found)
+    whole, half, least = (run.cost(SoapConfig(**options)).state for options in ({}, HALF, LEAST))
+
+    def texts(limit: float) -> list[str]:
+        found = planning.settings_that_fit(SoapConfig(), run.cost, lambda cost: cost.state <= limit)
+        assert [cost.work for _, cost in found] == sorted(cost.work for _, cost in found)
+        return [config.to_optim_args() for config, _ in found]
+
+    one_change = {
+        "one_sided=true",
+        "factorized=true",
+        "pack_factors=true",
+        "state_dtype=bfloat16",
+        "state_dtype=float8",
+    }
+    assert set(texts(whole - 1)) == one_change
+    assert texts(half)[0] == "one_sided=true"
+    assert set(texts(half)) < one_change
+    assert "one_sided=true,factorized=true" in texts(least)
+    assert {text.count("=") for text in texts(least)} == {2}
     assert not planning.settings_that_fit(SoapConfig(), run.cost, lambda cost: False)
 
 
-OPTIONS: dict[str, dict[str, Any]] = {
-    "": {},
-    "one_sided=true": {"one_sided": True},
-    "one_sided=true,factorized=true": {"one_sided": True, "factorized": True},
-}
+HALF: dict[str, Any] = {"one_sided": True}
+LEAST: dict[str, Any] = {"one_sided": True, "factorized": True}
 
 
 def test_owners_are_suggested_to_ranks_alone(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch.optim.optimizer import ParamsT
 from hf_soap import configs, schema, updates
 from hf_soap.blocks import PREV_PARAM, Plan, plan_layout
 from hf_soap.checks import check_choice, check_pair
-from hf_soap.optimizers.soap import plan_factors, soap_rule
+from hf_soap.optimizers.soap import plan_factors, soap_rule, storage_of
 from hf_soap.rules import AdamW, Lion, Mars, Orthogonal, Rule
 from hf_soap.sharding import local, local_grad, settle_gradient_
 from hf_soap.stepping import BlockOptimizer
@@ -43,6 +43,10 @@ class MARS(BlockOptimizer):
         nonfinite: ``"skip"`` leaves out a step in which any gradient holds NaN or Inf; ``"off"`` does not look.
         shard_mode: With several ranks: ``"local"`` preconditions each rank's part of a matrix by itself, ``"owner"``
             whole matrices on one rank each, which is equal to one process.
+        state_dtype: What state is kept in between steps: ``"float32"`` (float64 for float64 parameters),
+            ``"bfloat16"``, or ``"float8"`` for the moments of what has factors and bfloat16 for all else. Arithmetic
+            is in float32; rounding is stochastic and depends on step, parameter and role alone.
+        pack_factors: Keep one triangle of each symmetric matrix.
         distributed_refresh: Split decompositions among ranks that hold equal weights and gradients (DDP): each does
             its share and gives it to the others. All ranks must step together. None is False but for the Trainer.
         shampoo_beta: Here and below, settings of SOAP for ``variant="soap"``; see :class:`SOAP`.
@@ -73,6 +77,8 @@ class MARS(BlockOptimizer):
         *,
         nonfinite: Literal["skip", "off"] = "skip",
         shard_mode: Literal["local", "owner"] = "local",
+        state_dtype: Literal["float32", "bfloat16", "float8"] = "float32",
+        pack_factors: bool = False,
         distributed_refresh: bool | None = None,
         shampoo_beta: float | None = None,
         precondition_frequency: int = 10,
@@ -218,16 +224,17 @@ class MARS(BlockOptimizer):
         """Returns the variant's rule behind the correction, or AdamW for what is no matrix."""
         matrix = len(shape) == 2 or (group["rule"] == "soap" and len(shape) > 2)
         whole = plan_layout(shape, max_precond_dim=0)
+        kept: dict[str, Any] = {"keep_weights": group["exact"], "storage": storage_of(group)}
         if group["rule"] == "adam" or not (matrix or group["optimize_1d"]):
             beta1, beta2 = group["betas_1d"]
             scale = 1.0 if group["lr_1d"] is None else group["lr_1d"] / group["base_lr"]
             adamw, decay = AdamW(beta1=beta1, beta2=beta2, eps=group["eps"]), group["weight_decay_1d"]
-            return Plan(adamw, whole, lr_scale=scale, weight_decay=decay, keep_weights=group["exact"])
+            return Plan(adamw, whole, lr_scale=scale, weight_decay=decay, **kept)
         soap = group["rule"] == "soap"
         inner = soap_rule(group) if soap else _mars_inner(group, matrix=matrix)
         rule = Mars(inner=inner, beta1=group["betas"][0], gamma=group["gamma"], exact=group["exact"])
         layout = plan_factors(group, shape, sharded=sharded) if soap else whole
-        return Plan(rule, layout, decay_last=soap, keep_weights=group["exact"])
+        return Plan(rule, layout, decay_last=soap, **kept)
 
 
 def _mars_inner(group: dict[str, Any], *, matrix: bool) -> Rule:

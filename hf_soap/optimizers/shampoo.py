@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 from hf_soap import configs, rules, sharding
 from hf_soap.blocks import Plan
 from hf_soap.checks import check_choice
-from hf_soap.optimizers.soap import plan_factors
+from hf_soap.optimizers.soap import plan_factors, storage_of
 from hf_soap.stepping import BlockOptimizer
 
 
@@ -53,6 +53,10 @@ class Shampoo(BlockOptimizer):
         nonfinite: ``"skip"`` leaves out a step in which any gradient holds NaN or Inf; ``"off"`` does not look.
         shard_mode: With several ranks: ``"local"`` preconditions each rank's part of a matrix by itself, ``"owner"``
             whole matrices on one rank each, which is equal to one process.
+        state_dtype: What state is kept in between steps: ``"float32"`` (float64 for float64 parameters),
+            ``"bfloat16"``, or ``"float8"`` for the moments of what has factors and bfloat16 for all else. Arithmetic
+            is in float32; rounding is stochastic and depends on step, parameter and role alone.
+        pack_factors: Keep one triangle of each symmetric matrix.
         distributed_refresh: Split decompositions among ranks that hold equal weights and gradients (DDP): each does
             its share and gives it to the others. All ranks must step together. None is False but for the Trainer.
 
@@ -96,6 +100,8 @@ class Shampoo(BlockOptimizer):
         kl: bool = False,
         nonfinite: Literal["skip", "off"] = "skip",
         shard_mode: Literal["local", "owner"] = "local",
+        state_dtype: Literal["float32", "bfloat16", "float8"] = "float32",
+        pack_factors: bool = False,
         distributed_refresh: bool | None = None,
     ) -> None:
         defaults = {key: value for key, value in locals().items() if key not in ("self", "params", "__class__")}
@@ -132,7 +138,8 @@ class Shampoo(BlockOptimizer):
         beta1, beta2 = group["betas"]
         layout = plan_factors(group, shape, sharded=sharded)
         if not layout.sides and (group["kl"] or group["rule"] == "adam"):
-            return Plan(rules.AdamW(beta1=beta1, beta2=beta2, eps=group["eps"]), layout)
+            adamw = rules.AdamW(beta1=beta1, beta2=beta2, eps=group["eps"])
+            return Plan(adamw, layout, storage=storage_of(group))
         shampoo_beta = beta2 if group["shampoo_beta"] is None else group["shampoo_beta"]
         start = group["start_step"]
         if start is None:
@@ -147,6 +154,7 @@ class Shampoo(BlockOptimizer):
                 **{name: group[name] for name in PASSED_ON},
             ),
             layout,
+            storage=storage_of(group),
         )
 
 

@@ -12,7 +12,9 @@ from hf_soap import configs
 from hf_soap.blocks import Layout, Plan, plan_layout
 from hf_soap.checks import check_choice
 from hf_soap.rules import Soap
+from hf_soap.rules.soap import ORTHONORMALIZE_EVERY
 from hf_soap.stepping import BlockOptimizer
+from hf_soap.storage import Storage
 
 
 class SOAP(BlockOptimizer):
@@ -46,6 +48,10 @@ class SOAP(BlockOptimizer):
         nonfinite: ``"skip"`` leaves out a step in which any gradient holds NaN or Inf; ``"off"`` does not look.
         shard_mode: With several ranks: ``"local"`` preconditions each rank's part of a matrix by itself, ``"owner"``
             whole matrices on one rank each, which is equal to one process.
+        state_dtype: What state is kept in between steps: ``"float32"`` (float64 for float64 parameters),
+            ``"bfloat16"``, or ``"float8"`` for the moments of what has factors and bfloat16 for all else. Arithmetic
+            is in float32; rounding is stochastic and depends on step, parameter and role alone.
+        pack_factors: Keep one triangle of each symmetric matrix.
         distributed_refresh: Split decompositions among ranks that hold equal weights and gradients (DDP): each does
             its share and gives it to the others. All ranks must step together. None is False but for the Trainer.
 
@@ -83,6 +89,8 @@ class SOAP(BlockOptimizer):
         refresh_tol: float = 0.0,
         nonfinite: Literal["skip", "off"] = "skip",
         shard_mode: Literal["local", "owner"] = "local",
+        state_dtype: Literal["float32", "bfloat16", "float8"] = "float32",
+        pack_factors: bool = False,
         distributed_refresh: bool | None = None,
     ) -> None:
         defaults = {key: value for key, value in locals().items() if key not in ("self", "params", "__class__")}
@@ -94,7 +102,8 @@ class SOAP(BlockOptimizer):
 
     def plan(self, group: dict[str, Any], shape: Sequence[int], *, sharded: bool = False) -> Plan:
         """Returns the SOAP rule with the group's settings; Adam is SOAP without a factored side."""
-        return Plan(soap_rule(group), plan_factors(group, shape, sharded=sharded), decay_last=True)
+        layout = plan_factors(group, shape, sharded=sharded)
+        return Plan(soap_rule(group), layout, decay_last=True, storage=storage_of(group))
 
 
 def soap_rule(group: dict[str, Any]) -> Soap:
@@ -109,8 +118,15 @@ def soap_rule(group: dict[str, Any]) -> Soap:
         normalize_grads=group.get("normalize_grads", False),
         correct_bias=group.get("correct_bias", True),
         stagger=group["stagger"],
+        # A rounded basis is orthonormal to 2^-9 alone, and rounding it anew at each refresh would add up.
+        orthonormalize_every=ORTHONORMALIZE_EVERY if group["state_dtype"] == "float32" else 1,
         **{name: group[name] for name in ("factorized", "kl", "include_current", "refresh_tol") if name in group},
     )
+
+
+def storage_of(group: dict[str, Any]) -> Storage:
+    """Says how the state of a param group is kept."""
+    return Storage(group["state_dtype"], group["pack_factors"])
 
 
 def plan_factors(group: dict[str, Any], shape: Sequence[int], *, sharded: bool) -> Layout:

@@ -41,6 +41,7 @@ class Soap(Rule):
         kl: Whiten the gradient by the other factors before it enters a factor.
         include_current: Factor and basis see the current gradient before it is rotated, not after.
         refresh_tol: Leave a basis alone that diagonalises its factor to this share, ‖L̂ - diag L̂‖ ≤ tol·‖L̂‖.
+        orthonormalize_every: Refreshes between two corrections of a basis.
 
     Source:
         SOAP, arXiv:2409.11321, algorithm 3, with the conventions of its official implementation; factorized V there
@@ -59,6 +60,7 @@ class Soap(Rule):
     kl: bool = False
     include_current: bool = False
     refresh_tol: float = 0.0
+    orthonormalize_every: int = ORTHONORMALIZE_EVERY
 
     @property
     def seeds(self) -> bool:
@@ -227,7 +229,7 @@ class Soap(Rule):
             else:
                 self._refresh_side(state, side, chunk)
             basis = state[f"basis_{side}"]
-            for blocks, _ in chunk.runs(n % ORTHONORMALIZE_EVERY == 0 for n in refreshes):
+            for blocks, _ in chunk.runs(n % self.orthonormalize_every == 0 for n in refreshes):
                 basis[blocks].copy_(linalg.orthonormalize(basis[blocks]))
 
     def _refresh_side(self, state: State, side: int, chunk: Chunk) -> None:
