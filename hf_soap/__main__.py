@@ -11,6 +11,7 @@ import typer
 from hf_soap.cli.compare import compare
 from hf_soap.cli.options import options
 from hf_soap.cli.plan import plan
+from hf_soap.cli.recipe import app as recipe
 from hf_soap.cli.run import run
 
 app = typer.Typer(
@@ -25,6 +26,7 @@ app.command(context_settings={"ignore_unknown_options": True, "allow_intersperse
 app.command()(compare)
 app.command()(options)
 app.command()(plan)
+app.add_typer(recipe, name="recipe")
 
 
 def main() -> None:

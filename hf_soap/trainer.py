@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_soap import metrics, preflight, registry, resume, schema
+from hf_soap import cards, metrics, registry, resume, schema
 from hf_soap.optimizers import MARS
 from hf_soap.stepping import BlockOptimizer
 
@@ -26,7 +27,7 @@ else:
 
 
 class SoapTrainerMixin(_Base):
-    """Adds to a Trainer: typed config, early checks, diagnostics, exact MARS, resume past a broken checkpoint.
+    """Adds to a Trainer: typed config, early checks, diagnostics, exact MARS, careful resume, recipes in model cards.
 
     Put it first: ``class MyTrainer(SoapTrainerMixin, SFTTrainer): ...``.
 
@@ -95,6 +96,12 @@ class SoapTrainerMixin(_Base):
             resume_from_checkpoint = str(found)
         self._window.clear()
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Writes the card of the Trainer, with optimizer, loss curve, results and recipe; ``push_to_hub`` calls it."""
+        super().create_model_card(*args, **kwargs)
+        if self.is_world_process_zero():
+            cards.complete(self)
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Computes the gradients of one batch; for exact MARS those of the accumulated batches are then corrected.

@@ -14,7 +14,7 @@ All arguments may come from a .yaml or .json file of argument names, given first
 
     python scripts/run_clm.py recipe.yaml --seed 2
 
-A run whose output folder holds a checkpoint continues from it.
+A run whose output folder holds a checkpoint continues from it. It leaves a model card and a recipe there.
 """
 
 import difflib
@@ -280,7 +280,7 @@ def build_model(script: ScriptArguments, tokenizer: Any) -> Any:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
-    """Trains, evaluates, saves; returns the metrics of both."""
+    """Trains, evaluates, saves, writes the model card; returns the metrics of both."""
     script, args = parse(sys.argv[1:] if argv is None else argv)
     logging.basicConfig(level=logging.INFO if args.process_index == 0 else logging.WARNING)
     set_seed(args.seed)
@@ -315,6 +315,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     for split, metrics in results.items():
         trainer.log_metrics(split, metrics)
         trainer.save_metrics(split, metrics)
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    else:
+        trainer.create_model_card()
     return results["train"] | results.get("eval", {})
 
 

@@ -20,6 +20,7 @@ LAYERS = [
     "cli",
     "__init__",
     "trainer",
+    "cards",
     "recipes",
     "metrics",
     "preflight",
@@ -54,12 +55,12 @@ PEERS = {"heavyball", "pytorch-optimizer"}
 """Optimizer packages that a benchmark times where it finds them."""
 
 USERS = {
-    "transformers": {"cli", "trainer", "recipes", "metrics", "registry", "grouping"},
-    "accelerate": {"cli", "trainer", "recipes", "metrics", "registry", "grouping"},
-    "peft": {"cli", "trainer", "recipes", "metrics", "registry", "grouping"},
+    "transformers": {"cli", "trainer", "cards", "recipes", "metrics", "registry", "grouping"},
+    "accelerate": {"cli", "trainer", "cards", "recipes", "metrics", "registry", "grouping"},
+    "peft": {"cli", "trainer", "cards", "recipes", "metrics", "registry", "grouping"},
     "torch.distributed": {"sharding", "owners", "checkpoint"},
     "datasets": {"cli"},
-    "matplotlib": {"cli"},
+    "matplotlib": {"cli", "cards"},
     "typer": {"cli", "__main__"},
     "rich": {"cli", "__main__", "grouping"},
 }

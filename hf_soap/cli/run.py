@@ -5,14 +5,19 @@ from __future__ import annotations
 import importlib.util
 import os
 import runpy
+import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from hf_soap import recipes
+from hf_soap.cli.recipe import refusals
+from hf_soap.recipes import hub
 
 CHILDREN = Path(__file__).parent / "children"
 """Holds the sitecustomize.py that registers the optimizers in the Python processes that a program starts."""
@@ -26,11 +31,19 @@ def run(
         list[str],
         typer.Argument(metavar="SCRIPT.py|COMMAND|-m MODULE [ARGS]", show_default=False),
     ],
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="A file or a repository of the Hub; none leaves a --recipe behind to the program."),
+    ] = None,
+    allow_key: Annotated[
+        list[str] | None, typer.Option(help="A key of the recipe that is an option of your own script.")
+    ] = None,
 ) -> None:
     """Run an unedited training program with soap, shampoo and mars among the optimizers it knows.
 
     SCRIPT.py is a file, COMMAND an installed Python command, MODULE what `python -m` takes. What follows goes to the
-    program as it stands. Python processes that the program starts know the optimizers too.
+    program as it stands, but for --recipe: the recipe's keys become options of the program, in front of those that
+    you give, which win. Python processes that the program starts know the optimizers too.
 
     ```
     hf-soap run run_clm.py --optim soap ...
@@ -38,9 +51,11 @@ def run(
     hf-soap run -m trl.scripts.sft --optim soap ...
     torchrun --nproc_per_node 2 -m hf_soap run run_clm.py --optim soap ...
     accelerate launch -m hf_soap run run_clm.py --optim soap ...
+    hf-soap run run_clm.py --recipe user/model --learning_rate 1e-3
     ```
     """
-    launch = prepare(program)
+    launch = prepare(with_recipe(program, recipe, allow_key or ()))
+    recipes.remember(sys.argv)
     _register_in_children()
     ctx.obj.append(launch)
 
@@ -77,6 +92,58 @@ def prepare(program: list[str]) -> Launch:
         f"got {name!r}, wanted an existing script or an installed Python command; "
         f"check the path (the working folder is {Path.cwd()}), or use -m for a module"
     )
+
+
+def with_recipe(program: list[str], source: str | None, allowed: Iterable[str]) -> list[str]:
+    """Put the keys of a recipe in front of the program's options.
+
+    Args:
+        program: As for :func:`prepare`; ``--recipe`` may be among the arguments, up to a bare ``--``.
+        source: A recipe named before the program; ``none`` leaves every ``--recipe`` to the program.
+        allowed: Keys to let pass that only the program knows.
+
+    Returns:
+        The program, its leading positional arguments, the options of the recipe that its own do not name, the rest.
+
+    Raises:
+        typer.BadParameter: If the recipe cannot be read or is refused, or there are two.
+    """
+    head = 2 if program[0] == "-m" else 1
+    arguments = program[head:]
+    if source is None:
+        source, arguments = _take_recipe(arguments)
+    if source in (None, "none"):
+        return [*program[:head], *arguments]
+    with refusals():
+        recipe = hub.load(source)
+        recipes.check(recipe, source=source, allowed=allowed)
+    given = recipes.from_arguments(arguments)
+    kept = {key: value for key, value in recipe.items() if not {key, f"no_{key}"} & given.keys()}
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(f"{source}: {shlex.join(recipes.to_arguments(kept))}", err=True)
+        for key in recipe.keys() - kept.keys():
+            typer.echo(f"{source}: {key} is {given.get(key, False)!r} instead of {recipe[key]!r}", err=True)
+    positional = next((i for i, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
+    return [*program[:head], *arguments[:positional], *recipes.to_arguments(kept), *arguments[positional:]]
+
+
+def _take_recipe(arguments: list[str]) -> tuple[str | None, list[str]]:
+    """Takes ``--recipe SOURCE`` or ``--recipe=SOURCE`` out of a program's arguments."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    places = [i for i in range(end) if arguments[i] == "--recipe" or arguments[i].startswith("--recipe=")]
+    if not places:
+        return None, arguments
+    first, *more = places
+    _, equals, source = arguments[first].partition("=")
+    behind = first + 1
+    if not equals and behind < end:
+        source, behind = arguments[behind], behind + 1
+    if more or not source or source.startswith("-"):
+        raise typer.BadParameter(
+            f"got {'--recipe twice' if more else '--recipe alone'}, wanted one file or repository behind it; "
+            "if it is an option of the program, put --recipe none before the program"
+        )
+    return source, arguments[:first] + arguments[behind:]
 
 
 def _prepare_module(name: str, *arguments: str) -> Launch:

@@ -1,0 +1,130 @@
+"""Recipes in files and in repositories of the Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+from hf_soap.recipes import NAME, Recipe, embedded, read
+from hf_soap.recipes.plain_yaml import MAX_BYTES
+
+CARD = "README.md"
+
+_FAILURES = (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError)
+
+
+def load(source: str) -> Recipe:
+    """Reads a recipe.
+
+    Args:
+        source: A file, a folder with ``recipe.yaml`` or a model card in it, or a repository of the Hub, at a revision
+            behind ``@`` if one is named.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        ValueError: If there is none, or it is refused.
+    """
+    return read(fetch(source), source=source)
+
+
+def fetch(source: str) -> bytes:
+    """Returns the YAML of a recipe as it stands; see :func:`load`."""
+    path = Path(source)
+    if path.is_dir():
+        path = next((path / name for name in (NAME, CARD) if (path / name).is_file()), path / NAME)
+    if path.is_file():
+        _refuse_large(source, path.stat().st_size)
+        return _extract(source, path)
+    if path.exists() or path.suffix in (".yaml", ".yml", ".md") or source.startswith((".", "/", "~")):
+        raise ValueError(f"got {source!r}, wanted a recipe, found no file {path}; check the path")
+    return _download(source)
+
+
+def push(source: str, repo: str, *, private: bool | None = None, message: str | None = None) -> str:
+    """Uploads a recipe as ``recipe.yaml`` and nothing else; the repository is made where there is none.
+
+    Args:
+        source: See :func:`load`.
+        repo: ``user/name``.
+        private: Whether a new repository is private; None leaves that to the account.
+        message: Of the commit.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        ValueError: If the recipe is refused, or the Hub refuses it.
+    """
+    data = fetch(source)
+    read(data, source=source)
+    api = HfApi()
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        commit = api.upload_file(
+            path_or_fileobj=data, path_in_repo=NAME, repo_id=repo, commit_message=message or f"Upload {NAME}"
+        )
+    except _FAILURES as error:
+        raise ValueError(_failure(repo, error)) from error
+    return str(commit.commit_url)
+
+
+def pull(source: str, folder: Path, *, overwrite: bool = False) -> Path:
+    """Writes a recipe into a folder, always under the name ``recipe.yaml``.
+
+    Args:
+        source: See :func:`load`.
+        folder: Is made where there is none.
+        overwrite: Replace another recipe that is there.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: If the recipe is refused, or another one is there.
+    """
+    data = fetch(source)
+    read(data, source=source)
+    path = folder / NAME
+    if path.exists() and path.read_bytes() != data and not overwrite:
+        raise ValueError(
+            f"got {folder} with another {NAME} in it, wanted none there; name another folder, or --overwrite"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return path
+
+
+def _download(source: str) -> bytes:
+    repo, _, revision = source.partition("@")
+    where: dict[str, Any] = {"repo_id": repo, "revision": revision or None}
+    for name in (NAME, CARD):
+        try:
+            # Asked first: a file is on the disk before its size can be looked at.
+            _refuse_large(source, get_hf_file_metadata(hf_hub_url(filename=name, **where)).size or 0)
+            return _extract(source, Path(hf_hub_download(filename=name, **where)))
+        except EntryNotFoundError:
+            continue
+        except _FAILURES as error:
+            raise ValueError(_failure(source, error)) from error
+    raise ValueError(f"got {source!r}, wanted a repository with {NAME} or a model card, found neither")
+
+
+def _extract(source: str, path: Path) -> bytes:
+    try:
+        return embedded(path.read_bytes()) if path.suffix == ".md" else path.read_bytes()
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
+def _refuse_large(source: str, size: int) -> None:
+    if size > MAX_BYTES:
+        raise ValueError(f"got {source!r} with {size} bytes, wanted at most {MAX_BYTES}; a recipe needs a few hundred")
+
+
+def _failure(repo: str, error: Exception) -> str:
+    return f"got {repo!r}, wanted a file, or a repository such as user/name that can be reached: {error}"

@@ -1,0 +1,103 @@
+"""YAML of strangers: plain mappings, lists and scalars, small and written out, and nothing else.
+
+The scalars are those of YAML 1.2, under which ``eval_strategy: no`` is text and ``learning_rate: 3e-3`` a number; to
+PyYAML's own loader the first is a boolean and the second is text.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+
+MAX_BYTES = 256 * 1024
+MAX_DEPTH = 8
+
+# A number with a leading zero stays text: it is a revision or an identifier.
+_SCALARS = {
+    "null": r"~|null|Null|NULL|",
+    "bool": r"true|True|TRUE|false|False|FALSE",
+    "int": r"[-+]?(?:0|[1-9][0-9]*)",
+    "float": r"[-+]?(?:(?:[0-9]+\.[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[0-9]+[eE][-+]?[0-9]+|\.(?:inf|Inf|INF))"
+    r"|\.(?:nan|NaN|NAN)",
+}
+
+
+class _Loader(yaml.SafeLoader):  # type: ignore[misc]
+    """PyYAML's safe loader without tags, anchors, duplicate keys, deep nesting and the scalars of YAML 1.1."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - PyYAML looks for it in the class
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self.nesting = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        event = self.peek_event()
+        if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
+            raise _refusal("an anchor or alias", "every value written out", event.start_mark)
+        if event.tag is not None:
+            raise _refusal(f"the tag {event.tag!r}", "plain values without tags", event.start_mark)
+        if self.nesting == MAX_DEPTH:
+            raise _refusal("deeper nesting", f"at most {MAX_DEPTH} levels", event.start_mark)
+        self.nesting += 1
+        node = super().compose_node(parent, index)
+        self.nesting -= 1
+        return node
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or not key.tag.endswith(":str"):
+                raise _refusal(f"the key {key.value!r}", "text as key", key.start_mark)
+            if key.value in seen:
+                raise _refusal(f"the key {key.value!r} twice", "it once", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep=deep)
+
+
+class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
+    """Quotes what either version of YAML would not read as text."""
+
+
+for _name, _pattern in _SCALARS.items():
+    for _class in (_Loader, _Dumper):
+        # No first characters: any may begin such a scalar.
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"(?:{_pattern})\\Z"), None)
+
+
+def load(data: bytes) -> Any:
+    """Reads one document.
+
+    Args:
+        data: UTF-8 text of at most 256 KiB.
+
+    Returns:
+        Mappings with text as keys, lists, text, numbers, booleans and None.
+
+    Raises:
+        ValueError: If it is larger, no YAML, or holds tags, anchors, aliases, duplicate keys, keys that are no text,
+            or more than eight levels.
+    """
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"got {len(data)} bytes, wanted at most {MAX_BYTES}; a recipe needs a few hundred")
+    try:
+        loader = _Loader(data.decode("utf-8-sig"))
+        try:
+            return loader.get_single_data()
+        finally:
+            loader.dispose()
+    # The constructors raise ValueError for an integer of thousands of digits.
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"wanted plain YAML: {error}") from error
+
+
+def dump(data: Any) -> str:
+    """Writes plain data in the order it has, so that :func:`load` gets it back."""
+    text: str = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=float("inf"))
+    return text
+
+
+def _refusal(got: str, wanted: str, mark: Any) -> yaml.YAMLError:
+    return yaml.constructor.ConstructorError(None, None, f"got {got}, wanted {wanted}", mark)
