@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from huggingface_hub import HfApi, get_hf_file_metadata, hf_hub_download, hf_hub_url
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 
 from hf_soap.recipes import NAME, Recipe, embedded, read
 from hf_soap.recipes.plain_yaml import MAX_BYTES
 
 CARD = "README.md"
-
-_FAILURES = (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError)
 
 
 def load(source: str) -> Recipe:
@@ -63,13 +62,11 @@ def push(source: str, repo: str, *, private: bool | None = None, message: str | 
     data = fetch(source)
     read(data, source=source)
     api = HfApi()
-    try:
+    with _failures(repo):
         api.create_repo(repo, private=private, exist_ok=True)
         commit = api.upload_file(
             path_or_fileobj=data, path_in_repo=NAME, repo_id=repo, commit_message=message or f"Upload {NAME}"
         )
-    except _FAILURES as error:
-        raise ValueError(_failure(repo, error)) from error
     return str(commit.commit_url)
 
 
@@ -101,17 +98,36 @@ def pull(source: str, folder: Path, *, overwrite: bool = False) -> Path:
 
 def _download(source: str) -> bytes:
     repo, _, revision = source.partition("@")
-    where: dict[str, Any] = {"repo_id": repo, "revision": revision or None}
     for name in (NAME, CARD):
-        try:
-            # Asked first: a file is on the disk before its size can be looked at.
-            _refuse_large(source, get_hf_file_metadata(hf_hub_url(filename=name, **where)).size or 0)
-            return _extract(source, Path(hf_hub_download(filename=name, **where)))
-        except EntryNotFoundError:
-            continue
-        except _FAILURES as error:
-            raise ValueError(_failure(source, error)) from error
-    raise ValueError(f"got {source!r}, wanted a repository with {NAME} or a model card, found neither")
+        with _failures(source):
+            path = _download_file(source, repo, name, revision or None)
+        if path is not None:
+            return _extract(source, path)
+    where = "in the cache, the only place while HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "there"
+    raise ValueError(f"got {source!r}, wanted a repository with {NAME} or a model card, found neither {where}")
+
+
+def _download_file(source: str, repo: str, name: str, revision: str | None) -> Path | None:
+    try:
+        if not constants.HF_HUB_OFFLINE:
+            # Asked first, since a file is on the disk before its size can be looked at.
+            _refuse_large(source, get_hf_file_metadata(hf_hub_url(repo, name, revision=revision)).size or 0)
+        return Path(hf_hub_download(repo, name, revision=revision))
+    except (EntryNotFoundError, LocalEntryNotFoundError):
+        return None
+
+
+@contextmanager
+def _failures(source: str) -> Iterator[None]:
+    try:
+        yield
+    except HFValidationError as error:
+        raise ValueError(f"got {source!r}, wanted a file, or a repository such as user/name: {error}") from error
+    # Which exception a lost connection raises differs between versions of the client.
+    except Exception as error:
+        if type(error) is ValueError:
+            raise
+        raise ValueError(f"got {source!r}, wanted a repository that can be reached: {error}") from error
 
 
 def _extract(source: str, path: Path) -> bytes:
@@ -124,7 +140,3 @@ def _extract(source: str, path: Path) -> bytes:
 def _refuse_large(source: str, size: int) -> None:
     if size > MAX_BYTES:
         raise ValueError(f"got {source!r} with {size} bytes, wanted at most {MAX_BYTES}; a recipe needs a few hundred")
-
-
-def _failure(repo: str, error: Exception) -> str:
-    return f"got {repo!r}, wanted a file, or a repository such as user/name that can be reached: {error}"
