@@ -21,7 +21,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-# Everything behind the program's name is the program's, --help included.
+# Everything behind the program's name is the program's, --help included, but for --recipe.
 app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})(run)
 app.command()(compare)
 app.command()(options)

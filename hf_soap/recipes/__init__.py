@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields
 from enum import Enum
 from typing import Any
@@ -202,15 +204,14 @@ def _to_text(value: Any) -> str:
 
 
 def _from_text(text: str, kind: Any) -> Any:
-    if kind is not str and text.lower() in ("true", "false"):
+    """Reads a value by its key's type; without one, a number where it would be written in the same way."""
+    if kind is bool and text.lower() in ("true", "false"):
         return text.lower() == "true"
-    for number in (int, float) if kind is None else (kind,) if kind in (int, float) else ():
-        try:
-            # What would not come back as it was may be text that looks like a number, such as a revision.
-            if kind is not None or str(number(text)) == text:
-                return number(text)
-        except ValueError:
-            continue
+    for number in (int, float) if kind is None else {int, float} & {kind}:
+        with suppress(ValueError):
+            value = number(text)
+            if math.isfinite(value) and (kind or str(value) == text):
+                return value
     return text
 
 

@@ -1,0 +1,355 @@
+"""Model cards, and recipes on a Hub: the real client against a Hub on this machine (``hub.py``)."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import hub as local_hub
+import pytest
+import tiny
+import yaml
+from hub import Hub
+from huggingface_hub import ModelCard
+from peft import LoraConfig, get_peft_model
+from test_trainer import tokenizer
+from transformers import Trainer
+
+from hf_soap import SoapConfig, SoapTrainer, SoapTrainerMixin, cards, recipes
+
+ROOT = Path(__file__).parents[1]
+RUN_CLM = ROOT / "scripts" / "run_clm.py"
+
+
+def card_of(trainer: Trainer) -> tuple[ModelCard, recipes.Recipe]:
+    """The card in the output folder, and the recipe there, which must be the one in the card."""
+    folder = Path(str(trainer.args.output_dir))
+    data = (folder / "recipe.yaml").read_bytes()
+    assert recipes.embedded((folder / "README.md").read_bytes()) == data
+    return ModelCard.load(folder / "README.md"), recipes.read(data, source="the recipe")
+
+
+def train(cls: Any, folder: Path, model: Any = None, **changes: Any) -> Any:
+    settings = {"logging_steps": 2, "eval_strategy": "steps", "eval_steps": 4, **changes}
+    config = settings.pop("optimizer_config", None)
+    trainer = cls(
+        model or tiny.gpt2(),
+        tiny.arguments(folder, **settings),
+        train_dataset=tiny.Counting(),
+        eval_dataset=tiny.Counting(),
+        **({"optimizer_config": config} if config else {}),
+    )
+    trainer.train()
+    return trainer
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Model cards
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_card_of_a_run(tmp_path: Path) -> None:
+    trainer = train(
+        SoapTrainer, tmp_path, optim="adamw_torch_fused", optimizer_config=SoapConfig(precondition_frequency=2)
+    )
+    for _ in range(2):  # the second is no longer than the first
+        trainer.create_model_card(model_name="tiny", tags="mine", language="en")
+    card, recipe = card_of(trainer)
+    last = [entry for entry in trainer.state.log_history if "eval_loss" in entry][-1]
+    assert card.data.language == ["en"]
+    assert {"mine", "generated_from_trainer", "hf_soap", "soap"} <= set(card.data.tags)
+    (result,) = card.data.eval_results
+    assert (card.data.model_name, result.metric_type, result.metric_value) == ("tiny", "loss", last["eval_loss"])
+    assert result.task_type == "text-generation"
+    assert card.text.count("## Recipe") == 1
+    assert "| `precondition_frequency` | `2` |" in card.text
+    assert "`soap` with `precondition_frequency=2`" in card.text
+    assert "OptimizerNames" not in card.text
+    assert "betas=(0.9,0.999)" not in card.text, "those are AdamW's"
+    assert (tmp_path / cards.CURVE).read_bytes().startswith(b"\x89PNG")
+    assert f"]({cards.CURVE})" in card.text
+
+    assert recipe["optim"] == "soap"
+    assert recipe["optim_args"] == "precondition_frequency=2"
+    recipes.check(recipe, source="the recipe")
+    ran = recipe["provenance"]
+    assert ran["seen"] == {"steps": 8, "epochs": 0.5, "samples": 32}
+    assert ran["results"]["eval_loss"] == last["eval_loss"]
+    assert ran["packages"].keys() >= {"python", "torch", "transformers", "accelerate"}
+    assert ran["hardware"]["processes"] == 1
+
+
+def test_a_curve_needs_losses_and_results_need_not_be_finite(tmp_path: Path) -> None:
+    log = [{"loss": 3.0, "step": 1}, {"eval_loss": float("inf"), "eval_runtime": 1.0, "step": 2}]
+    assert cards.results(log) == {"eval_loss": float("inf")}
+    assert not cards.draw_curve([{"step": 1}], tmp_path / "no.png")
+    assert not (tmp_path / "no.png").exists()
+    trainer = train(SoapTrainer, tmp_path, max_steps=2)
+    trainer.state.log_history += log
+    trainer.create_model_card()
+    card, recipe = card_of(trainer)
+    assert recipe["provenance"]["results"]["eval_loss"] == "inf"
+    assert not card.data.eval_results
+
+
+def test_the_card_of_another_optimizer(tmp_path: Path) -> None:
+    trainer = train(SoapTrainer, tmp_path, optim="adamw_torch", max_steps=2, eval_strategy="no")
+    trainer.create_model_card()
+    card, recipe = card_of(trainer)
+    assert recipe["optim"] == "adamw_torch"
+    assert "soap" not in card.data.tags
+    assert "- optimizer: Use" in card.text
+
+
+def test_the_card_of_lora(tmp_path: Path) -> None:
+    model = get_peft_model(tiny.gpt2(), LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True))
+    trainer = train(SoapTrainer, tmp_path, model)
+    trainer.save_model()  # peft leaves a card of its own
+    trainer.create_model_card()
+    card, _ = card_of(trainer)
+    assert card.data.library_name == "peft"
+    assert card.data.eval_results[0].task_type == "text-generation"
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_the_card_of_trls_sft_trainer(tmp_path: Path) -> None:
+    """TRL writes a card of its own, from other arguments."""
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+
+    class Mixed(SoapTrainerMixin, trl.SFTTrainer):  # type: ignore[misc, name-defined]
+        pass
+
+    rows = datasets.Dataset.from_dict({"input_ids": [tiny.Counting()[i]["input_ids"].tolist() for i in range(64)]})
+    known = {"bf16": False, "gradient_checkpointing": False, "activation_checkpointing": False, "max_length": 16}
+    known = {key: value for key, value in known.items() if key in trl.SFTConfig.__dataclass_fields__}
+    args = tiny.arguments(tmp_path, trl.SFTConfig, max_steps=2, logging_steps=1, **known)
+    trainer = Mixed(tiny.gpt2(), args, train_dataset=rows, processing_class=tokenizer())
+    trainer.train()
+    trainer.create_model_card(model_name="tiny", dataset_name="numbers")
+    card, recipe = card_of(trainer)
+    assert {"trl", "sft", "hf_soap", "soap"} <= set(card.data.tags)
+    assert "TRL" in card.text
+    assert recipe["max_length"] == 16
+    recipes.check(recipe, source="the recipe")
+    assert recipe["provenance"]["seen"].keys() & {"tokens", "samples"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The Hub
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def hub() -> Iterator[Hub]:
+    with local_hub.serve() as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("hub")
+    (path / "text.txt").write_text("\n".join(f"{i} times {j} is {i * j}" for i in range(30) for j in range(30)))
+    return path
+
+
+def python(hub: Hub, folder: Path, *arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
+    # The cache is one for all: what one process downloaded the next may have.
+    settings = {"PYTHONPATH": str(ROOT), **hub.environment(folder / "home"), "COLUMNS": "200", **environment}
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=folder,
+        env={**os.environ, **settings},
+        capture_output=True,
+        check=False,
+        text=True,
+        timeout=600,
+    )
+
+
+TRAINING = {
+    "train_files": "text.txt",
+    "model_type": "gpt2",
+    "config_overrides": "n_layer=1,n_head=2,n_embd=16,n_positions=32,resid_pdrop=0.1",
+    "train_tokenizer_vocab": "300",
+    "block_size": "16",
+    "eval_share": "0.1",
+    "max_steps": "6",
+    "logging_steps": "1",
+    "per_device_train_batch_size": "4",
+    "optim": "soap",
+    "optim_args": "precondition_frequency=2,adam_modules=wte|wpe",
+    "learning_rate": "3e-2",
+    "lr_scheduler_type": "cosine",
+    "save_strategy": "no",
+    "use_cpu": "true",
+    "report_to": "none",
+    "seed": "3",
+}
+
+
+@pytest.fixture(scope="module")
+def pushed(hub: Hub, folder: Path) -> dict[str, bytes]:
+    """What a run of scripts/run_clm.py with --push_to_hub leaves in its repository."""
+    options = [part for key, value in TRAINING.items() for part in (f"--{key}", value)]
+    push = ["--output_dir", "first", "--push_to_hub", "--hub_model_id", "user/tiny"]
+    done = python(hub, folder, "-m", "hf_soap", "run", RUN_CLM, *options, *push)
+    assert done.returncode == 0, done.stderr
+    return hub.files("user/tiny")
+
+
+def outcome(folder: Path) -> tuple[list[dict[str, float]], bytes]:
+    """Losses and norms to the last bit, and the weights."""
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    kept = [{key: entry[key] for key in ("loss", "eval_loss", "grad_norm") if key in entry} for entry in history]
+    return kept, (folder / "model.safetensors").read_bytes()
+
+
+def test_a_repository_holds_card_curve_and_recipe(pushed: dict[str, bytes]) -> None:
+    assert {"README.md", "recipe.yaml", "loss.png", "model.safetensors"} <= pushed.keys()
+    assert recipes.embedded(pushed["README.md"]) == pushed["recipe.yaml"]
+    recipe = recipes.read(pushed["recipe.yaml"], source="the recipe")
+    ran = recipe.pop("provenance")
+    assert (
+        recipe.items()
+        >= {
+            "train_files": "text.txt",
+            "model_type": "gpt2",
+            "train_tokenizer_vocab": 300,
+            "optim_args": TRAINING["optim_args"],
+            "learning_rate": 0.03,
+            "lr_scheduler_type": "cosine",
+            "seed": 3,
+        }.items()
+    )
+    assert not {"output_dir", "push_to_hub", "hub_model_id", "report_to"} & recipe.keys()
+    assert (ran["program"], ran["dataset"]) == ("run_clm.py", "text.txt")
+    metadata = yaml.safe_load(pushed["README.md"].decode().split("---")[1])
+    metrics = metadata["model-index"][0]["results"][0]["metrics"]
+    assert {metric["type"]: metric["value"] for metric in metrics}["loss"] == ran["results"]["eval_loss"]
+    assert "hf-soap run run_clm.py --recipe user/tiny" in pushed["README.md"].decode()
+
+
+def test_a_run_from_the_repository_is_the_first_run(hub: Hub, folder: Path, pushed: dict[str, bytes]) -> None:
+    """Bit for bit, dropout and the tokenizer trained on the text included."""
+    done = python(hub, folder, "-m", "hf_soap", "run", RUN_CLM, "--recipe", "user/tiny", "--output_dir", "second")
+    assert done.returncode == 0, done.stderr
+    losses, weights = outcome(folder / "second")
+    assert (losses, weights) == outcome(folder / "first")
+    assert len([entry for entry in losses if "loss" in entry]) == 6
+    assert weights == pushed["model.safetensors"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        ["-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "hf_soap"],
+        ["-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu", "-m", "hf_soap"],
+    ],
+    ids=["torchrun", "accelerate"],
+)
+@pytest.mark.usefixtures("pushed")
+def test_a_launcher_runs_a_recipe(launcher: list[str], hub: Hub, folder: Path, tmp_path: Path) -> None:
+    """The overrides are said once, not by each rank."""
+    given = ["--recipe", "user/tiny", "--output_dir", tmp_path, "--max_steps", "2"]
+    done = python(hub, folder, *launcher, "run", RUN_CLM, *given)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("max_steps is 2 instead of 6") == 1
+    losses, _ = outcome(tmp_path)
+    assert len([entry for entry in losses if "loss" in entry]) == 2
+    if "accelerate" in launcher[1]:
+        first, _ = outcome(folder / "first")
+        assert losses[0] == first[0]
+
+
+COMMANDS = """
+import json, sys
+from typer.testing import CliRunner
+from hf_soap.__main__ import app
+
+for line in sys.stdin:
+    result = CliRunner().invoke(app, ["recipe", *json.loads(line)])
+    print(json.dumps([result.exit_code, result.output]))
+"""
+
+
+def commands(hub: Hub, folder: Path, *lines: list[str], **environment: str) -> list[tuple[int, str]]:
+    """Runs several ``hf-soap recipe ...`` in one process."""
+    settings = {"PYTHONPATH": str(ROOT), **hub.environment(folder / "home"), "COLUMNS": "200", **environment}
+    done = subprocess.run(
+        [sys.executable, "-c", COMMANDS],
+        input="".join(json.dumps(line) + "\n" for line in lines),
+        cwd=folder,
+        env={**os.environ, **settings},
+        capture_output=True,
+        check=True,
+        text=True,
+        timeout=300,
+    )
+    return [(status, output) for status, output in map(json.loads, done.stdout.splitlines())]
+
+
+def test_push_pull_and_diff(hub: Hub, tmp_path: Path) -> None:
+    text = "# mine\noptim: soap\nlearning_rate: 3e-3\n"
+    (tmp_path / "mine.yaml").write_text(text)
+    (tmp_path / "bad.yaml").write_text("optim: soap\nhub_token: x\n")
+    (tmp_path / "typo.yaml").write_text("optim: soap\nlearning_rat: 1\n")
+    hub.repositories["user/model"] = [{"README.md": b"---\nlicense: mit\n---\n# Theirs\n"}]
+    hub.repositories["user/card"] = [{"README.md": b"# A\n" + recipes.embed({"seed": 5}).encode()}]
+    hub.repositories["user/evil"] = [{"recipe.yaml": b"a: !!python/object/apply:os.system ['touch owned']"}]
+    hub.repositories["user/huge"] = [{"recipe.yaml": b"#" * 300_000}]
+    hub.repositories["user/empty"] = [{"a": b""}]
+    first = local_hub.sha("user/model", 2)
+    results = commands(
+        hub,
+        tmp_path,
+        ["push", "mine.yaml", "user/model", "--message", "A recipe"],
+        ["push", "mine.yaml", "user/new", "--private"],
+        ["push", "bad.yaml", "user/bad"],
+        ["push", "typo.yaml", "user/bad"],
+        ["pull", "user/model", "got"],
+        ["diff", "user/model", "mine.yaml"],
+        ["diff", "user/model", "user/card"],
+        ["push", "user/card", "user/model"],
+        ["pull", f"user/model@{first}", "old"],
+        ["pull", "user/model", "newest"],
+        ["pull", "user/evil", "evil"],
+        ["pull", "user/huge", "huge"],
+        ["pull", "user/empty", "empty"],
+        ["pull", "user/absent", "absent"],
+        ["pull", "user/../../absent", "absent"],
+        ["pull", "user/model@nowhere", "absent"],
+    )
+    assert [status for status, _ in results] == [0, 0, 2, 2, 0, 0, 1, 0, 0, 0, 2, 2, 2, 2, 2, 2]
+    said = [output for _, output in results]
+    assert said[0].strip().endswith(f"/user/model/commit/{first}")
+    assert hub.files("user/new")["recipe.yaml"] == text.encode(), "comments and all"
+    assert "hub_token: refused, since it is a secret" in said[2]
+    assert "did you mean learning_rate?" in said[3]
+    assert "user/bad" not in hub.repositories
+    assert (tmp_path / "got" / "recipe.yaml").read_text() == text
+    assert said[5] == "no difference\n"
+    assert [line.split()[0] for line in said[6].splitlines() if "-" in line and "learning" in line] == [
+        "learning_rate"
+    ]
+    assert hub.files("user/model")["README.md"] == b"---\nlicense: mit\n---\n# Theirs\n"
+    assert (tmp_path / "old" / "recipe.yaml").read_text() == text
+    assert (tmp_path / "newest" / "recipe.yaml").read_text() == "seed: 5\n"
+    assert "got the tag" in said[10]
+    assert "with 300000 bytes" in said[11]
+    assert "found neither" in said[12]
+    assert "wanted a repository that can be reached" in said[13]
+    assert "such as user/name" in said[14]
+    assert "wanted a repository that can be reached" in said[15]
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("mine.yaml", "bad.yaml", "typo.yaml", "home", "got", "old", "newest"),
+    }, "nothing was written for what was refused, and nothing was run"
+    assert "GET /user/huge/resolve/main/recipe.yaml" not in hub.requests
+
+    offline = commands(hub, tmp_path, ["show", "user/model"], ["show", "user/absent"], HF_HUB_OFFLINE="1")
+    assert offline[0] == (0, "seed: 5\n")
+    assert "HF_HUB_OFFLINE is set" in offline[1][1]

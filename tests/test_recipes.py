@@ -1,0 +1,457 @@
+"""Recipes: what is read and refused, and what becomes of it on a command line."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import typer
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import HfArgumentParser, TrainingArguments
+from typer.testing import CliRunner
+
+from hf_soap import recipes
+from hf_soap.__main__ import app
+from hf_soap.cli.run import CHILDREN, with_recipe
+from hf_soap.recipes import keys, plain_yaml
+
+ROOT = Path(__file__).parents[1]
+
+VALID = """\
+# A comment
+optim: soap
+optim_args: precondition_frequency=2,betas=(0.9,0.95),adam_modules=lm_head|(wte|wpe)
+learning_rate: 3e-3
+eval_strategy: no
+bf16: false
+use_cpu: true
+train_files: [a.txt, books/*.txt]
+config_overrides: n_layer=2,activation_function=gelu_new,resid_pdrop=0.1
+lr_scheduler_type: cosine_with_min_lr
+lr_scheduler_kwargs: '{"min_lr": 1e-4}'
+provenance:
+  dataset: a.txt
+  results: {eval_loss: 3.25}
+"""
+
+
+def read(text: str) -> recipes.Recipe:
+    return recipes.read(text.encode(), source="the file")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# YAML
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_valid_recipe() -> None:
+    """``no`` was a boolean and ``3e-3`` text to the YAML of version 1.1, which the Trainer takes neither of."""
+    recipe = read(VALID)
+    assert recipe["eval_strategy"] == "no"
+    assert recipe["learning_rate"] == 3e-3
+    recipes.check(recipe, source="the file")
+
+
+names = st.from_regex(r"[A-Za-z][A-Za-z0-9_]{0,20}", fullmatch=True).filter(lambda key: key != "provenance")
+texts = st.one_of(
+    st.text(st.characters(codec="utf-8", exclude_categories=("C", "Zl", "Zp", "Zs"), include_characters=" ")),
+    st.sampled_from(
+        ["no", "on", "null", "~", "1e-3", "0x1f", "0o17", "1_000", "12:30", "2026-01-01", ".inf", "<<", "="]
+    ),
+)
+numbers = st.one_of(st.integers(-(10**12), 10**12), st.floats(-1e12, 1e12))
+scalars = st.one_of(st.booleans(), numbers, texts)
+flat = st.dictionaries(names, st.one_of(scalars, st.lists(scalars, min_size=1, max_size=3)), max_size=6)
+
+
+@given(flat, st.recursive(scalars, lambda inner: st.dictionaries(names, inner, max_size=3), max_leaves=5))
+@settings(deadline=None)
+def test_yaml_round_trip(options: dict[str, Any], provenance: Any) -> None:
+    recipe = {**options, "provenance": {"ran": provenance}}
+    back = plain_yaml.load(recipes.dump(recipe).encode())
+    assert back == recipe
+    assert repr(back) == repr(recipe)  # True is not 1, and 1 not 1.0
+    assert plain_yaml.load(recipes.embedded(f"# A card\n\n{recipes.embed(recipe)}\n\nMore\n".encode())) == recipe
+
+
+@given(flat)
+@settings(deadline=None)
+def test_command_line_round_trip(options: dict[str, Any]) -> None:
+    """What was read from a command line gives the same command line."""
+    named = {key: value for key, value in options.items() if key not in keys.SCRIPT_KEYS}
+    first = recipes.from_arguments(recipes.to_arguments(named))
+    assert recipes.from_arguments(recipes.to_arguments(first)) == first
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: !!python/object/apply:os.system ['touch owned']", "got the tag 'tag:yaml.org,2002:python/object/apply"),
+        ("a: !!str 1", "got the tag"),
+        ("a: ! b", "got the tag"),
+        ("a: &x [1]\nb: *x", "anchor or alias"),
+        ("a: &a [x,x]\nb: &b [*a,*a]\nc: &c [*b,*b]\nd: [*c,*c]", "anchor or alias"),
+        ("seed: 1\nseed: 2", "got the key 'seed' twice, wanted it once"),
+        ("provenance: {a: 1, a: 2}", "got the key 'a' twice"),
+        ("1: 2", "got the key '1', wanted text as key"),
+        ("[a]: 2", "wanted text as key"),
+        ("a: " + "[" * 100_000, "deeper nesting"),
+        ("a: " + "9" * 5000, "limit"),
+        ("a: 1\n---\nb: 2", "single document"),
+        ("a: [", "wanted plain YAML"),
+        ("a: \x1b[31m", "wanted plain YAML"),
+        ("#" + "x" * plain_yaml.MAX_BYTES, "wanted at most 262144"),
+        ("- a", "wanted option names and values"),
+        ("", "wanted option names and values"),
+        ("a: \xff".encode("latin-1"), "wanted plain YAML"),
+    ],
+    ids=lambda value: repr(value)[:30],
+)
+def test_yaml_that_is_refused(text: str | bytes, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as error:
+        recipes.read(text.encode() if isinstance(text, str) else text, source="user/model")
+    assert str(error.value).startswith("user/model: ")
+    assert len(str(error.value)) < 1000
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What no recipe may hold
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        *((f"{key}: x", "a secret") for key in ("token", "hub_token", "HF_TOKEN", "use_auth_token", "wandb_api_key")),
+        *((f"{key}: true", "code of somebody else") for key in ("trust_remote_code", "custom_code", "auto_map")),
+        *(
+            (f"{key}: x", "one machine or account")
+            for key in ("push_to_hub", "hub_model_id", "deepspeed", "resume_from_checkpoint", "trackio_space_id")
+        ),
+        ("provenance: {log: 'see hf_abcdefghijklmnopqrstuvwxyz'}", "an access token"),
+        ("run_name: hf_abcdefghijklmnopqrstuvwxyz", "an access token"),
+        *(
+            (f"{key}: {path}", "wanted a path below the working folder")
+            for key in ("output_dir", "logging_dir", "train_files", "model_name_or_path", "anything")
+            for path in ("/etc/passwd", "../up", "a/../../b", "~/x", r"C:\x", r"..\x", "[ok, /no]")
+        ),
+        ("train_files: data.pkl", "wanted no pickle"),
+        ("model_name_or_path: weights.bin", "wanted no pickle"),
+        ("attn_implementation: somebody/kernel", "built-in implementation"),
+        ("attn_implementation: 'somebody/kernel@v1:attention'", "built-in implementation"),
+        ("config_overrides: _attn_implementation=somebody/kernel", "wanted name=value pairs"),
+        ("config_overrides: a=somebody/kernel", "wanted name=value pairs"),
+        ("""lr_scheduler_kwargs: '{"trust_remote_code": true}'""", "'trust_remote_code': refused"),
+        ("""dataset_kwargs: '{"a": [{"token": "x"}]}'""", "'token': refused"),
+        ("""dataset_kwargs: '{"file": "../x"}'""", "below the working folder"),
+        ("""dataset_kwargs: '{"a": 1e400}'""", "wanted a number between"),
+        ("""dataset_kwargs: '{"a": NaN}'""", "wanted a number between"),
+        ("""dataset_kwargs: '{"a"'""", "wanted a JSON object"),
+        ("dataset_kwargs: '" + '{"a":' * 10_000 + "'", "more than 50 levels or entries"),
+        ("seed: 1000000000000000", "wanted a number between"),
+        ("seed: .inf", "wanted a number between"),
+        ("seed: .nan", "wanted a number between"),
+        ("seed: 1e999", "wanted a number between"),
+        ("provenance: {results: {loss: .nan}}", "wanted a finite number"),
+        ("seed:", "got null, wanted a value; leave the key out"),
+        ("train_files: []", "got an empty list"),
+        ("train_files: [a, --push_to_hub]", "takes for an option"),
+        ("seed: {a: 1}", "got a nested value"),
+        ("train_files: [[a]]", "got a nested value"),
+        (r'run_name: "a\nb"', "printable characters"),
+        (r'run_name: "\e[2J"', "printable characters"),
+        (r'provenance: {"\e[2J": 1}', "printable characters"),
+        (r'"\e[2J": 1', r"^the file is refused\n- '\\x1b\[2J': wanted a name"),
+        ("--seed: 1", "wanted a name of letters"),
+        ("seed=1 --bf16: 1", "wanted a name of letters"),
+    ],
+    ids=lambda value: repr(value)[:40],
+)
+def test_content_that_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        read(text)
+
+
+def test_all_that_is_refused_is_named() -> None:
+    with pytest.raises(ValueError, match=r"(?s)is refused\n- token: .*\n- output_dir: .*") as error:
+        read("token: x\nseed: 1\noutput_dir: /tmp/x")
+    assert "seed" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the Trainer would not take
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rat: 1", "learning_rat: unknown key; did you mean learning_rate?"),
+        ("trust_remote_cod: true", "trust_remote_cod: unknown key"),
+        ("block_sise: 1", "did you mean block_size?"),
+        ("optim: soop", "optim: got 'soop', wanted one of .*soap.*; did you mean soap?"),
+        ("lr_scheduler_type: cosin", "did you mean cosine?"),
+        ("bf16: yes", "bf16: got 'yes', wanted true or false"),
+        ("bf16: 1", "bf16: got 1, wanted true or false"),
+        ("max_steps: 1.5", "max_steps: got 1.5, wanted a whole number"),
+        ("max_steps: true", "max_steps: got True, wanted a whole number"),
+        ("learning_rate: fast", "learning_rate: got 'fast', wanted a number"),
+        ("model_revision: 12", "model_revision: got 12, wanted text; put it in quotes"),
+        ("lr_scheduler_kwargs: file.json", "wanted a JSON object as text"),
+        ("learning_rate: -1", "learning_rate: got -1, wanted 0 to 1000"),
+        ("adam_beta1: 1.5", "wanted 0 to 1"),
+        ("per_device_train_batch_size: 0", "wanted 1 to"),
+        ("dataloader_num_workers: 100000", "wanted 0 to 256"),
+        ("seed: 4294967296", "wanted 0 to 4.29497e"),
+        ("optim: soap\noptim_args: precondition_frequency=0", "precondition_frequency must be >= 1, got 0"),
+        ("optim: soap\noptim_args: precondition_freq=2", "did you mean precondition_frequency?"),
+        ("optim: shampoo\noptim_args: refresh_tol=1", "unknown option 'refresh_tol' of shampoo"),
+    ],
+)
+def test_mistakes(text: str, message: str) -> None:
+    recipe = read(text)
+    with pytest.raises(ValueError, match=message):
+        recipes.check(recipe, source="the file")
+
+
+def test_a_key_may_be_allowed_but_not_a_refused_one() -> None:
+    recipes.check(read("my_option: 3"), source="the file", allowed=["my_option"])
+    with pytest.raises(ValueError, match="wanted a whole number"):
+        recipes.check(read("max_steps: x"), source="the file", allowed=["max_steps"])
+
+
+def test_every_script_key_is_no_field_of_the_trainer() -> None:
+    assert not keys.SCRIPT_KEYS.keys() & TrainingArguments.__dataclass_fields__.keys()
+    assert not [key for key in keys.SCRIPT_KEYS if keys.problem_of_key(key)]
+    assert keys.RANGES.keys() - keys.key_types().keys() <= {"warmup_ratio"}  # a field in transformers 4 alone
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From and to training arguments
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def parse(arguments: list[str]) -> TrainingArguments:
+    (parsed,) = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses(arguments)
+    assert isinstance(parsed, TrainingArguments)
+    return parsed
+
+
+def test_default_arguments_make_an_empty_recipe(tmp_path: Path) -> None:
+    assert recipes.from_training_arguments(TrainingArguments(str(tmp_path))) == {}
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+def test_arguments_come_back_through_a_recipe_and_a_command_line(tmp_path: Path) -> None:
+    changes: dict[str, Any] = {
+        "optim_args": "betas=(0.9,0.95),adam_modules=a|b",
+        "lr_scheduler_type": "cosine_with_min_lr",
+        "lr_scheduler_kwargs": {"min_lr": 1e-5},
+        "learning_rate": 1 / 3,
+        "average_tokens_across_devices": False,
+        "gradient_checkpointing": True,
+        "data_seed": 0,
+        "eval_strategy": "steps",
+        "eval_steps": 4,
+        "label_names": ["labels", "more"],
+        "accelerator_config": {"split_batches": True},
+        "push_to_hub": False,
+        "hub_model_id": "user/model",
+        "logging_steps": 3,
+        "run_name": "mine",
+    }
+    args = tiny.arguments(tmp_path, **changes)
+    recipe = recipes.from_training_arguments(args)
+    assert not {"output_dir", "hub_model_id", "run_name", "report_to"} & recipe.keys()
+    recipes.check(recipe, source="the file")
+    back = parse(recipes.to_arguments(read(recipes.dump(recipe))))
+    assert recipes.from_training_arguments(back) == recipe
+    local = {"output_dir", "hub_model_id", "run_name", "logging_dir", "disable_tqdm"}
+    want, got = ({key: value for key, value in each.to_dict().items() if key not in local} for each in (args, back))
+    assert got == want
+    assert back.learning_rate == 1 / 3
+    assert back.lr_scheduler_kwargs == {"min_lr": 1e-5}
+
+
+def test_options_of_the_program_join_the_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    command = "folder/train.py data.json --train_files a.txt b.txt --lora-r=8 --tokenizer_name 7 --streaming --my 1e-3"
+    command += " --no_keep_linebreaks --eval_share -1 --learning_rate 9 --no_average_tokens_across_devices"
+    command += " --validation_file /mine.txt --hub_token abc -x 3"
+    monkeypatch.setattr(recipes, "LAUNCH", None)
+    recipes.remember(command.split())
+    assert recipes.Launch("train.py", tuple(command.split()[1:])) == recipes.LAUNCH
+    recipe, left_out = recipes.of_run(tiny.arguments(tmp_path))
+    assert recipe["learning_rate"] == 3e-3, "the arguments know better than the command line"
+    options = {key: value for key, value in recipe.items() if key not in TrainingArguments.__dataclass_fields__}
+    assert options == {
+        "train_files": ["a.txt", "b.txt"],
+        "lora_r": 8,
+        "tokenizer_name": "7",
+        "streaming": True,
+        "my": "1e-3",
+        "keep_linebreaks": False,
+        "eval_share": -1.0,
+    }
+    assert left_out == ["validation_file"]
+    assert "left out of the recipe: validation_file: got '/mine.txt', wanted a path below" in caplog.text
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The launcher
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text("optim: soap\nlearning_rate: 3e-3\nbf16: true\nprovenance: {program: evil.py}\n")
+    return "recipe.yaml"
+
+
+OPTIONS = ["--optim=soap", "--learning_rate=0.003", "--bf16"]
+
+
+@pytest.mark.parametrize(
+    ("program", "want"),
+    [
+        ("train.py --recipe recipe.yaml --seed 1", ["train.py", *OPTIONS, "--seed", "1"]),
+        ("train.py --seed 1 --recipe=recipe.yaml", ["train.py", *OPTIONS, "--seed", "1"]),
+        ("trl sft --recipe recipe.yaml", ["trl", "sft", *OPTIONS]),
+        ("-m trl sft --recipe . --seed 1", ["-m", "trl", "sft", *OPTIONS, "--seed", "1"]),
+        ("train.py --recipe recipe.yaml --learning-rate 1", ["train.py", *OPTIONS[::2], "--learning-rate", "1"]),
+        ("train.py --recipe recipe.yaml --no_bf16", ["train.py", *OPTIONS[:2], "--no_bf16"]),
+        ("train.py -- --recipe x", ["train.py", "--", "--recipe", "x"]),
+        ("train.py --recipes x", ["train.py", "--recipes", "x"]),
+    ],
+)
+@pytest.mark.usefixtures("recipe")
+def test_a_recipe_stands_in_front_of_what_is_given(program: str, want: list[str]) -> None:
+    assert with_recipe(program.split(), None, ()) == want
+
+
+def test_a_recipe_may_be_named_before_the_program(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A --recipe behind it is then the program's own."""
+    given = ["train.py", "--recipe", "x", "--bf16=false"]
+    assert with_recipe(given, recipe, ()) == ["train.py", *OPTIONS[:2], *given[1:]]
+    assert with_recipe(given, "none", ()) == given
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err == (
+        "recipe.yaml: --optim=soap --learning_rate=0.003\nrecipe.yaml: bf16 is 'false' instead of True\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--recipe", "got --recipe alone"),
+        ("--recipe --seed", "got --recipe alone"),
+        ("--recipe=", "got --recipe alone"),
+        ("--recipe -- x", "got --recipe alone"),
+        ("--recipe recipe.yaml --recipe recipe.yaml", "got --recipe twice"),
+        ("--recipe other.yaml", "found no file other.yaml; check the path"),
+        ("--recipe ./other", "found no file other"),
+        ("--recipe bad.yaml", "bad.yaml is refused\n- trust_remote_code: refused"),
+        ("--recipe unknown.yaml", "unknown key; did you mean seed"),
+        ("--recipe a/b/c", "wanted a file, or a repository such as user/name"),
+        ("--recipe user/model", "HF_HUB_OFFLINE is set"),
+        ("--recipe README.md", "got a model card with 0 recipes"),
+    ],
+)
+@pytest.mark.usefixtures("recipe")
+def test_recipes_that_are_not_run(arguments: str, message: str) -> None:
+    Path("bad.yaml").write_text("trust_remote_code: true")
+    Path("unknown.yaml").write_text("seet: 1")
+    Path("README.md").write_text("# A card")
+    with pytest.raises(typer.BadParameter, match=message):
+        with_recipe(["train.py", *arguments.split()], None, ())
+
+
+def test_the_program_gets_the_options(recipe: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    for name in ("argv", "path"):
+        monkeypatch.setattr(sys, name, list(getattr(sys, name)))
+    monkeypatch.setenv("PYTHONPATH", "")
+    monkeypatch.setattr(recipes, "LAUNCH", None)
+    Path("train.py").write_text("import sys; print(sys.argv)")
+    launches: list[Any] = []
+    done = CliRunner().invoke(app, ["run", "train.py", "--recipe", recipe, "--my", "1"], obj=launches)
+    assert done.exit_code == 0, done.output
+    launches[0]()
+    assert capsys.readouterr().out == f"{['train.py', *OPTIONS, '--my', '1']}\n"
+    assert recipes.Launch("train.py", (*OPTIONS, "--my", "1")) == recipes.LAUNCH
+
+
+def test_processes_below_the_launcher_remember_their_own_options(tmp_path: Path) -> None:
+    """TRL's command line trains in a process that accelerate starts."""
+    (tmp_path / "train.py").write_text("import transformers; from hf_soap import recipes; print(recipes.LAUNCH)")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(CHILDREN), str(ROOT)])}
+    command = [sys.executable, str(tmp_path / "train.py"), "--x", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, timeout=300)
+    assert done.stdout == f"{recipes.Launch('train.py', ('--x', '1'))}\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# hf-soap recipe
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def invoke(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(app, ["recipe", *arguments], env={"COLUMNS": "200"})
+    return result.exit_code, result.output
+
+
+def test_show_and_validate(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(VALID.replace("# A comment", "---"))  # which begins a document, and a card too
+    status, output = invoke("show", str(path))
+    assert status == 0
+    assert plain_yaml.load(output.encode()) == read(VALID)
+    assert invoke("validate", str(path)) == (0, f"{path}: 11 keys, all valid\n")
+    path.write_text("learning_rat: 1\nbf16: 3")
+    status, output = invoke("validate", str(path))
+    assert status == 2
+    assert "did you mean learning_rate?" in output
+    assert "bf16: got 3, wanted true or false" in output
+    path.write_text("mine: 1")
+    assert invoke("validate", str(path), "--allow-key", "mine")[0] == 0
+
+
+def test_diff(tmp_path: Path) -> None:
+    for name, text in {"a": "seed: 1\nbf16: true\nprovenance: {x: {y: 1}}", "b": "bf16: true\noptim: soap"}.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    one, other = (str(tmp_path / f"{name}.yaml") for name in "ab")
+    assert recipes.differences(read(Path(one).read_text()), read(Path(other).read_text())) == [
+        ("seed", 1, None),
+        ("provenance.x.y", 1, None),
+        ("optim", None, "soap"),
+    ]
+    assert invoke("diff", one, one) == (0, "no difference\n")
+    status, output = invoke("diff", one, other)
+    assert status == 1
+    assert [line.split() for line in output.splitlines() if "soap" in line] == [["optim", "-", "soap"]]
+
+
+def test_pull_keeps_what_is_there(tmp_path: Path) -> None:
+    """It takes a recipe out of a model card, and always writes recipe.yaml, whatever the source is called."""
+    card = tmp_path / "README.md"
+    card.write_text(f"---\nlicense: mit\n---\n\n# Mine\n\n{recipes.embed(read(VALID))}\n")
+    folder = tmp_path / "new" / "folder"
+    assert invoke("pull", str(card), str(folder))[0] == 0
+    assert [path.name for path in folder.iterdir()] == ["recipe.yaml"]
+    assert read((folder / "recipe.yaml").read_text()) == read(VALID)
+    assert invoke("pull", str(card), str(folder))[0] == 0
+    (folder / "recipe.yaml").write_text("seed: 1")
+    status, output = invoke("pull", str(card), str(folder))
+    assert status == 2
+    assert "with another recipe.yaml in it" in output
+    assert (folder / "recipe.yaml").read_text() == "seed: 1"
+    assert invoke("pull", str(card), str(folder), "--overwrite")[0] == 0
+    assert read((folder / "recipe.yaml").read_text()) == read(VALID)
+    card.write_text(card.read_text() + recipes.embed({"seed": 1}))
+    assert "2 recipes" in invoke("pull", str(card), str(folder))[1]
