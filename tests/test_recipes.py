@@ -126,7 +126,10 @@ def test_yaml_that_is_refused(text: str | bytes, message: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        *((f"{key}: x", "a secret") for key in ("token", "hub_token", "HF_TOKEN", "use_auth_token", "wandb_api_key")),
+        *(
+            (f"{key}: x", "a secret")
+            for key in ("token", "hub_token", "HF_TOKEN", "use_auth_token", "azure_key", "my_pw")
+        ),
         *((f"{key}: true", "code of somebody else") for key in ("trust_remote_code", "custom_code", "auto_map")),
         *(
             (f"{key}: x", "one machine or account")
@@ -139,6 +142,8 @@ def test_yaml_that_is_refused(text: str | bytes, message: str) -> None:
             for key in ("output_dir", "logging_dir", "train_files", "model_name_or_path", "anything")
             for path in ("/etc/passwd", "../up", "a/../../b", "~/x", r"C:\x", r"..\x", "[ok, /no]")
         ),
+        ("output_dir: .git/hooks", "wanted no hidden file or folder"),
+        ("train_files: [a/.env]", "wanted no hidden file or folder"),
         ("train_files: data.pkl", "wanted no pickle"),
         ("model_name_or_path: weights.bin", "wanted no pickle"),
         ("attn_implementation: somebody/kernel", "built-in implementation"),
@@ -220,6 +225,7 @@ def test_mistakes(text: str, message: str) -> None:
 
 def test_a_key_may_be_allowed_but_not_a_refused_one() -> None:
     recipes.check(read("my_option: 3"), source="the file", allowed=["my_option"])
+    recipes.check(read("eos_token: <eos>\ntrain_files: ./a.txt\ndataset_config: 20231101.pt"), source="the file")
     with pytest.raises(ValueError, match="wanted a whole number"):
         recipes.check(read("max_steps: x"), source="the file", allowed=["max_steps"])
 
@@ -408,11 +414,12 @@ def invoke(*arguments: str) -> tuple[int, str]:
 
 def test_show_and_validate(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
-    path.write_text(VALID.replace("# A comment", "---"))  # which begins a document, and a card too
+    text = VALID.replace("# A comment", "---")  # which begins a document, and a card too
+    path.write_text(f"{text}run_name: {'long ' * 60}\n")
     status, output = invoke("show", str(path))
     assert status == 0
-    assert plain_yaml.load(output.encode()) == read(VALID)
-    assert invoke("validate", str(path)) == (0, f"{path}: 11 keys, all valid\n")
+    assert plain_yaml.load(output.encode()) == {**read(VALID), "run_name": ("long " * 60).strip()}
+    assert invoke("validate", str(path)) == (0, f"{path}: 12 keys, all valid\n")
     path.write_text("learning_rat: 1\nbf16: 3")
     status, output = invoke("validate", str(path))
     assert status == 2

@@ -41,7 +41,11 @@ def show(source: Source) -> None:
     """Print a recipe."""
     with refusals():
         text = recipes.dump(hub.load(source))
-    Console().print(Syntax(text.rstrip("\n"), "yaml", background_color="default", word_wrap=True))
+    console = Console()
+    if console.is_terminal:
+        console.print(Syntax(text.rstrip("\n"), "yaml", background_color="default", word_wrap=True))
+    else:
+        typer.echo(text, nl=False)  # a file is not to have its lines wrapped
 
 
 @app.command()

@@ -12,9 +12,8 @@ PROVENANCE = "provenance"
 """The one key with a nested value: how a run went. It is shown and never run."""
 
 REFUSED = {
-    r"(.*_)?(hub|hf|auth|access|api|use_auth)_?(token|key)s?|token|.*password.*|.*secret.*": (
-        "a secret; log in by `hf auth login`"
-    ),
+    r"(?!(eos|bos|pad|unk|sep|cls|mask|image)_).*_(token|keys?)|token|.*_pw"
+    r"|.*(password|passwd|passphrase|secret|credential|cookie).*": ("a secret; log in by `hf auth login`"),
     r"trust_remote_code|(.*_)?(remote|custom)_code|code|auto_map|custom_(pipeline|generate)": (
         "code of somebody else; say so on the command line, where you trust it"
     ),
@@ -97,8 +96,11 @@ def _in_text(text: str) -> str:
 def _in_value(key: str, text: str) -> str:
     # The options of an optimizer hold regular expressions, and no file is opened by them.
     if key != "optim_args":
-        if text.startswith(("/", "\\", "~")) or re.match("[A-Za-z]:", text) or ".." in re.split(r"[/\\]", text):
+        parts = re.split(r"[/\\]", text)
+        if text.startswith(("/", "\\", "~")) or re.match("[A-Za-z]:", text) or ".." in parts:
             return f"got {text!r}, wanted a path below the working folder; give it on the command line"
+        if _OPENED.fullmatch(key) and any(part.startswith(".") and part != "." for part in parts):
+            return f"got {text!r}, wanted no hidden file or folder; give it on the command line"
         if _OPENED.fullmatch(key) and _PICKLE.search(text):
             return f"got {text!r}, wanted no pickle, which can run code when it is read; use safetensors or text"
     # What is no name of its own is fetched from the Hub as a kernel and run.
