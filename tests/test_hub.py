@@ -82,6 +82,21 @@ def test_the_card_of_a_run(tmp_path: Path) -> None:
     assert ran["hardware"]["processes"] == 1
 
 
+def test_a_card_names_what_its_recipe_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A recipe without the data repeated the run on none."""
+    monkeypatch.setattr(recipes, "LAUNCH", recipes.Launch("train.py", ("--train_files", "/mine/a.txt", "--mode", "x")))
+    trainer = train(SoapTrainer, tmp_path, max_steps=2, include_num_input_tokens_seen="all")
+    trainer.create_model_card()
+    card, recipe = card_of(trainer)
+    assert "train_files" not in recipe
+    assert recipe["mode"] == "x"
+    assert recipe["provenance"]["left_out"] == ["train_files"]
+    assert recipe["provenance"]["dataset"] == "a.txt"
+    assert recipe["provenance"]["seen"]["tokens"] == 2 * 4 * 12
+    assert "hf-soap run train.py --recipe recipe.yaml --train_files ..." in card.text
+    assert "/mine" not in card.content
+
+
 def test_a_curve_needs_losses_and_results_need_not_be_finite(tmp_path: Path) -> None:
     log = [{"loss": 3.0, "step": 1}, {"eval_loss": float("inf"), "eval_runtime": 1.0, "step": 2}]
     assert cards.results(log) == {"eval_loss": float("inf")}

@@ -121,7 +121,7 @@ def with_recipe(program: list[str], source: str | None, allowed: Iterable[str]) 
     kept = {key: value for key, value in recipe.items() if not {key, f"no_{key}"} & given.keys()}
     if os.environ.get("RANK", "0") == "0":
         typer.echo(f"{source}: {shlex.join(recipes.to_arguments(kept))}", err=True)
-        for key in recipe.keys() - kept.keys():
+        for key in [key for key in recipe if key not in kept]:
             typer.echo(f"{source}: {key} is {given.get(key, False)!r} instead of {recipe[key]!r}", err=True)
     positional = next((i for i, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
     return [*program[:head], *arguments[:positional], *recipes.to_arguments(kept), *arguments[positional:]]

@@ -218,6 +218,10 @@ def _from_text(text: str, kind: Any) -> Any:
 # From a run
 
 
+_UNSET = {"activation_checkpointing": False, "include_num_input_tokens_seen": "no"}
+"""What ``__post_init__`` puts in place of a default."""
+
+
 def from_training_arguments(args: Any) -> Recipe:
     """Makes a recipe of what training arguments say.
 
@@ -241,10 +245,6 @@ def from_training_arguments(args: Any) -> Recipe:
         if value not in (None, [], {}, "", _plain(default), _UNSET.get(entry.name)):
             recipe[entry.name] = value
     return recipe
-
-
-_UNSET = {"activation_checkpointing": False, "include_num_input_tokens_seen": "no"}
-"""What ``__post_init__`` puts in place of a default."""
 
 
 def _plain(value: Any) -> Any:
