@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_soap import metrics, preflight, registry, resume, schema
-from hf_soap import cards, metrics, registry, resume, schema
+from hf_soap import cards, metrics, preflight, registry, resume, schema
 from hf_soap.optimizers import MARS
 from hf_soap.stepping import BlockOptimizer
 
