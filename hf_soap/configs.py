@@ -91,6 +91,9 @@ class SoapConfig(_Factors):
     refresh_tol: float = option(
         0.0, "Skip the refresh of a basis whose factor is off diagonal by at most this share.", NON_NEGATIVE
     )
+    matmul_dtype: Literal["float32", "tf32", "bfloat16"] = option(
+        "float32", "Arithmetic of the rotations of gradient and direction; factors and bases stay exact."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -286,3 +286,42 @@ def test_qr(n: int, kind: str, dtype: torch.dtype) -> None:
     assert (basis @ upper - matrix).norm() <= error * matrix.norm()
     if kind == "dense":
         torch.testing.assert_close(upper.abs(), torch.linalg.qr(matrix).R.abs(), rtol=1e-2, atol=1e4 * error)
+
+
+@pytest.mark.parametrize("kind", ["factor", "full", "rank 3", "zero columns", "zero", "not finite"])
+@pytest.mark.parametrize("n", [1, 2, 40])
+def test_cholesky_qr_is_the_qr_of_factors(n: int, kind: str) -> None:
+    """What GPUs refresh by. Where a factor knows nothing of a direction, any orthonormal one will do."""
+    root = torch.randn(3, n, 3 if kind == "rank 3" else 3 * n)
+    factor = linalg.symmetrize(root @ root.mT)
+    if kind == "factor":
+        factor = torch.logspace(4, -4, n).diag() + 1e-4 * factor * torch.logspace(0, -4, n).outer(
+            torch.logspace(0, -4, n)
+        )
+    elif kind == "zero columns":
+        factor[:, n // 2 :], factor[:, :, n // 2 :] = 0, 0
+    elif kind == "zero":
+        factor.zero_()
+    elif kind == "not finite":
+        factor[1, 0, 0] = torch.nan
+    basis = linalg.cholesky_qr(factor)
+    assert orthonormality_error(basis.double()) < 1e-5
+    if kind == "not finite":
+        assert torch.equal(basis[1], torch.eye(n))
+        factor, basis = factor[::2], basis[::2]
+    exact = torch.linalg.qr(factor.double()).Q
+    known = {"rank 3": min(n, 3), "zero columns": n // 2, "zero": 0}.get(kind, n)
+    error = (same_up_to_signs(basis.double(), exact) - exact)[..., :known].abs()
+    assert (error < 1e-2).all()
+    assert error[..., : known // 2].numel() == 0 or error[..., : known // 2].max() < 1e-4
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("n", [64, 1024])
+def test_refresh_on_a_gpu_rotates_the_factor(n: int) -> None:
+    factor = nearly_diagonal(n).float().cuda()
+    rotation, refreshed = linalg.refresh(factor)
+    exact, _ = linalg.refresh(factor.double())
+    assert orthonormality_error(rotation.double().cpu()) < 1e-5
+    torch.testing.assert_close(same_up_to_signs(rotation.double(), exact), exact, rtol=0, atol=1e-3)
+    torch.testing.assert_close(refreshed, rotation.mT @ factor @ rotation, rtol=1e-4, atol=1e-4 * factor.max().item())

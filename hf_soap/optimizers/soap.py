@@ -45,6 +45,7 @@ class SOAP(BlockOptimizer):
         kl: Whiten the gradient by the other factors before it enters a factor (KL-SOAP, arXiv:2509.03378).
         include_current: Let the current gradient into factor and basis before it is rotated, not after.
         refresh_tol: Skip the refresh of a basis that diagonalises its factor up to this share (arXiv:2506.03595).
+        matmul_dtype: Arithmetic of the rotations of gradient and direction: ``"bfloat16"``, or ``"tf32"`` on GPUs.
         nonfinite: ``"skip"`` leaves out a step in which any gradient holds NaN or Inf; ``"off"`` does not look.
         shard_mode: With several ranks: ``"local"`` preconditions each rank's part of a matrix by itself, ``"owner"``
             whole matrices on one rank each, which is equal to one process.
@@ -87,6 +88,7 @@ class SOAP(BlockOptimizer):
         kl: bool = False,
         include_current: bool = False,
         refresh_tol: float = 0.0,
+        matmul_dtype: Literal["float32", "tf32", "bfloat16"] = "float32",
         nonfinite: Literal["skip", "off"] = "skip",
         shard_mode: Literal["local", "owner"] = "local",
         state_dtype: Literal["float32", "bfloat16", "float8"] = "float32",
@@ -120,7 +122,11 @@ def soap_rule(group: dict[str, Any]) -> Soap:
         stagger=group["stagger"],
         # A rounded basis is orthonormal to 2^-9 alone, and rounding it anew at each refresh would add up.
         orthonormalize_every=ORTHONORMALIZE_EVERY if group["state_dtype"] == "float32" else 1,
-        **{name: group[name] for name in ("factorized", "kl", "include_current", "refresh_tol") if name in group},
+        **{
+            name: group[name]
+            for name in ("factorized", "kl", "include_current", "refresh_tol", "matmul_dtype")
+            if name in group
+        },
     )
 
 

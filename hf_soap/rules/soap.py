@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from hf_soap import linalg, updates
 from hf_soap.blocks import Chunk, Layout, adjacent
+from hf_soap.precision import float32_products
 from hf_soap.rules.base import MOMENTS, Rule, State, zeros
 
 ORTHONORMALIZE_EVERY = 100
@@ -42,6 +43,7 @@ class Soap(Rule):
         include_current: Factor and basis see the current gradient before it is rotated, not after.
         refresh_tol: Leave a basis alone that diagonalises its factor to this share, ‖L̂ - diag L̂‖ ≤ tol·‖L̂‖.
         orthonormalize_every: Refreshes between two corrections of a basis.
+        matmul_dtype: Arithmetic of the rotations of gradient and direction; what enters factors and bases is exact.
 
     Source:
         SOAP, arXiv:2409.11321, algorithm 3, with the conventions of its official implementation; factorized V there
@@ -61,6 +63,7 @@ class Soap(Rule):
     include_current: bool = False
     refresh_tol: float = 0.0
     orthonormalize_every: int = ORTHONORMALIZE_EVERY
+    matmul_dtype: Literal["float32", "tf32", "bfloat16"] = "float32"
 
     @property
     def seeds(self) -> bool:
@@ -157,18 +160,17 @@ class Soap(Rule):
 
     def update(self, grad: Tensor, state: State, chunk: Chunk) -> Tensor:
         """Rotates, takes the Adam direction, rotates back; then accumulates, and refreshes the bases that are due."""
-        rotated = self._rotate(grad, state, chunk.layout.sides)
+        rotated = self._rotate(grad, state, chunk.layout)
         if self.include_current:
             self._accumulate(rotated, state, chunk.layout)
             for blocks, due in chunk.runs(self._due(chunk)):
                 part = {role: value[blocks] for role, value in state.items()}
                 self._refresh(part, due)
                 if chunk.layout.sides:
-                    rotated[blocks] = self._rotate(grad[blocks], part, chunk.layout.sides)
+                    rotated[blocks] = self._rotate(grad[blocks], part, chunk.layout)
 
         direction = self._adam_direction(rotated, state, chunk.layout)
-        for side in chunk.layout.sides:
-            direction = linalg.mode_product(direction, state[f"basis_{side}"].mT, side)
+        direction = self._rotate(direction, state, chunk.layout, back=True)
         if self.normalize_grads:
             square_sum = chunk.tensor_square_sum(chunk.layout.trim(direction))
             direction.div_(square_sum.div_(chunk.layout.numel).sqrt_().add_(1e-30))
@@ -183,10 +185,16 @@ class Soap(Rule):
                 self._refresh({role: value[blocks] for role, value in state.items()}, due)
         return direction
 
-    def _rotate(self, grad: Tensor, state: State, sides: Sequence[int]) -> Tensor:
-        for side in sides:
-            grad = linalg.mode_product(grad, state[f"basis_{side}"], side)
-        return grad
+    def _rotate(self, tensor: Tensor, state: State, layout: Layout, *, back: bool = False) -> Tensor:
+        """Rotates into the eigenbases, or back."""
+        bases = {side: state[f"basis_{side}"] for side in layout.sides}
+        dtype = torch.bfloat16 if self.matmul_dtype == "bfloat16" and bases else tensor.dtype
+        rotated = tensor.to(dtype)
+        with float32_products(layout.block, tensor.device, reduced=self.matmul_dtype == "tf32"):
+            for side, basis in bases.items():
+                matrix = basis.to(dtype)
+                rotated = linalg.mode_product(rotated, matrix.mT if back else matrix, side)
+        return rotated.to(tensor.dtype)
 
     def _adam_direction(self, rotated: Tensor, state: State, layout: Layout) -> Tensor:
         betas = {"beta1": self.beta1, "beta2": self.beta2}
