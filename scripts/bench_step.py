@@ -2,6 +2,7 @@
 
 python scripts/bench_step.py                 # both sets of shapes
 python scripts/bench_step.py --shapes gpt256 --rounds 5 --device cuda
+python scripts/bench_step.py --scaling       # how time and bytes of SOAP grow with width and layers
 
 Every round runs each optimizer for `--steps` steps with fresh random gradients, in turn, so that a slow moment of the
 machine hits all alike; medians over rounds are printed. The floor is the time of the matrix products that SOAP cannot
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import math
 import platform
 import statistics
 import time
@@ -35,6 +37,13 @@ SHAPES: dict[str, list[Shape]] = {
     "gpt256": 6 * [(256, 768), (256, 256), (256, 1024), (1024, 256)] + 13 * [(256,), (256,)],
     # GPT-2 small, 2 of its layers
     "gpt2x2": 2 * [(768, 2304), (768, 768), (768, 3072), (3072, 768)] + 5 * [(768,), (768,)],
+    # LoRA of rank 8 on the matrices of 24 layers of width 1024
+    "lora": 24
+    * [
+        part
+        for rows, columns in 4 * [(1024, 1024)] + [(4096, 1024), (1024, 4096)]
+        for part in ((8, columns), (rows, 8))
+    ],
 }
 
 
@@ -44,6 +53,15 @@ def optimizers(frequency: int) -> dict[str, Callable[[list[Tensor]], torch.optim
         "AdamW (fused)": lambda params: torch.optim.AdamW(params, lr=1e-4, fused=True),
         "SOAP": lambda params: SOAP(params, lr=1e-4, precondition_frequency=frequency),
         "SOAP, staggered": lambda params: SOAP(params, lr=1e-4, precondition_frequency=frequency, stagger=True),
+        "SOAP, bf16 rotations": lambda params: SOAP(
+            params, lr=1e-4, precondition_frequency=frequency, matmul_dtype="bfloat16"
+        ),
+        "SOAP, bf16 state, packed": lambda params: SOAP(
+            params, lr=1e-4, precondition_frequency=frequency, state_dtype="bfloat16", pack_factors=True
+        ),
+        "SOAP, 8-bit moments, packed": lambda params: SOAP(
+            params, lr=1e-4, precondition_frequency=frequency, state_dtype="float8", pack_factors=True
+        ),
         "SOAP, one side": lambda params: SOAP(params, lr=1e-4, precondition_frequency=frequency, one_sided=True),
         "SOAP, one side, factorized": lambda params: SOAP(
             params, lr=1e-4, precondition_frequency=frequency, one_sided=True, factorized=True
@@ -69,15 +87,16 @@ def optimizers(frequency: int) -> dict[str, Callable[[list[Tensor]], torch.optim
     return found
 
 
-def floor_seconds(shapes: list[Shape], frequency: int, device: torch.device) -> float:
-    """Returns the time of SOAP's unavoidable products per step, at the measured float32 rate of a 1024³ product."""
+def floor_flop(shapes: list[Shape], frequency: int) -> float:
+    """Returns the operations of a step that SOAP cannot do without, averaged over refreshes."""
+    pairs = [shape for shape in shapes if len(shape) == 2]
+    return sum(2.5 * 2 * m * n * (m + n) + 6.67 * (m**3 + n**3) / frequency for m, n in pairs)
+
+
+def product_rate(device: torch.device) -> float:
+    """Returns the operations a second of a 1024³ product of float32 matrices with torch's default settings."""
     a, b = (torch.randn(1024, 1024, device=device) for _ in range(2))
-    times = [seconds(lambda: a @ b, device) for _ in range(20)]
-    rate = 2 * 1024**3 / statistics.median(times[5:])
-    flop = 0.0
-    for m, n in (shape for shape in shapes if len(shape) == 2):
-        flop += 2.5 * 2 * m * n * (m + n) + 6.67 * (m**3 + n**3) / frequency
-    return flop / rate
+    return 2 * 1024**3 / statistics.median([seconds(lambda: a @ b, device) for _ in range(20)][5:])
 
 
 def seconds(call: Callable[[], Any], device: torch.device) -> float:
@@ -114,15 +133,23 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(storages.values())
 
 
-def measure(shapes: list[Shape], *, frequency: int, steps: int, rounds: int, device: torch.device) -> dict[str, Any]:
-    """Runs all optimizers in interleaved rounds.
+def measure(
+    shapes: list[Shape],
+    *,
+    frequency: int,
+    steps: int,
+    rounds: int,
+    device: torch.device,
+    chosen: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] | None = None,
+) -> dict[str, Any]:
+    """Runs all optimizers, or the chosen ones, in interleaved rounds.
 
     Returns:
         By optimizer: median seconds per step, worst single step of the median round, bytes of state per parameter.
     """
     generator = torch.Generator(device).manual_seed(0)
     runs: dict[str, tuple[list[Tensor], torch.optim.Optimizer]] = {}
-    for name, make in optimizers(frequency).items():
+    for name, make in (chosen or optimizers(frequency)).items():
         params = [torch.nn.Parameter(torch.randn(shape, device=device, generator=generator) / 16) for shape in shapes]
         runs[name] = (params, make(params))
     records: dict[str, list[list[float]]] = {name: [] for name in runs}
@@ -147,10 +174,59 @@ def measure(shapes: list[Shape], *, frequency: int, steps: int, rounds: int, dev
     return result
 
 
+def scaling(widths: list[int], layers: list[int], *, frequency: int, device: torch.device) -> dict[str, Any]:
+    """Measures SOAP on square matrices of growing width, and on a growing number of them.
+
+    Returns:
+        For each of the two: the sizes, seconds of a step, floor in seconds, bytes of state, and the exponents of all
+        three, fitted to their logarithms by least squares.
+    """
+    soap, rate = {"SOAP": optimizers(frequency)["SOAP"]}, product_rate(device)
+    result: dict[str, Any] = {}
+    for name, cases in {
+        "width": {width: 2 * [(width, width)] for width in widths},
+        "layers": {count: count * [(256, 256), (256, 1024)] for count in layers},
+    }.items():
+        rows = []
+        for shapes in cases.values():
+            row = measure(shapes, frequency=frequency, steps=frequency, rounds=1, device=device, chosen=soap)["SOAP"]
+            octets = row["state_bytes_per_param"] * sum(math.prod(shape) for shape in shapes)
+            rows.append((row["step_s"], floor_flop(shapes, frequency) / rate, octets))
+        sizes = list(cases)
+        exponents = [exponent(sizes, [row[i] for row in rows]) for i in range(3)]
+        result[name] = {"sizes": sizes, "step_s, floor_s, bytes": rows, "exponents": exponents}
+    return result
+
+
+def exponent(sizes: list[int], values: list[float]) -> float:
+    """Fits values to a power of the sizes."""
+    logs = torch.tensor([sizes, values], dtype=torch.float64).log()
+    x, y = logs - logs.mean(1, keepdim=True)
+    return float((x * y).sum() / (x * x).sum())
+
+
+def print_scaling(result: dict[str, Any], console: Console) -> None:
+    """Prints a table for each thing that grows."""
+    for name, found in result.items():
+        table = Table(title=f"SOAP against {name}")
+        for heading in (name, "ms/step", "floor ms", "× floor", "state MiB"):
+            table.add_column(heading, justify="right")
+        for size, (step, floor, octets) in zip(found["sizes"], found["step_s, floor_s, bytes"], strict=True):
+            table.add_row(
+                str(size), f"{step * 1e3:.1f}", f"{floor * 1e3:.1f}", f"{step / floor:.2f}", f"{octets / 2**20:.1f}"
+            )
+        step, floor, octets = (f"{name}^{value:.2f}" for value in found["exponents"])
+        table.add_row("grows as", step, floor, "", octets, style="bold")
+        console.print(table)
+
+
 def main() -> None:
     """Prints one table per set of shapes and writes all figures as JSON if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", choices=[*SHAPES, "all"], default="all")
+    parser.add_argument("--scaling", action="store_true", help="measure growth with width and layers instead")
+    parser.add_argument("--widths", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096])
+    parser.add_argument("--layers", type=int, nargs="+", default=[2, 4, 8, 16, 32, 48])
     parser.add_argument("--frequency", type=int, default=10, help="steps between two refreshes")
     parser.add_argument("--steps", type=int, default=10, help="steps a round; a multiple of the frequency")
     parser.add_argument("--rounds", type=int, default=3)
@@ -164,9 +240,12 @@ def main() -> None:
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
-    for name in SHAPES if args.shapes == "all" else [args.shapes]:
+    if args.scaling:
+        report |= scaling(args.widths, args.layers, frequency=args.frequency, device=device)
+        print_scaling({name: report[name] for name in ("width", "layers")}, console)
+    for name in [] if args.scaling else SHAPES if args.shapes == "all" else [args.shapes]:
         shapes = SHAPES[name]
-        floor = floor_seconds(shapes, args.frequency, device)
+        floor = floor_flop(shapes, args.frequency) / product_rate(device)
         result = measure(shapes, frequency=args.frequency, steps=args.steps, rounds=args.rounds, device=device)
         report[name] = {"floor_s": floor, **result}
         table = Table(

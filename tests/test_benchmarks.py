@@ -30,7 +30,18 @@ def test_bench_step_counts_state_and_times_each_optimizer() -> None:
     assert result["AdamW (fused)"]["state_bytes_per_param"] * numel == pytest.approx(moments + 3 * 4)
     assert result["SOAP"]["state_bytes_per_param"] * numel == pytest.approx(moments + factors + 3 * 4)
     assert all(row["worst_s"] >= row["step_s"] > 0 for row in result.values())
-    assert bench_step.floor_seconds(shapes, 2, torch.device("cpu")) > 0
+    assert bench_step.floor_flop([(10, 20), (5,)], 2) == 5 * 200 * 30 + 6.67 * (1000 + 8000) / 2
+    assert bench_step.product_rate(torch.device("cpu")) > 0
+
+
+def test_scaling_fits_exponents() -> None:
+    assert bench_step.exponent([2, 4, 8], [3 * 2**2.5, 3 * 4**2.5, 3 * 8**2.5]) == pytest.approx(2.5)
+    result = bench_step.scaling([8, 16], [1, 2], frequency=2, device=torch.device("cpu"))
+    assert result["width"]["exponents"][2] == pytest.approx(2, abs=0.01)  # bytes
+    assert result["layers"]["exponents"][2] == pytest.approx(1, abs=0.01)
+    assert result["layers"]["exponents"][1] == pytest.approx(1)
+    assert result["width"]["exponents"][1] == pytest.approx(3)
+    bench_step.print_scaling(result, Console())
 
 
 def test_bench_roots_prints_a_row_per_size_and_batch() -> None:
