@@ -256,6 +256,7 @@ class Chunk:
         index: Place of each tensor in the whole optimizer, which staggers refreshes.
         background: Where work may go on beside the training loop.
         team: Ranks with equal state that split decompositions among them.
+        usable: Whether the gradients are, where only the device knows.
     """
 
     layout: Layout
@@ -263,6 +264,7 @@ class Chunk:
     index: tuple[int, ...]
     background: Background | None = None
     team: Team | None = None
+    usable: Tensor | None = None
 
     def share(self, compute: Callable[[Tensor], tuple[Tensor, ...]], batch: Tensor) -> tuple[Tensor, ...]:
         """Returns ``compute(batch)`` of matrices that all ranks of the team have, each computed by one of them.
@@ -277,7 +279,7 @@ class Chunk:
         """Spreads one number a tensor over its blocks, to broadcast against (blocks, d_1, ..., d_k)."""
         if values.count(values[0]) == len(values):
             return values[0]
-        column = torch.tensor(values, dtype=like.dtype, device=like.device)
+        column = torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)
         return column.repeat_interleave(self.layout.blocks).view(-1, *[1] * (like.dim() - 1))
 
     def tensor_square_sum(self, blocks: Tensor) -> Tensor:
@@ -289,7 +291,7 @@ class Chunk:
         """Yields each run of adjacent tensors whose flag is set, as a slice of blocks and a smaller chunk."""
         for first, last in adjacent(flags):
             blocks = slice(first * self.layout.blocks, last * self.layout.blocks)
-            yield blocks, Chunk(self.layout, self.t[first:last], self.index[first:last], self.background, self.team)
+            yield blocks, replace(self, t=self.t[first:last], index=self.index[first:last])
 
 
 def adjacent(flags: Iterable[bool], longest: int | None = None) -> Iterator[tuple[int, int]]:

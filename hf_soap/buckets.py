@@ -89,12 +89,16 @@ class Bucket:
     def working(self, first: int, last: int, chunk: Chunk) -> Iterator[dict[str, Tensor]]:
         """State of the tensors first..last-1 to compute with, which is put back as it is kept on leaving."""
         kept, storage = self.rows(first, last), self.plan.kept
+        before = {role: value.clone() for role, value in kept.items()} if chunk.usable is not None else {}
         state = storage.decode(kept, self.dtype)
         versions = {role: value._version for role, value in state.items()}
         yield state
         changed = {role: value for role, value in state.items() if value._version != versions[role]}
         if not storage.plain:
             storage.encode_(kept, changed, step_keys(chunk.t, chunk.index))
+        for role, value in before.items():
+            if role.removesuffix(SCALE) in changed:
+                kept[role].copy_(torch.where(chunk.usable, kept[role], value))  # type: ignore[arg-type]
 
     def intact(self, state: Mapping[Tensor, dict[str, Any]]) -> bool:
         """Whether every tensor's state is still the view that was handed out."""
@@ -203,25 +207,31 @@ def state_dtype(param: Tensor) -> torch.dtype:
     return param.dtype if param.dtype in (torch.float32, torch.float64) else torch.float32
 
 
-def norms_are_sane(grads: Sequence[Tensor]) -> bool:
+def norms_are_sane(grads: Sequence[Tensor]) -> Tensor:
     """Says whether all gradients are finite and small enough for sums of their squares, with a margin of 100.
 
     Larger ones would make factors and second moments infinite for good.
 
     Args:
         grads: Any shapes, of one dtype and on one device.
+
+    Returns:
+        A scalar of bool on that device.
     """
     dtype = state_dtype(grads[0])
     norms = torch.stack(torch._foreach_norm(list(grads), 2, dtype))
-    return bool((norms < math.sqrt(torch.finfo(dtype).max / 100)).all())  # NaN compares false
+    return (norms < math.sqrt(torch.finfo(dtype).max / 100)).all()  # NaN compares false
 
 
-def stack_gradients(grads: Sequence[Tensor], layout: Layout, dtype: torch.dtype) -> Tensor:
-    """Returns gradients as one batch of blocks (tensors * blocks, d_1, ..., d_k) in ``dtype``."""
+def stack_gradients(grads: Sequence[Tensor], bucket: Bucket, chunk: Chunk) -> Tensor:
+    """Returns gradients as one batch of blocks (tensors * blocks, d_1, ..., d_k); zeros if the device refuses them."""
+    layout = bucket.plan.layout
     if layout.whole and all(grad.shape == layout.view for grad in grads):
-        return torch.stack(list(grads)).to(dtype)
-    cut = [layout.to_blocks(grad) for grad in grads]
-    return (cut[0] if len(cut) == 1 else torch.cat(cut)).to(dtype)
+        stacked = torch.stack(list(grads)).to(bucket.dtype)
+    else:
+        cut = [layout.to_blocks(grad) for grad in grads]
+        stacked = (cut[0] if len(cut) == 1 else torch.cat(cut)).to(bucket.dtype)
+    return stacked if chunk.usable is None else torch.where(chunk.usable, stacked, 0.0)
 
 
 def step_tensors(
@@ -249,21 +259,29 @@ def step_tensors(
     weights = [sharding.local(param) for param in bucket.params[first:last]]
     if plan.keep_weights:
         before = torch.cat([plan.layout.to_blocks(weight) for weight in weights])
-    if bucket.fuses and all(map(Tensor.is_contiguous, grads)) and {grad.dtype for grad in grads} == {bucket.dtype}:
+    if chunk.usable is not None:
+        lr = lr * chunk.usable  # and so nothing moves
+    if (
+        bucket.fuses
+        and chunk.usable is None
+        and all(map(Tensor.is_contiguous, grads))
+        and {grad.dtype for grad in grads} == {bucket.dtype}
+    ):
         each = {role: value.unbind() for role, value in bucket.rows(first, last).items()}
         plan.rule.fused_step(weights, grads, each, chunk.t, lr=lr, weight_decay=weight_decay)
     else:
         directions = directions_of(bucket, first, last, grads, chunk)
         apply_(weights, directions, lr=lr, weight_decay=weight_decay, decay_last=plan.decay_last)
     if plan.keep_weights:
-        bucket.rows(first, last)[PREV_PARAM].copy_(before)
+        kept = bucket.rows(first, last)[PREV_PARAM]
+        kept.copy_(before if chunk.usable is None else torch.where(chunk.usable, before, kept))
 
 
 def directions_of(bucket: Bucket, first: int, last: int, grads: Sequence[Tensor], chunk: Chunk) -> list[Tensor]:
     """Updates the state of the tensors first..last-1 of a bucket and returns their directions, in their shapes."""
     plan = bucket.plan
     with bucket.working(first, last, chunk) as state:
-        direction = plan.rule.update(stack_gradients(grads, plan.layout, bucket.dtype), state, chunk)
+        direction = plan.rule.update(stack_gradients(grads, bucket, chunk), state, chunk)
     shapes = bucket.shapes[first:last]
     if plan.layout.whole and all(shape == plan.layout.view for shape in shapes):
         return list(direction.unbind())

@@ -214,20 +214,27 @@ def agree(fine: bool, params: Sequence[Tensor]) -> bool:
         fine: What this rank found.
         params: All parameters; every rank of their meshes must call this at the same time.
     """
+    sharded = [param for param in params if is_sharded(param)]
+    if not sharded:
+        return fine
+    return bool(agreed(torch.tensor(fine, device=wire_device(sharded[0])), sharded))
+
+
+def agreed(fine: Tensor, params: Sequence[Tensor]) -> Tensor:
+    """As :func:`agree`, of a scalar of bool that no host needs to read."""
     meshes = dict.fromkeys(param.device_mesh for param in params if is_sharded(param))
     if not meshes:
         return fine
     import torch.distributed as dist
 
-    device = wire_device(next(param for param in params if is_sharded(param)))
-    flag = torch.tensor(1 if fine else 0, dtype=torch.int32, device=device)
+    flag = fine.to(torch.int32)
     if any(mesh.size() == dist.get_world_size() for mesh in meshes):
         dist.all_reduce(flag, dist.ReduceOp.MIN)
     else:
         for mesh in meshes:
             for group in mesh.get_all_groups():
                 dist.all_reduce(flag, dist.ReduceOp.MIN, group=group)
-    return bool(flag)
+    return flag.bool()
 
 
 def _wrap(value: Tensor, param: DTensor, placements: Sequence[Placement], shape: tuple[int, ...]) -> Tensor:

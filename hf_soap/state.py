@@ -19,6 +19,7 @@ from hf_soap.blocks import Layout, Plan
 from hf_soap.buckets import GroupCache, state_dtype
 from hf_soap.checks import check_learning_rate, check_number, check_pair
 from hf_soap.owners import Ownership
+from hf_soap.verdict import Verdict
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +44,28 @@ class PlannedOptimizer(torch.optim.Optimizer):
         self._background = Background()
         self._owners: Ownership | None = None
         self._consolidated: dict[str, Any] | None = None
-        self.skipped_steps = 0
+        self._skipped = 0
+        self._verdict: Verdict | None = None
+
+    @property
+    def skipped_steps(self) -> int:
         """Steps that were left out because a gradient was not finite, since construction or load."""
+        self._settle()
+        return self._skipped
+
+    def _settle(self) -> None:
+        """Hears the verdict on the last step, where a device has kept it."""
+        verdict, self._verdict = self._verdict, None
+        if verdict is not None and not verdict.settle():
+            self._count_skip()
+
+    def _count_skip(self) -> None:
+        if not self._skipped:
+            logger.warning(
+                "A gradient holds NaN, Inf or an entry too large to square: the whole step is skipped, parameters and "
+                "state stay as they are."
+            )
+        self._skipped += 1
 
     def plan(self, group: dict[str, Any], shape: Sequence[int], *, sharded: bool = False) -> Plan:
         """Returns rule and layout of a tensor in this param group, made from the current settings.
@@ -135,6 +156,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
         return self._owners
 
     def __getstate__(self) -> dict[str, Any]:
+        self._settle()
         # A view is pickled with its whole stack, once for each parameter in it.
         state = checkpoint.detach_state(super().__getstate__())
         return {**state, "state": defaultdict(dict, state["state"])}
@@ -153,6 +175,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
 
         The tensors are copies: the optimizer holds views of stacks, and saving one would write its whole stack.
         """
+        self._settle()
         if self._consolidated is not None:
             return self._consolidated
         if self.state and self.spreads_state():
@@ -202,6 +225,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: If the groups, a parameter's roles or a shape differ from what the current settings need.
         """
+        self._settle()
         # torch casts loaded state to the parameter's dtype, which would round float32 factors of a bf16 model.
         groups = checkpoint.groups_to_load(self.param_groups, state_dict)
         restored, estimated = {}, 0

@@ -28,6 +28,7 @@ from hf_soap.buckets import (
 from hf_soap.owners import SEEDED, UPDATED, Outcome, Ownership
 from hf_soap.precision import float32_products
 from hf_soap.state import PlannedOptimizer
+from hf_soap.verdict import DEFERS, Verdict
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +59,7 @@ class BlockOptimizer(PlannedOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._settle()
         if self._gradients_usable():
             self._consolidated = None
             self._step_all(allocate_only=self._is_synthetic())
@@ -92,7 +94,10 @@ class BlockOptimizer(PlannedOptimizer):
         return sharding.agree(zero, params)  # a warmup starts at 0 too, and the gradient of one part may be zero
 
     def _gradients_usable(self) -> bool:
-        """Refuses sparse gradients, and says whether all gradients are finite where a group wants to know."""
+        """Refuses sparse gradients, and says whether all gradients are finite where a group wants to know.
+
+        Where only the device knows, the answer is yes, and the step goes on under a verdict.
+        """
         checked: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for group in self.param_groups:
             skips = group["nonfinite"] == "skip"
@@ -110,16 +115,15 @@ class BlockOptimizer(PlannedOptimizer):
                     grad = sharding.local_grad(param)
                 if skips and grad is not None and grad.numel():
                     checked.setdefault((grad.device, grad.dtype), []).append(grad)
-        fine = all(norms_are_sane(grads) for grads in checked.values())
         guarded = [p for group in self.param_groups if group["nonfinite"] == "skip" for p in group["params"]]
-        if sharding.agree(fine, guarded):
+        flags = [norms_are_sane(grads) for grads in checked.values()]
+        if flags and all(flag.device.type in DEFERS for flag in flags) and self._find_owners() is None:
+            flag = torch.stack([flag.to(flags[0].device) for flag in flags]).all()
+            self._verdict = Verdict(sharding.agreed(flag, guarded))
             return True
-        if not self.skipped_steps:
-            logger.warning(
-                "A gradient holds NaN, Inf or an entry too large to square: the whole step is skipped, parameters and "
-                "state stay as they are."
-            )
-        self.skipped_steps += 1
+        if sharding.agree(all(map(bool, flags)), guarded):
+            return True
+        self._count_skip()
         return False
 
     def _group_buckets(
@@ -179,16 +183,19 @@ class BlockOptimizer(PlannedOptimizer):
         decay = group["weight_decay"] if plan.weight_decay is None else plan.weight_decay
         steps, size = bucket.steps.tolist(), bucket.tensors_per_chunk()
         alike = outcomes is None and not sharding.is_sharded(bucket.params[0])
+        usable = None if self._verdict is None else self._verdict.usable
         team = sharding.Team() if group["distributed_refresh"] and alike and sharding.ranks() > 1 else None
         with self._exact_arithmetic(bucket):
             for seeding, flags in ((True, fresh), (False, ready)):
                 for first, last in adjacent(flags, size):
-                    bucket.steps[first:last].add_(1)
+                    count = bucket.steps[first:last].add_(1)
+                    if self._verdict is not None:
+                        self._verdict.counted.append(count)
                     t = tuple(int(step) + 1 - plan.rule.seeds for step in steps[first:last])
-                    chunk = Chunk(plan.layout, t, tuple(bucket.index[first:last]), self._background, team)
+                    chunk = Chunk(plan.layout, t, tuple(bucket.index[first:last]), self._background, team, usable)
                     given = [grad for grad in grads[first:last] if grad is not None]
                     if seeding:
-                        grad = stack_gradients(given, plan.layout, bucket.dtype)
+                        grad = stack_gradients(given, bucket, chunk)
                         with bucket.working(first, last, chunk) as state:
                             plan.rule.seed(grad, state, chunk)
                         directions: list[Tensor] = []

@@ -41,6 +41,7 @@ LAYERS = [
     "recut",
     "owners",
     "rules",
+    "verdict",
     "background",
     "blocks",
     "updates",
