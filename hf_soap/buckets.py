@@ -118,10 +118,7 @@ class Bucket:
 
 def temporary_bytes(plan: Plan, dtype: torch.dtype) -> int:
     """Estimates what the step of one tensor needs beside its state, for as long as it takes."""
-    layout = plan.layout
-    block = math.prod(layout.block)
-    largest = max((layout.block[side] ** 2 for side in layout.sides), default=0)
-    needs = layout.blocks * dtype.itemsize * (5 * block + 4 * largest)
+    needs = plan.layout.blocks * dtype.itemsize * plan.rule.workspace(plan.layout)
     if not plan.kept.plain:
         computed = plan.computed(1, dtype=dtype, device=torch.device("meta"))
         needs += sum(value.numel() * value.element_size() for value in computed.values())

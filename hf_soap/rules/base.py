@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -64,6 +65,11 @@ class Rule:
     def work(self, layout: Layout, *, refreshes_only: bool = False) -> float:
         """Floating point operations of the matrix products and decompositions of a step, averaged over refreshes."""
         return 0.0
+
+    def workspace(self, layout: Layout) -> int:
+        """Estimates the entries that the step of one block needs beside gradient and state, while it takes."""
+        largest = max((layout.block[side] ** 2 for side in layout.sides), default=0)
+        return 6 * math.prod(layout.block) + 4 * largest
 
     def seed(self, grad: Tensor, state: State, chunk: Chunk) -> None:
         """Absorbs the first non-zero gradient (blocks, d_1, ..., d_k) into ``state``, in place."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -75,6 +76,10 @@ class Mars(Rule):
     def work(self, layout: Layout, *, refreshes_only: bool = False) -> float:
         """As the inner rule."""
         return self.inner.work(layout, refreshes_only=refreshes_only)
+
+    def workspace(self, layout: Layout) -> int:
+        """What the inner rule needs, and the corrected gradient and its square."""
+        return self.inner.workspace(layout) + 2 * math.prod(layout.block)
 
     def seed(self, grad: Tensor, state: State, chunk: Chunk) -> None:
         """Seeds the inner rule with the corrected gradient."""

@@ -44,6 +44,11 @@ class Orthogonal(Rule):
         short, long = sorted(layout.block)
         return 0.0 if refreshes_only else layout.blocks * 5 * (4.0 * short**2 * long + 2.0 * short**3)
 
+    def workspace(self, layout: Layout) -> int:
+        """The iterate, the next one, and three Gram matrices of the shorter side, beside the corrected gradient."""
+        short, long = sorted(layout.block)
+        return 5 * short * long + 3 * short**2
+
     def update(self, grad: Tensor, state: State, chunk: Chunk) -> Tensor:
         """Returns the scaled orthogonal factor of M, (blocks, rows, cols)."""
         exp_avg = state["exp_avg"].lerp_(grad, 1 - self.beta1)
