@@ -1,6 +1,5 @@
 """The benchmarks run, and what they count is right; nobody asserts a time."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -16,7 +15,6 @@ import bench_async
 import bench_distributed
 import bench_roots
 import bench_step
-import join_compare
 
 from hf_soap.__main__ import app
 
@@ -63,45 +61,6 @@ def test_bench_async_trains_the_three_runs_alike_until_roots_differ() -> None:
     losses = [float(line.split("│")[2]) for line in done.output.splitlines() if line.count("│") == 6]
     assert len(losses) == 3
     assert len(set(losses)) == 1, "before the start step the roots of all three are unused"
-
-
-def report(folder: Path, optimizer: str, lr: float, loss: float, **changes: object) -> Path:
-    settings = {
-        "optimizer": optimizer,
-        "lr": lr,
-        "optim_args": "",
-        "adam_beta2": 0.999,
-        "steps": 4,
-        "eval_every": 2,
-        **changes,
-    }
-    run = {
-        "settings": settings,
-        "evals": [{"step": 0, "seconds": 0.0, "loss": 5.0}, {"step": 4, "seconds": 1.0, "loss": loss}],
-    }
-    row = {"final_loss": loss, "state_bytes_per_parameter": 8.0}
-    path = folder / f"{optimizer}-{lr}.json"
-    path.write_text(json.dumps({"corpus": {"sha256": "x"}, "runs": [run], "table": [row]}))
-    return path
-
-
-def test_joined_runs_show_the_best_learning_rate_and_the_others(tmp_path: Path) -> None:
-    paths = [
-        report(tmp_path, "soap", 1e-2, 3.5),
-        report(tmp_path, "soap", 5e-3, 3.75),
-        report(tmp_path, "mars", 1e-3, 4.0),
-    ]
-    join_compare.main(paths, tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").stat().st_size > 1000
-    runs = join_compare.read_runs(paths)
-    text = join_compare.table([runs[0], runs[2]], runs)
-    assert "| `soap` | 0.01 | 3.500 | 0.005: 3.750 | 8.0 |" in text
-    assert "| `mars` | 0.001 | 4.000 | – | 8.0 |" in text
-
-
-def test_runs_of_another_length_are_not_joined(tmp_path: Path) -> None:
-    with pytest.raises(typer.BadParameter, match="differs in steps"):
-        join_compare.read_runs([report(tmp_path, "soap", 1e-2, 3.5), report(tmp_path, "mars", 1e-3, 4.0, steps=8)])
 
 
 def test_options_command() -> None:

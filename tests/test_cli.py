@@ -1,4 +1,4 @@
-"""The launcher and ``compare``, by real processes and real training runs."""
+"""The launcher, by real processes and real training runs."""
 
 import json
 import math
@@ -10,20 +10,15 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 import typer
-from typer.testing import CliRunner, Result
 
 from hf_soap import checkpoint
-from hf_soap.__main__ import app
-from hf_soap.cli.compare import per_optimizer, resolve_names
 from hf_soap.cli.corpus import build_corpus
 from hf_soap.cli.run import CHILDREN, prepare
-from hf_soap.cli.training import EvalPoint, RunResult, RunSettings, train_once
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,9 +34,6 @@ def python(*arguments: object, cwd: Path, **environment: str) -> subprocess.Comp
         text=True,
         timeout=300,
     )
-
-
-# The launcher
 
 
 SCRIPT = """
@@ -334,198 +326,3 @@ def test_unmodified_run_clm_pretrains_evaluates_finetunes_and_resumes(run_clm, t
     assert (
         torch.load(tmp_path / "resumed" / "checkpoint-8" / "optimizer.pt", weights_only=True)["state"][0]["step"] == 8
     )
-
-
-# compare
-
-
-SETTINGS = RunSettings(
-    optimizer="adamw_torch_fused",
-    optim_args="",
-    lr=1e-2,
-    adam_beta2=0.999,
-    steps=6,
-    batch_size=4,
-    layers=1,
-    width=16,
-    heads=2,
-    schedule="cosine",
-    warmup=0.0,
-    weight_decay=0.01,
-    max_grad_norm=1.0,
-    eval_every=2,
-    seed=0,
-)
-TINY = [
-    *("--layers", "1", "--width", "16", "--heads", "2", "--vocab-size", "256"),
-    *("--seq-len", "16", "--batch-size", "4", "--warmup", "0"),
-]
-
-
-@pytest.fixture(scope="session")
-def text(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    for name in ("cli/compare.py", "cli/run.py", "cli/corpus.py"):
-        (folder / Path(name).name).write_bytes((ROOT / "hf_soap" / name).read_bytes())
-    (folder / "picture.png").write_bytes(b"\x89PNG\xff\xfe")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def corpus(text):
-    return build_corpus(text, vocab_size=256, seq_len=16, max_held_out=8)
-
-
-def run_compare(*arguments: object) -> Result:
-    return CliRunner().invoke(app, ["compare", *map(str, arguments)], obj=[], env={"COLUMNS": "120"})
-
-
-def test_compare_reports_what_it_trained(text, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_soap.cli.compare.DEFAULT_STEPS", 6)
-    result = run_compare(
-        "adamw", "soap", "--steps", "soap=4", "--lr", "adamw=1e-3", "--lr", "soap=1e-2",
-        "--optim-args", "soap=precondition_frequency=2,block_size=8",
-        "--eval-every", 4, "--data", text, "--output-dir", tmp_path, *TINY,
-    )  # fmt: skip
-    assert result.exit_code == 0, result.output
-    report = json.loads((tmp_path / "compare.json").read_text())
-    adamw, soap = report["runs"]
-    assert [point["step"] for point in adamw["evals"]] == [0, 4, 6]
-    assert [point["step"] for point in soap["evals"]] == [0, 4]
-    assert (len(adamw["train_losses"]), len(soap["train_losses"])) == (6, 4)
-    # Equal weights and an equal first batch, before any update.
-    assert adamw["evals"][0]["loss"] == soap["evals"][0]["loss"]
-    assert adamw["train_losses"][0] == soap["train_losses"][0]
-    assert adamw["train_losses"][2:] != soap["train_losses"][2:]
-
-    for row, run in zip(report["table"], report["runs"], strict=True):
-        assert row["final_loss"] == run["evals"][-1]["loss"]
-        assert 0 < row["optimizer_share"] < 1
-        assert f"{row['final_loss']:.4f}" in result.output
-        assert row["checkpoint"] in result.output
-    assert [run["settings"]["adam_beta2"] for run in report["runs"]] == [0.95, 0.999]
-    first, second = report["table"]
-    assert first["state_bytes_per_parameter"] == pytest.approx(8, rel=0.01)
-    assert second["state_bytes_per_parameter"] > 8
-    assert first["steps_to_first"] == 6
-    assert (tmp_path / "compare.png").read_bytes().startswith(b"\x89PNG")
-
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    model = AutoModelForCausalLM.from_pretrained(second["checkpoint"])
-    tokenizer = AutoTokenizer.from_pretrained(second["checkpoint"])
-    blocks = build_corpus(text, vocab_size=256, seq_len=16, max_held_out=256).held_out
-    assert tokenizer.decode(blocks[0]) in "".join(path.read_text() for path in text.glob("*.py"))
-    with torch.no_grad():
-        loss = model(input_ids=blocks, labels=blocks).loss.item()
-    assert loss == pytest.approx(second["final_loss"], rel=1e-5)
-
-
-def test_train_once_repeats_bit_for_bit(corpus, tmp_path):
-    settings = replace(SETTINGS, optimizer="soap")
-    one, two = (train_once(settings, corpus, tmp_path, lambda step: None) for _ in range(2))
-    assert one.train_losses == two.train_losses
-    assert [point.loss for point in one.evals] == [point.loss for point in two.evals]
-    other = train_once(replace(settings, seed=1), corpus, tmp_path, lambda step: None)
-    assert one.train_losses != other.train_losses
-
-
-def test_every_optimizer_sees_the_same_batches(corpus, tmp_path):
-    """With a learning rate of zero the losses of the steps depend on weights and batches alone."""
-    runs = [
-        train_once(replace(SETTINGS, optimizer=name, lr=0.0, steps=steps), corpus, tmp_path / name, lambda step: None)
-        for name, steps in (("adamw_torch_fused", 6), ("soap", 4))
-    ]
-    assert runs[0].train_losses[:4] == runs[1].train_losses
-    assert len(set(runs[1].train_losses)) == 4
-
-
-def test_diverged_run_is_reported_as_such(text, tmp_path):
-    """The Trainer replaces a loss that is NaN by an average of earlier ones, unless told otherwise."""
-    arguments = ["--steps", 6, "--lr", 1e30, "--max-grad-norm", 0, "--data", text, "--output-dir", tmp_path, *TINY]
-    result = run_compare("sgd", *arguments)
-    assert result.exit_code == 0, result.output
-    report = json.loads((tmp_path / "compare.json").read_text())
-    assert report["runs"][0]["train_losses"][-1] is None
-    assert report["table"][0]["final_loss"] is None
-    assert report["table"][0]["steps_to_first"] is None
-
-
-def test_compare_goes_on_without_matplotlib(text, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    result = run_compare("adamw", "--steps", 1, "--data", text, "--output-dir", tmp_path, *TINY)
-    assert result.exit_code == 0, result.output
-    assert "pip install 'hf-soap[plot]'" in result.output
-    assert (tmp_path / "compare.json").exists()
-    assert not (tmp_path / "compare.png").exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["sopa"], "soap"),
-        (["adamw", "adamw_torch_fused"], "got adamw_torch_fused twice"),
-        (["adafactor"], "--lr adafactor=1e-3"),
-        (["soap", "--lr", "adamw=1"], "--lr adamw=1 is for adamw_torch_fused, wanted one of soap"),
-        (["soap", "--steps", "0"], "must be >= 1, got 0"),
-        (["soap", "--steps", "5", "--steps", "6"], "give it once"),
-        (["soap", "--optim-args", "soap=precondition_frequenzy=5"], "precondition_frequency"),
-        (["soap", "--data", "absent"], "got absent; check the path"),
-        (["soap", "--schedule", "absent"], "is not a valid SchedulerType"),
-        (["soap", "--width", "15"], "must be divisible"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_wrong_settings_are_refused_before_anything_is_trained(arguments, message, text, tmp_path):
-    defaults = [] if "--data" in arguments else ["--data", text]
-    tiny = [*TINY, "--width", "15"] if "--width" in arguments else TINY
-    result = run_compare(*arguments[:1], *tiny, *defaults, *arguments[1:], "--output-dir", tmp_path)
-    assert result.exit_code == 2, result.output
-    assert message in " ".join(result.output.replace("│", " ").split())
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_per_optimizer_options():
-    assert per_optimizer("--steps", ["9", "soap=5"], ["soap", "lion_32bit"], int) == {"soap": 5, "lion_32bit": 9}
-    assert per_optimizer("--lr", ["adamw=1e-3"], ["adamw_torch_fused"], float) == {"adamw_torch_fused": 1e-3}
-    options = per_optimizer("--optim-args", ["soap=a=1,b=2"], ["soap", "sgd"], str)
-    assert options == {"soap": "a=1,b=2"}
-    assert resolve_names(["adamw", "sgd"]) == ["adamw_torch_fused", "sgd"]
-
-
-def test_steps_to_a_loss_are_interpolated(tmp_path):
-    evals = [EvalPoint(step, 0.0, loss) for step, loss in ((0, 8.0), (10, 4.0), (20, 5.0), (30, 2.0))]
-    result = RunResult(SETTINGS, evals, [], 1.0, 0.5, 0, 1, tmp_path)
-    assert result.steps_to(6.0) == 5
-    assert result.steps_to(4.0) == 10
-    assert result.steps_to(3.5) == 25
-    assert result.steps_to(9.0) == 0
-    assert result.steps_to(1.0) is None
-    assert result.steps_to(math.nan) is None
-
-
-def test_corpus_holds_text_out_and_is_the_same_every_time(tmp_path):
-    """The last twentieth of a single file, or of many files every twentieth, is never trained on."""
-    one = tmp_path / "one.txt"
-    one.write_text("a" * 950 + "b" * 50)
-    corpus = build_corpus(one, vocab_size=256, seq_len=10, max_held_out=3)
-    letters = [corpus.tokenizer.decode(part.flatten()) for part in (corpus.train, corpus.held_out)]
-    assert letters == ["a" * 950, "b" * 30]
-
-    many = tmp_path / "many"
-    many.mkdir()
-    for i in range(40):
-        (many / f"{i:02}.txt").write_text(("held out " if i % 20 == 19 else "trained ") * 10)
-    corpus = build_corpus(many, vocab_size=300, seq_len=4, max_held_out=100)
-    assert "held" not in corpus.tokenizer.decode(corpus.train.flatten())
-    assert "trained" not in corpus.tokenizer.decode(corpus.held_out.flatten())
-    assert corpus.digest == build_corpus(many, vocab_size=300, seq_len=4, max_held_out=100).digest
-
-
-def test_corpus_refuses_what_it_cannot_cut(tmp_path):
-    (tmp_path / "short.txt").write_text("too short")
-    with pytest.raises(ValueError, match="more than 20 blocks of 64 tokens, got 0 to train on"):
-        build_corpus(tmp_path, vocab_size=256, seq_len=64, max_held_out=1)
-    with pytest.raises(ValueError, match="vocab_size must be >= 256, got 10"):
-        build_corpus(tmp_path, vocab_size=10, seq_len=64, max_held_out=1)

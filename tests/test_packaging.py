@@ -62,6 +62,7 @@ USERS = {
     "torch.distributed": {"sharding", "owners", "checkpoint"},
     "datasets": {"cli"},
     "matplotlib": {"cli", "cards"},
+    "jinja2": {"cli", "cards"},
     "typer": {"cli", "__main__"},
     "rich": {"cli", "__main__", "grouping"},
 }

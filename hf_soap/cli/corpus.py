@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 HELD_OUT = 20
 """One piece of text in this many is kept for evaluation."""
@@ -30,7 +30,7 @@ class Corpus:
     Attributes:
         train: Token ids, int64, (blocks, seq_len).
         held_out: Token ids of text that is not in ``train``, int64, (blocks, seq_len).
-        tokenizer: The tokenizer that made them, trained on the training text only.
+        tokenizer: The tokenizer that made them: given, or trained on the training text only.
         source: Where the text came from, for people.
         digest: SHA-256 of all blocks: equal digests mean equal data.
     """
@@ -42,7 +42,14 @@ class Corpus:
     digest: str
 
 
-def build_corpus(data: Path | None, *, vocab_size: int, seq_len: int, max_held_out: int) -> Corpus:
+def build_corpus(
+    data: Path | None,
+    *,
+    vocab_size: int,
+    seq_len: int,
+    max_held_out: int,
+    tokenizer: PreTrainedTokenizerFast | None = None,
+) -> Corpus:
     """Read text, train a byte-level BPE on it and cut it into blocks; the same text gives the same blocks.
 
     Args:
@@ -50,6 +57,7 @@ def build_corpus(data: Path | None, *, vocab_size: int, seq_len: int, max_held_o
         vocab_size: Size of the vocabulary; 256 makes every byte a token.
         seq_len: Tokens per block.
         max_held_out: Evaluate on at most this many blocks, spread evenly over the text held out.
+        tokenizer: Takes the place of the one that would be trained, and ``vocab_size`` with it.
 
     Returns:
         The corpus. One file in twenty is held out, or with fewer files the last twentieth of each.
@@ -61,7 +69,7 @@ def build_corpus(data: Path | None, *, vocab_size: int, seq_len: int, max_held_o
         raise ValueError(f"vocab_size must be >= {BYTES}, got {vocab_size}; use {BYTES} for raw bytes")
     files = text_files(data)
     train_text, held_out_text = _split([text for text in map(_read, files) if text])
-    tokenizer = _train_tokenizer(train_text, vocab_size)
+    tokenizer = tokenizer or _train_tokenizer(train_text, vocab_size)
     train = _blocks(tokenizer, train_text, seq_len)
     held_out = _blocks(tokenizer, held_out_text, seq_len)
     if not len(train) or not len(held_out):
@@ -76,10 +84,31 @@ def build_corpus(data: Path | None, *, vocab_size: int, seq_len: int, max_held_o
     return Corpus(
         train=train,
         held_out=held_out,
-        tokenizer=PreTrainedTokenizerFast(tokenizer_object=tokenizer),
+        tokenizer=tokenizer,
         source=f"{name}: {len(files)} files, {train.numel():,} training tokens",
         digest=digest,
     )
+
+
+def load_tokenizer(model: str) -> PreTrainedTokenizerFast:
+    """Load the tokenizer of a model.
+
+    Args:
+        model: A folder, or a name on the Hub.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        ValueError: If there is none, or none of the fast kind.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except OSError as error:
+        raise ValueError(f"got the model {model!r}, wanted a folder or a name on the Hub: {error}") from error
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(f"{model} must have a fast tokenizer, got {type(tokenizer).__name__}; use another model")
+    return tokenizer
 
 
 def text_files(data: Path | None) -> list[Path]:
@@ -126,7 +155,7 @@ def _cut(text: str) -> list[str]:
     return [text[start:end] for start, end in pairwise(edges)]
 
 
-def _train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
+def _train_tokenizer(texts: list[str], vocab_size: int) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -134,10 +163,11 @@ def _train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
         vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
 
 
-def _blocks(tokenizer: Tokenizer, texts: list[str], seq_len: int) -> Tensor:
-    ids = [token for encoding in tokenizer.encode_batch(texts) for token in encoding.ids]
+def _blocks(tokenizer: PreTrainedTokenizerFast, texts: list[str], seq_len: int) -> Tensor:
+    encodings = tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
+    ids = [token for encoding in encodings for token in encoding.ids]
     count = len(ids) // seq_len
     return torch.tensor(ids[: count * seq_len], dtype=torch.int64).view(count, seq_len)

@@ -1,11 +1,10 @@
-"""One training run of ``hf-soap compare``: a small GPT-2 from scratch through the real Trainer, timed."""
+"""One training run of ``hf-soap compare``: a language model through the real Trainer, timed."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import Dataset
 from transformers import (
+    AutoModelForCausalLM,
     GPT2Config,
     GPT2LMHeadModel,
+    PreTrainedModel,
     PrinterCallback,
     Trainer,
     TrainerCallback,
@@ -25,104 +26,13 @@ from transformers import (
     default_data_collator,
     set_seed,
 )
+from transformers.pytorch_utils import Conv1D
 
 import hf_soap  # noqa: F401 - registers the optimizers
 from hf_soap.cli.corpus import Corpus
+from hf_soap.cli.results import EvalPoint, RunResult, RunSettings
 
 OnStep = Callable[[int], None]
-
-
-@dataclass(frozen=True)
-class RunSettings:
-    """Everything that decides the outcome of one run, given a corpus.
-
-    Attributes:
-        optimizer: A name that ``TrainingArguments(optim=...)`` takes.
-        optim_args: Options of the optimizer, as ``TrainingArguments(optim_args=...)`` takes them.
-        lr: Peak learning rate.
-        adam_beta2: What ``TrainingArguments(adam_beta2=...)`` takes; 0.999 leaves our optimizers their own.
-        steps: Training steps; the schedule ends with them.
-        batch_size: Sequences per step.
-        layers: Transformer blocks of the model.
-        width: Size of its hidden states.
-        heads: Attention heads.
-        schedule: A name that ``TrainingArguments(lr_scheduler_type=...)`` takes.
-        warmup: Fraction of the steps over which the learning rate rises.
-        weight_decay: Decoupled weight decay of the matrices.
-        max_grad_norm: Gradients are clipped to this norm.
-        eval_every: Steps between evaluations.
-        seed: Seed of the weights and of the data order.
-    """
-
-    optimizer: str
-    optim_args: str
-    lr: float
-    adam_beta2: float
-    steps: int
-    batch_size: int
-    layers: int
-    width: int
-    heads: int
-    schedule: str
-    warmup: float
-    weight_decay: float
-    max_grad_norm: float
-    eval_every: int
-    seed: int
-
-
-@dataclass(frozen=True)
-class EvalPoint:
-    """Loss on the held-out text after ``step`` steps, which took ``seconds``."""
-
-    step: int
-    seconds: float
-    loss: float
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """What one run gave.
-
-    Attributes:
-        settings: What was asked for.
-        evals: Held-out loss along the way, from step 0 to the last step.
-        train_losses: Training loss of every step.
-        seconds: Time of all training steps, evaluations and checkpoint not counted.
-        optimizer_seconds: The part of it spent in ``optimizer.step``.
-        state_bytes: Size of the optimizer's state.
-        parameters: Number of trained parameters.
-        checkpoint: Folder of the final checkpoint: model, tokenizer, optimizer and scheduler.
-    """
-
-    settings: RunSettings
-    evals: list[EvalPoint]
-    train_losses: list[float]
-    seconds: float
-    optimizer_seconds: float
-    state_bytes: int
-    parameters: int
-    checkpoint: Path
-
-    @property
-    def final_loss(self) -> float:
-        """Held-out loss after the last step."""
-        return self.evals[-1].loss
-
-    def steps_to(self, loss: float) -> float | None:
-        """Find when the held-out loss first came down to a value.
-
-        Args:
-            loss: The value to reach.
-
-        Returns:
-            The step, interpolated between two evaluations; None if the run did not get there.
-        """
-        reached = next((i for i, point in enumerate(self.evals) if point.loss <= loss), None)
-        if not reached:
-            return reached
-        before, after = self.evals[reached - 1], self.evals[reached]
-        return before.step + (after.step - before.step) * (before.loss - loss) / (before.loss - after.loss)
 
 
 class _Blocks(Dataset[dict[str, Tensor]]):
@@ -168,7 +78,7 @@ class _Clock(TrainerCallback):
 
 
 def train_once(settings: RunSettings, corpus: Corpus, output_dir: Path, on_step: OnStep) -> RunResult:
-    """Train one model from scratch; equal settings and data give equal bits on one machine's CPU.
+    """Train one model; equal settings and data give equal bits on one machine's CPU.
 
     Args:
         settings: What to train, how and for how long.
@@ -206,7 +116,7 @@ def train_once(settings: RunSettings, corpus: Corpus, output_dir: Path, on_step:
         seconds=clock.seconds,
         optimizer_seconds=clock.optimizer_seconds,
         state_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
-        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        parameters=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         checkpoint=output_dir / f"checkpoint-{settings.steps}",
     )
 
@@ -225,8 +135,35 @@ def check_settings(settings: RunSettings, corpus: Corpus) -> None:
     Trainer.get_optimizer_cls_and_kwargs(_training_arguments(settings, Path()), model)
 
 
-def _build_model(settings: RunSettings, corpus: Corpus) -> GPT2LMHeadModel:
+def _build_model(settings: RunSettings, corpus: Corpus) -> PreTrainedModel:
     set_seed(settings.seed)
+    model = _load_model(settings, corpus) if settings.model else _new_model(settings, corpus)
+    if not settings.lora_r:
+        return model
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(
+        r=settings.lora_r,
+        lora_alpha=2 * settings.lora_r,
+        target_modules="all-linear",
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+    )
+    adapted: Any = get_peft_model(model, lora)  # which has all that the Trainer wants of a PreTrainedModel
+    return adapted  # type: ignore[no-any-return]
+
+
+def _load_model(settings: RunSettings, corpus: Corpus) -> PreTrainedModel:
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(settings.model, dtype=torch.float32)
+    except OSError as error:
+        raise ValueError(f"got the model {settings.model!r}: {error}") from error
+    longest, seq_len = getattr(model.config, "max_position_embeddings", None), corpus.train.shape[1]
+    if longest is not None and seq_len > longest:
+        raise ValueError(f"seq_len must be <= {longest}, the positions of {settings.model}, got {seq_len}")
+    return model
+
+
+def _new_model(settings: RunSettings, corpus: Corpus) -> PreTrainedModel:
     return GPT2LMHeadModel(
         GPT2Config(
             vocab_size=len(corpus.tokenizer),
