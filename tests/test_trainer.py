@@ -12,11 +12,8 @@ import tiny
 import torch
 from helpers import assert_same
 from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
 from torch import nn
 from transformers import (
-    PreTrainedTokenizerFast,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     Trainer,
@@ -295,14 +292,6 @@ def test_another_optimizer_has_no_diagnostics(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
-    words = {str(number): number for number in range(tiny.VOCABULARY - 2)}
-    words |= {"<eos>": tiny.VOCABULARY - 2, "<unk>": tiny.VOCABULARY - 1}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel(words, unk_token="<unk>")), eos_token="<eos>", pad_token="<eos>"
-    )
-
-
 def test_the_mixin_over_seq2seq_trainer(tmp_path: Path) -> None:
     class Mixed(SoapTrainerMixin, Seq2SeqTrainer):
         pass
@@ -334,7 +323,7 @@ def test_the_mixin_over_trls_sft_trainer_with_lora(tmp_path: Path) -> None:
         model,
         args,
         train_dataset=rows,
-        processing_class=tokenizer(),
+        processing_class=tiny.tokenizer(),
         peft_config=LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True),
         optimizer_config=SoapConfig(precondition_frequency=2, log_every=4),
     )

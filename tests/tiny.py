@@ -4,8 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch.utils.data import Dataset
-from transformers import GPT2Config, GPT2LMHeadModel, TrainingArguments
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, TrainingArguments
 
 VOCABULARY = 64
 
@@ -26,6 +28,15 @@ class Counting(Dataset[dict[str, torch.Tensor]]):
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         tokens = (index + torch.arange(12) * (1 + index % 2)) % VOCABULARY
         return {"input_ids": tokens, "labels": tokens}
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A word for each number, and the two special tokens that trl asks for."""
+    words = {str(number): number for number in range(VOCABULARY - 2)}
+    words |= {"<eos>": VOCABULARY - 2, "<unk>": VOCABULARY - 1}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(words, unk_token="<unk>")), eos_token="<eos>", pad_token="<eos>"
+    )
 
 
 def arguments(folder: Path | str, cls: type[TrainingArguments] = TrainingArguments, **changes: Any) -> Any:
