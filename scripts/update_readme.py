@@ -1,4 +1,7 @@
-"""Writes the option tables of README.md anew from the schema: python scripts/update_readme.py."""
+"""Writes the option tables of README.md anew from the schema.
+
+python scripts/update_readme.py
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,12 @@
 """Settings that must hold before anything is imported, and what decides which tests run."""
 
+import json
 import logging
 import os
 import tempfile
+import urllib.error
+import urllib.request
+from pathlib import Path
 
 # Read at import time by the libraries, hence up here. Nothing may reach the network or the user's caches.
 _caches = tempfile.TemporaryDirectory(prefix="hf_soap-tests-", ignore_cleanup_errors=True)
@@ -40,6 +44,46 @@ def usual_log_levels() -> None:
     """The package's logger follows the Trainer's level, and a command that wants silence sets that for the process."""
     logging.getLogger("hf_soap").setLevel(logging.NOTSET)
     logging.getLogger("transformers").setLevel(logging.WARNING)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, its tokenizer, a text file and a dataset of JSON lines, as a user has them on disk."""
+    folder = tmp_path_factory.mktemp("tiny")
+    lines = [f"{i} times {j} is {i * j}" for i in range(30) for j in range(30)]
+    (folder / "text.txt").write_text("\n".join(lines))
+    (folder / "data").mkdir()
+    (folder / "data" / "train.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines))
+
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from hf_soap.cli.corpus import build_corpus
+
+    tokenizer = build_corpus(folder / "text.txt", vocab_size=256, seq_len=8, max_held_out=1).tokenizer
+    tokenizer.add_special_tokens({"eos_token": "<eos>", "pad_token": "<eos>"})
+    tokenizer.save_pretrained(folder)
+    config = GPT2Config(vocab_size=257, n_positions=64, n_layer=1, n_embd=16, n_head=2, bos_token_id=256)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+RUN_CLM_COMMIT = "00d481d18f914b55e65faa31e82321629691eadb"
+
+
+@pytest.fixture(scope="session")
+def run_clm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The example script of transformers, which no package on PyPI holds."""
+    path = Path(os.environ.get("HF_SOAP_RUN_CLM") or tmp_path_factory.mktemp("examples") / "run_clm.py")
+    if not path.exists():
+        repository = f"https://raw.githubusercontent.com/huggingface/transformers/{RUN_CLM_COMMIT}"
+        try:
+            with urllib.request.urlopen(
+                f"{repository}/examples/pytorch/language-modeling/run_clm.py", timeout=20
+            ) as answer:
+                path.write_bytes(answer.read())
+        except urllib.error.URLError as error:
+            pytest.skip(f"cannot download run_clm.py ({error.reason}); set HF_SOAP_RUN_CLM to a copy of it")
+    return path
 
 
 def pytest_unconfigure() -> None:

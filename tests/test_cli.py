@@ -8,8 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import pytest
@@ -17,7 +15,6 @@ import torch
 import typer
 
 from hf_soap import checkpoint
-from hf_soap.cli.corpus import build_corpus
 from hf_soap.cli.run import CHILDREN, prepare
 
 ROOT = Path(__file__).parents[1]
@@ -143,78 +140,6 @@ def test_missing_dependency_of_a_module_is_named(tmp_path, monkeypatch):
     (tmp_path / "program" / "__main__.py").write_text("")
     with pytest.raises(ModuleNotFoundError, match="dependency_that_is_not_there"):
         prepare(["-m", "program"])
-
-
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory):
-    """A folder with a model, its tokenizer, a text file and a dataset of JSON lines, as a user has them on disk."""
-    folder = tmp_path_factory.mktemp("tiny")
-    lines = [f"{i} times {j} is {i * j}" for i in range(30) for j in range(30)]
-    (folder / "text.txt").write_text("\n".join(lines))
-    (folder / "data").mkdir()
-    (folder / "data" / "train.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines))
-
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    tokenizer = build_corpus(folder / "text.txt", vocab_size=256, seq_len=8, max_held_out=1).tokenizer
-    tokenizer.add_special_tokens({"eos_token": "<eos>", "pad_token": "<eos>"})
-    tokenizer.save_pretrained(folder)
-    config = GPT2Config(vocab_size=257, n_positions=64, n_layer=1, n_embd=16, n_head=2, bos_token_id=256)
-    GPT2LMHeadModel(config).save_pretrained(folder)
-    return folder
-
-
-def soap_state(checkpoint: Path) -> set[str]:
-    saved = torch.load(checkpoint / "optimizer.pt", weights_only=True)
-    return set().union(*saved["state"].values())
-
-
-COMMON = ["--optim", "soap", "--learning_rate", "3e-3", "--max_steps", "2", "--use_cpu", "--report_to", "none"]
-
-
-@pytest.mark.slow
-def test_trl_command_line_trains_with_soap(tiny_model, tmp_path):
-    """``trl sft`` hands over to accelerate's launcher, which trains in a child process of its own."""
-    arguments = ["--model_name_or_path", tiny_model, "--dataset_name", tiny_model / "data", "--max_length", "16"]
-    done = python("-m", "hf_soap", "run", "-m", "trl", "sft", *arguments, *COMMON, "--output_dir", "out", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "basis_0" in soap_state(tmp_path / "out" / "checkpoint-2")
-
-
-RUN_CLM_COMMIT = "00d481d18f914b55e65faa31e82321629691eadb"
-
-
-@pytest.fixture(scope="session")
-def run_clm(tmp_path_factory):
-    """The example script of transformers, which no package on PyPI holds."""
-    path = Path(os.environ.get("HF_SOAP_RUN_CLM") or tmp_path_factory.mktemp("examples") / "run_clm.py")
-    if not path.exists():
-        repository = f"https://raw.githubusercontent.com/huggingface/transformers/{RUN_CLM_COMMIT}"
-        try:
-            with urllib.request.urlopen(
-                f"{repository}/examples/pytorch/language-modeling/run_clm.py", timeout=20
-            ) as answer:
-                path.write_bytes(answer.read())
-        except urllib.error.URLError as error:
-            pytest.skip(f"cannot download run_clm.py ({error.reason}); set HF_SOAP_RUN_CLM to a copy of it")
-    return path
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "launcher",
-    [
-        ["-m", "hf_soap"],
-        ["-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "hf_soap"],
-        ["-m", "accelerate.commands.launch", "--num_processes", "1", "--cpu", "-m", "hf_soap"],
-    ],
-    ids=["python", "torchrun", "accelerate"],
-)
-def test_unmodified_run_clm_trains_with_soap(launcher, run_clm, tiny_model, tmp_path):
-    arguments = ["--model_name_or_path", tiny_model, "--train_file", tiny_model / "text.txt", "--block_size", "32"]
-    done = python(*launcher, "run", run_clm, *arguments, *COMMON, "--do_train", "--output_dir", "out", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "basis_0" in soap_state(tmp_path / "out" / "checkpoint-2")
 
 
 @pytest.mark.slow

@@ -1,0 +1,241 @@
+"""Every command in the README, in the other documents and in the heads of the scripts runs as it stands there.
+
+Only sizes are added: behind it, where the last one counts, or in the place of its "...". A new command that no way of
+running it is known for fails ``test_every_command_has_a_way_to_run``.
+"""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+TESTS = Path(__file__).parent
+
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("model_cards/*.md"))]
+HEADS = [
+    ROOT / "hf_soap" / "cli" / "run.py",
+    *(path for path in sorted((ROOT / "scripts").iterdir()) if path.suffix in {".py", ".yaml", ".sh"}),
+]
+PROGRAM = re.compile(r"(?:\w+=\S+ )*(?:python|bash|hf-soap|torchrun|accelerate|pre-commit|source|pytest|pip)\s")
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a command is run.
+
+    Attributes:
+        more: What is added to it.
+        trains: Whether it leaves a checkpoint of SOAP in ``out``.
+        slow: Whether it is for the slow tests.
+    """
+
+    more: str = ""
+    trains: bool = False
+    slow: bool = True
+
+
+TINY = "--layers 1 --width 16 --heads 2 --vocab-size 256 --seq-len 16 --batch-size 4 --data books"
+SHORT = "--learning_rate 3e-3 --max_steps 2 --use_cpu --report_to none --output_dir out"
+THEIRS = f"--model_name_or_path gpt2 --train_file notes.txt --block_size 32 --do_train {SHORT}"
+CHAT = f"--model_name_or_path gpt2 --dataset_name data --max_length 16 {SHORT}"
+OURS = f"--block_size 32 {SHORT}"
+
+WAYS = {
+    "hf-soap compare": Way(TINY),
+    "hf-soap run run_clm.py": Way(THEIRS, trains=True),
+    "hf-soap run trl": Way(CHAT, trains=True),
+    "hf-soap run -m trl.scripts.sft": Way(CHAT, trains=True),
+    "torchrun": Way(THEIRS, trains=True),
+    "accelerate launch -m": Way(THEIRS, trains=True),
+    "accelerate launch --config_file": Way(THEIRS, trains=True),
+    "python scripts/run_clm.py --train_files": Way(
+        f"{OURS} --config_overrides n_layer=1,n_head=2,n_embd=16", trains=True
+    ),
+    "python scripts/run_clm.py --model_name_or_path": Way(OURS, trains=True),
+    "python scripts/run_clm.py recipe.yaml": Way(),
+    "python scripts/bench_step.py": Way("--shapes gpt256 --rounds 1 --steps 1 --frequency 1 --device cpu"),
+    "python scripts/bench_roots.py": Way("--sizes 8 --batches 1 --rounds 1 --device cpu", slow=False),
+    "python scripts/bench_async.py": Way("--steps 6 --frequency 3 --width 8 --layers 1"),
+    "python scripts/bench_distributed.py": Way(),
+    "python scripts/update_readme.py": Way(slow=False),
+    "bash scripts/quickstart.sh": Way(f"--steps 2 {TINY}"),
+    "bash scripts/test.sh": Way("tests/test_schema.py"),
+    "bash scripts/test_full.sh": Way("--no-oldest tests/test_schema.py"),
+    "pre-commit install": Way(),
+    "source .venv/bin/activate": Way("&& python --version"),
+}
+"""The start of a command to how it is run; of several that fit, the longest."""
+
+
+def lines(path: Path) -> Iterator[str]:
+    """What may be a command: code in documents, the text at the head of a script."""
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".md":
+        text = "\n".join(re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL))
+    elif path.suffix == ".py":
+        text = "\n".join(re.findall(r'"""(.*?)"""', text, flags=re.DOTALL))
+    else:
+        text = "\n".join(re.findall(r"^# (?:Usage: )?([^\[\n]*)", text, flags=re.MULTILINE))
+    yield from (line.strip() for line in text.replace("\\\n", " ").splitlines())
+
+
+def commands() -> dict[str, Path]:
+    """Each command, without its comment, and where it is found first."""
+    found: dict[str, Path] = {}
+    for path in (*DOCUMENTS, *HEADS):
+        for line in lines(path):
+            if PROGRAM.match(f"{line} "):
+                found.setdefault(shlex.join(shlex.split(line, comments=True)).replace("'...'", "..."), path)
+    return found
+
+
+COMMANDS = commands()
+
+
+def way(command: str) -> str | None:
+    """The key in WAYS that fits best."""
+    return max((start for start in WAYS if f"{command} ".startswith(f"{start} ")), key=len, default=None)
+
+
+def test_every_command_has_a_way_to_run() -> None:
+    unknown = {command: path.name for command, path in COMMANDS.items() if way(command) is None}
+    assert not unknown, f"add to WAYS how a test runs these: {unknown}"
+    unused = WAYS.keys() - {way(command) for command in COMMANDS}
+    assert not unused, f"no document has these any more: {unused}"
+
+
+def test_commands_are_found_wherever_they_stand() -> None:
+    """A reader that finds nothing would pass every other test."""
+    assert {path.name for path in COMMANDS.values()} >= {
+        "README.md", "CONTRIBUTING.md", "small-lm-pretraining.md", "run.py", "run_clm.py", "bench_step.py",
+        "accelerate_fsdp2.yaml", "trl_sft.yaml", "test_full.sh", "update_readme.py",
+    }  # fmt: skip
+    assert "hf-soap compare adamw soap --steps 300 --steps soap=150" in COMMANDS
+    assert "hf-soap run run_clm.py --optim soap --learning_rate 3e-3 ..." in COMMANDS
+    assert any("--config_overrides n_layer=6,n_head=6,n_embd=384 --optim soap" in command for command in COMMANDS)
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for PATH with this Python and its commands, under the names that a user types.
+
+    ``python`` also stands in for pip: an installation of this package is there already.
+    """
+    folder = tmp_path_factory.mktemp("bin")
+    modules = {
+        "hf-soap": "hf_soap",
+        "torchrun": "torch.distributed.run",
+        "accelerate": "accelerate.commands.accelerate_cli",
+        "pre-commit": "pre_commit",
+    }
+    for name, module in modules.items():
+        (folder / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" -m {module} "$@"\n')
+    (folder / "python").write_text(
+        f"""#!/bin/sh
+        case "$*" in
+            "-m venv --clear "*) mkdir -p "$4/bin"; cp "{folder}"/* "$4/bin"; touch "$4/bin/activate" ;;
+            "-m pip install "*) ;;
+            *) exec "{sys.executable}" "$@" ;;
+        esac
+        """
+    )
+    for program in folder.iterdir():
+        program.chmod(0o755)
+    return folder
+
+
+@pytest.fixture
+def place(tmp_path: Path, tiny_model: Path) -> Path:
+    """A checkout with the files that the commands name."""
+    for name in ("scripts", "tests", "hf_soap"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "outputs"))
+    for path in (*ROOT.glob("*.*"), ROOT / "LICENSE"):
+        if path.is_file():
+            shutil.copy(path, tmp_path)
+    shutil.copytree(tiny_model, tmp_path / "gpt2")
+    shutil.copytree(tiny_model / "data", tmp_path / "data")
+    shutil.copy(tiny_model / "text.txt", tmp_path / "notes.txt")
+    (tmp_path / "books").mkdir()
+    shutil.copy(tiny_model / "text.txt", tmp_path / "books" / "one.txt")
+    recipe = {"model_name_or_path": "gpt2", "train_files": ["notes.txt"], "block_size": 32, "optim": "soap"}
+    recipe |= {"max_steps": 2, "use_cpu": True, "report_to": "none", "output_dir": "out", "learning_rate": 3e-3}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
+    return tmp_path
+
+
+def on_this_machine(command: str, more: str) -> str:
+    """The command with sizes, and with two processes that shard on CPUs where it is for a machine of GPUs."""
+    command = command.replace("...", more) if "..." in command else f"{command} {more}"
+    if command.startswith("source"):
+        return command
+    if "--fsdp" in command or "accelerate_fsdp2" in command:
+        command = command.replace("-m hf_soap", "tests/fsdp_on_cpus.py").replace("per_node 8", "per_node 2")
+        command = command.replace("fsdp2.yaml", "fsdp2.yaml --num_processes 2")
+    elif command.startswith("accelerate launch"):
+        command = command.replace("launch", "launch --cpu --num_processes 1")
+    return command
+
+
+def run(command: str, place: Path, programs: Path) -> str:
+    path = os.pathsep.join([str(ROOT), str(TESTS)])
+    done = subprocess.run(
+        ["bash", "-c", command],
+        cwd=place,
+        env={
+            **os.environ,
+            "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
+            "PYTHON": str(programs / "python"),
+            "PYTHONPATH": path,
+        },
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout
+
+
+def state_keys(folder: Path) -> set[str]:
+    """The names under which the optimizer of the last checkpoint keeps its state, in one file or one per rank."""
+    checkpoint = max(folder.glob("checkpoint-*"))
+    if (checkpoint / "optimizer.pt").exists():
+        saved = torch.load(checkpoint / "optimizer.pt", weights_only=True)
+        return set().union(*saved["state"].values())
+    from torch.distributed.checkpoint import FileSystemReader
+
+    names = FileSystemReader(checkpoint / "optimizer_0").read_metadata().state_dict_metadata
+    return {name.rpartition(".")[2] for name in names}
+
+
+CASES = [
+    pytest.param(command, marks=pytest.mark.slow if WAYS[key].slow else ())
+    for command in COMMANDS
+    if (key := way(command)) is not None
+]
+
+
+@pytest.mark.parametrize("command", CASES)
+def test_command_runs(command: str, place: Path, programs: Path, request: pytest.FixtureRequest) -> None:
+    key = way(command)
+    assert key is not None
+    if " run_clm.py" in command:
+        shutil.copy(request.getfixturevalue("run_clm"), place)
+    if command == "pre-commit install":
+        subprocess.run(["git", "init", "-q"], cwd=place, check=True)
+    if command.startswith("source"):
+        run("bash -c '. scripts/_venv.sh; ensure_venv .venv .[dev] constraints.txt'", place, programs)
+    output = run(on_this_machine(command, WAYS[key].more), place, programs)
+    if WAYS[key].trains:
+        assert state_keys(place / "out") & {"basis_0", "basis_1"}, output
