@@ -291,12 +291,12 @@ def test_a_later_call_makes_only_the_runs_that_are_missing(text: Path, tmp_path:
         file.write(damage)  # what a process leaves that is killed while it writes
     result = run_compare("adamw", "soap", "--lr-sweep", 2, "--seeds", "0,3", *shared)
     assert result.exit_code == 0, result.output
-    assert "holds 1 runs of this code" in result.output
+    assert "holds runs of this code on this text: 1." in " ".join(result.output.split())
     assert log.read_text().startswith(first)
     runs = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
     assert len(runs) == 1 + 2 * 3 - 1, "of AdamW one rate was there, and each has two rates and a second seed"
     again = run_compare("adamw", "soap", "--lr-sweep", 2, "--seeds", "0,3", *shared)
-    assert "holds 6 runs" in again.output
+    assert "text: 6." in " ".join(again.output.split())
     assert len([line for line in log.read_text().splitlines() if line.endswith("}")]) == 6
     saved = json.loads((tmp_path / "compare.json").read_text())
     assert [row["seeds"] for row in saved["table"]] == [[0, 3], [0, 3]]

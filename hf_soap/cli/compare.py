@@ -35,7 +35,7 @@ def compare(
     optimizers: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="NAME[:OPTION=VALUE,...]...",
+            metavar="NAME[:OPTION=VALUE,...]",
             help="Names that the Trainer takes, with optim_args; adamw is adamw_torch_fused.",
             show_default="adamw soap",
         ),

@@ -179,9 +179,9 @@ def plot(path: Path, cases: Sequence[Case]) -> None:
         for case in cases:
             x = [coordinate(point) for point in case.best.evals]
             mean, low, high = zip(*mean_curve(case), strict=True)
-            name, color = f"{case.label}, lr {case.best.settings.lr:g}", colors[case.label]
-            named = case is by_label(cases)[case.label][0]
-            panel.plot(x, mean, marker=".", color=color, label=name if named else None)
+            color, own = colors[case.label], by_label(cases)[case.label]
+            name = case.label if len(own) > 1 else f"{case.label}, lr {case.best.settings.lr:g}"
+            panel.plot(x, mean, marker=".", color=color, label=name if case is own[0] else None)
             if len(case.runs) > 1:
                 panel.fill_between(x, low, high, color=color, alpha=0.2, linewidth=0)
         panel.axhline(cases[0].mean_loss, color="grey", linewidth=0.8, linestyle="--")

@@ -42,7 +42,7 @@ def run_cases(
     """
     log = RunLog(output_dir / "runs.jsonl", data=corpus.digest, model=bases[0].model)
     if len(log):
-        console.print(f"{log.path} holds {len(log)} runs of this code on this text; none of them is made again.")
+        console.print(f"{log.path} holds runs of this code on this text: {len(log)}. They are not made again.")
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     cases = []
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
