@@ -1,7 +1,7 @@
 """Every command in the README, in the other documents and in the heads of the scripts runs as it stands there.
 
-Only sizes are smaller: added behind it, where the last one counts, or in the place of its "...". A new command that no way of
-running it is known for fails ``test_every_command_has_a_way_to_run``.
+Only sizes are smaller: added behind it, where the last one counts, or in the place of its "...". A new command that no
+way of running it is known for fails ``test_every_command_has_a_way_to_run``.
 """
 
 import json
