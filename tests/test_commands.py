@@ -52,11 +52,13 @@ OURS = f"--block_size 32 {SHORT}"
 
 SMALLER = {
     "--steps 300": "--steps 4",
+    "--steps 150": "--steps 4",
     "soap=150": "soap=2",
     "60,120,240": "2,4,8",
     "--widen": "--widen --eval-every 4",
+    "base/soap/300-steps-lr-0.01-seed-0/checkpoint-300": "gpt2",
 }
-"""Sizes that cannot be given a second time."""
+"""Sizes that cannot be given a second time, and what the command before has left."""
 
 WAYS = {
     "hf-soap compare": Way(TINY),
@@ -74,7 +76,7 @@ WAYS = {
     "python scripts/bench_step.py": Way("--shapes gpt256 --rounds 1 --steps 1 --frequency 1 --device cpu"),
     "python scripts/bench_roots.py": Way("--sizes 8 --batches 1 --rounds 1 --device cpu", slow=False),
     "python scripts/bench_async.py": Way("--steps 6 --frequency 3 --width 8 --layers 1"),
-    "python scripts/bench_distributed.py": Way(),
+    "python scripts/bench_distributed.py": Way("--processes 2 --rounds 1"),
     "python scripts/update_readme.py": Way(slow=False),
     "bash scripts/quickstart.sh": Way(f"--steps 2 {TINY}"),
     "bash scripts/test.sh": Way("tests/test_schema.py"),
@@ -231,7 +233,7 @@ def state_keys(folder: Path) -> set[str]:
 
 
 CASES = [
-    pytest.param(command, marks=pytest.mark.slow if WAYS[key].slow else ())
+    pytest.param(command, id=command[:100], marks=pytest.mark.slow if WAYS[key].slow else ())
     for command in COMMANDS
     if (key := way(command)) is not None
 ]

@@ -37,7 +37,7 @@ def render(rows: Sequence[Row]) -> Table:
             row.optimizer,
             f"{row.lr:g}\nat edge" if row.lr_edge else f"{row.lr:g}",
             f"{row.steps}",
-            spread(row.final_loss, ".4f").replace(" (", "\n("),
+            _two_lines(row.final_loss),
             number(row.steps_to_first, ".0f"),
             f"{row.seconds:.1f}",
             f"{row.optimizer_seconds / row.seconds:.0%}",
@@ -203,6 +203,12 @@ def spread(values: Spread, form: str) -> str:
     if values.mean is None or not values.std:
         return number(values.mean, form)
     return f"{values.mean:{form}} ± {values.std:{form}} ({values.low:{form}}..{values.high:{form}})"
+
+
+def _two_lines(values: Spread) -> str:
+    if not values.std:
+        return number(values.mean, ".4f")
+    return f"{values.mean:.3f} ± {values.std:.3f}\n{values.low:.3f}..{values.high:.3f}"
 
 
 def number(value: float | None, form: str) -> str:
