@@ -6,6 +6,7 @@ import os
 import tempfile
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 # Read at import time by the libraries, hence up here. Nothing may reach the network or the user's caches.
@@ -20,6 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from hub import Hub, serve
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
@@ -44,6 +46,13 @@ def usual_log_levels() -> None:
     """The package's logger follows the Trainer's level, and a command that wants silence sets that for the process."""
     logging.getLogger("hf_soap").setLevel(logging.NOTSET)
     logging.getLogger("transformers").setLevel(logging.WARNING)
+
+
+@pytest.fixture(scope="session")
+def hub() -> Iterator[Hub]:
+    """A Hub on this machine."""
+    with serve() as server:
+        yield server
 
 
 @pytest.fixture(scope="session")

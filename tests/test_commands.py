@@ -11,12 +11,14 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 import torch
+from hub import Hub
 
 ROOT = Path(__file__).parents[1]
 TESTS = Path(__file__).parent
@@ -37,11 +39,13 @@ class Way:
         more: What is added to it.
         trains: Whether it leaves a checkpoint of SOAP in ``out``.
         slow: Whether it is for the slow tests.
+        behind: The start of the command that must have been run before it.
     """
 
     more: str = ""
     trains: bool = False
     slow: bool = True
+    behind: str | None = None
 
 
 TINY = "--layers 1 --width 16 --heads 2 --vocab-size 256 --seq-len 16 --batch-size 4 --data books"
@@ -51,6 +55,8 @@ CHAT = f"--model_name_or_path gpt2 --dataset_name data --max_length 16 {SHORT}"
 OURS = f"--block_size 32 {SHORT}"
 
 SMALLER = {
+    "meta-llama/Meta-Llama-3-8B": "gpt2",
+    "--max_steps 60": "--max_steps 2",
     "--steps 300": "--steps 4",
     "--steps 150": "--steps 4",
     "soap=150": "soap=2",
@@ -65,6 +71,14 @@ WAYS = {
     "hf-soap run run_clm.py": Way(THEIRS, trains=True),
     "hf-soap run trl": Way(CHAT, trains=True),
     "hf-soap run -m trl.scripts.sft": Way(CHAT, trains=True),
+    "hf-soap run scripts/run_clm.py --train_files": Way("--use_cpu --report_to none"),
+    "hf-soap run scripts/run_clm.py --recipe outputs/first": Way(
+        behind="hf-soap run scripts/run_clm.py --train_files"
+    ),
+    "hf-soap recipe diff": Way(behind="hf-soap run scripts/run_clm.py --recipe outputs/first"),
+    "hf-soap recipe push": Way(behind="hf-soap run scripts/run_clm.py --train_files"),
+    "hf-soap run scripts/run_clm.py --recipe user/model": Way(behind="hf-soap recipe push"),
+    "hf-soap plan": Way(slow=False),
     "torchrun": Way(THEIRS, trains=True),
     "accelerate launch -m": Way(THEIRS, trains=True),
     "accelerate launch --config_file": Way(THEIRS, trains=True),
@@ -199,7 +213,7 @@ def on_this_machine(command: str, more: str) -> str:
     return command
 
 
-def run(command: str, place: Path, programs: Path) -> str:
+def run(command: str, place: Path, programs: Path, environment: Mapping[str, str] = MappingProxyType({})) -> str:
     path = os.pathsep.join([str(ROOT), str(TESTS)])
     done = subprocess.run(
         ["bash", "-c", command],
@@ -209,6 +223,7 @@ def run(command: str, place: Path, programs: Path) -> str:
             "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
             "PYTHON": str(programs / "python"),
             "PYTHONPATH": path,
+            **environment,
         },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -240,15 +255,21 @@ CASES = [
 
 
 @pytest.mark.parametrize("command", CASES)
-def test_command_runs(command: str, place: Path, programs: Path, request: pytest.FixtureRequest) -> None:
+def test_command_runs(command: str, place: Path, programs: Path, hub: Hub, request: pytest.FixtureRequest) -> None:
     key = way(command)
     assert key is not None
+    environment = hub.environment(place / "home") if "user/model" in command else {}
+    first = []
+    while (before := WAYS[way(first[0] if first else command) or ""].behind) is not None:
+        first.insert(0, next(other for other in COMMANDS if way(other) == before))
+    for other in first:
+        run(on_this_machine(other, WAYS[way(other) or ""].more), place, programs, environment)
     if " run_clm.py" in command:
         shutil.copy(request.getfixturevalue("run_clm"), place)
     if command == "pre-commit install":
         subprocess.run(["git", "init", "-q"], cwd=place, check=True)
     if command.startswith("source"):
         run("bash -c '. scripts/_venv.sh; ensure_venv .venv .[dev] constraints.txt'", place, programs)
-    output = run(on_this_machine(command, WAYS[key].more), place, programs)
+    output = run(on_this_machine(command, WAYS[key].more), place, programs, environment)
     if WAYS[key].trains:
         assert state_keys(place / "out") & {"basis_0", "basis_1"}, output

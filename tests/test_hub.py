@@ -4,18 +4,15 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import hub as local_hub
 import pytest
 import tiny
 import yaml
-from hub import Hub
+from hub import Hub, sha
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
-from test_trainer import tokenizer
 from transformers import Trainer
 
 from hf_soap import SoapConfig, SoapTrainer, SoapTrainerMixin, cards, recipes
@@ -142,7 +139,7 @@ def test_the_card_of_trls_sft_trainer(tmp_path: Path) -> None:
     known = {"bf16": False, "gradient_checkpointing": False, "activation_checkpointing": False, "max_length": 16}
     known = {key: value for key, value in known.items() if key in trl.SFTConfig.__dataclass_fields__}
     args = tiny.arguments(tmp_path, trl.SFTConfig, max_steps=2, logging_steps=1, **known)
-    trainer = Mixed(tiny.gpt2(), args, train_dataset=rows, processing_class=tokenizer())
+    trainer = Mixed(tiny.gpt2(), args, train_dataset=rows, processing_class=tiny.tokenizer())
     trainer.train()
     trainer.create_model_card(model_name="tiny", dataset_name="numbers")
     card, recipe = card_of(trainer)
@@ -156,12 +153,6 @@ def test_the_card_of_trls_sft_trainer(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # The Hub
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def hub() -> Iterator[Hub]:
-    with local_hub.serve() as server:
-        yield server
 
 
 @pytest.fixture(scope="module")
@@ -318,7 +309,7 @@ def test_push_pull_and_diff(hub: Hub, tmp_path: Path) -> None:
     hub.repositories["user/evil"] = [{"recipe.yaml": b"a: !!python/object/apply:os.system ['touch owned']"}]
     hub.repositories["user/huge"] = [{"recipe.yaml": b"#" * 300_000}]
     hub.repositories["user/empty"] = [{"a": b""}]
-    first = local_hub.sha("user/model", 2)
+    first = sha("user/model", 2)
     results = commands(
         hub,
         tmp_path,
