@@ -24,6 +24,7 @@ from hf_soap.optimizers import MARS, SOAP, Shampoo
 from hf_soap.schema import OptimizerConfig
 
 if TYPE_CHECKING:
+    from hf_soap.callbacks import SoapMetricsCallback
     from hf_soap.trainer import SoapTrainer, SoapTrainerMixin
 
 __version__ = "0.1.0"
@@ -42,6 +43,7 @@ __all__ = [
     "Shampoo",
     "ShampooConfig",
     "SoapConfig",
+    "SoapMetricsCallback",
     "SoapTrainer",
     "SoapTrainerMixin",
 ]
@@ -55,4 +57,8 @@ def __getattr__(name: str) -> Any:
         from hf_soap import trainer
 
         return getattr(trainer, name)
+    if name == "SoapMetricsCallback":
+        from hf_soap.callbacks import SoapMetricsCallback
+
+        return SoapMetricsCallback
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_soap.probe import IDLE, Gauge
 from hf_soap.storage import Storage
 
 if TYPE_CHECKING:
@@ -257,6 +258,7 @@ class Chunk:
         background: Where work may go on beside the training loop.
         team: Ranks with equal state that split decompositions among them.
         usable: Whether the gradients are, where only the device knows.
+        gauge: Whom refreshes and updates report to.
     """
 
     layout: Layout
@@ -265,6 +267,7 @@ class Chunk:
     background: Background | None = None
     team: Team | None = None
     usable: Tensor | None = None
+    gauge: Gauge = IDLE
 
     def share(self, compute: Callable[[Tensor], tuple[Tensor, ...]], batch: Tensor) -> tuple[Tensor, ...]:
         """Returns ``compute(batch)`` of matrices that all ranks of the team have, each computed by one of them.

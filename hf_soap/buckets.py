@@ -265,10 +265,12 @@ def step_tensors(
         and {grad.dtype for grad in grads} == {bucket.dtype}
     ):
         each = {role: value.unbind() for role, value in bucket.rows(first, last).items()}
-        plan.rule.fused_step(weights, grads, each, chunk.t, lr=lr, weight_decay=weight_decay)
+        with chunk.gauge.watching(weights):
+            plan.rule.fused_step(weights, grads, each, chunk.t, lr=lr, weight_decay=weight_decay)
     else:
         directions = directions_of(bucket, first, last, grads, chunk)
-        apply_(weights, directions, lr=lr, weight_decay=weight_decay, decay_last=plan.decay_last)
+        with chunk.gauge.watching(weights):
+            apply_(weights, directions, lr=lr, weight_decay=weight_decay, decay_last=plan.decay_last)
     if plan.keep_weights:
         kept = bucket.rows(first, last)[PREV_PARAM]
         kept.copy_(before if chunk.usable is None else torch.where(chunk.usable, before, kept))

@@ -32,7 +32,7 @@ class _Guard(OptimizerConfig):
     )
     log_every: int = option(
         0,
-        "SoapTrainer adds optimizer diagnostics to the log at every such step; 0 never.",
+        "Write diagnostics of the optimizer to the log of the Trainer at every such step; 0 never.",
         NON_NEGATIVE,
         trainer_only=True,
     )

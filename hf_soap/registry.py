@@ -206,6 +206,16 @@ def _extend_trainer(trainer: ModuleType) -> None:
         found: tuple[Any, Any] = original(args, model)
         return found
 
+    creates = cls.create_optimizer
+
+    @wraps(creates)
+    def create_optimizer(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from hf_soap import callbacks  # here: it takes transformers, and names must be registered without
+
+        # An optimizer cannot log by itself, and every run of any trainer comes by here before its first step.
+        callbacks.attach(self, every=_log_every(self.args))
+        return creates(self, *args, **kwargs)
+
     loads = cls._load_optimizer_and_scheduler
 
     @wraps(loads)
@@ -221,11 +231,17 @@ def _extend_trainer(trainer: ModuleType) -> None:
         if not (ours and resume.load_model(self, Path(resume_from_checkpoint), model or self.model)):
             loads_model(self, resume_from_checkpoint, model)
 
+    cls.create_optimizer = create_optimizer
     cls._load_optimizer_and_scheduler = load_optimizer_and_scheduler
     cls._load_from_checkpoint = load_from_checkpoint
     get_optimizer_cls_and_kwargs.hf_soap = True  # type: ignore[attr-defined]
     get_optimizer_cls_and_kwargs.__doc__ = original.__doc__
     cls.get_optimizer_cls_and_kwargs = staticmethod(get_optimizer_cls_and_kwargs)
+
+
+def _log_every(args: TrainingArguments) -> int:
+    every: int = getattr(resolve(args), "log_every", 0) if optimizer_name(args) in ENTRIES else 0
+    return every
 
 
 def _refuse_flat_parameters(args: TrainingArguments, name: str) -> None:

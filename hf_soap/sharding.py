@@ -237,6 +237,21 @@ def agreed(fine: Tensor, params: Sequence[Tensor]) -> Tensor:
     return flag.bool()
 
 
+def summed(numbers: Sequence[float], param: Tensor) -> list[float]:
+    """Adds up numbers over all ranks, which all must call this with as many.
+
+    Args:
+        numbers: Those of this rank.
+        param: Any parameter, which says what devices the ranks exchange tensors of.
+    """
+    if ranks() == 1:
+        return list(numbers)
+    total = torch.tensor(numbers, dtype=torch.float64, device=wire_device(param))
+    torch.distributed.all_reduce(total)
+    added: list[float] = total.tolist()
+    return added
+
+
 def _wrap(value: Tensor, param: DTensor, placements: Sequence[Placement], shape: tuple[int, ...]) -> Tensor:
     from torch.distributed.tensor import DTensor
 

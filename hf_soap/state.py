@@ -19,6 +19,7 @@ from hf_soap.blocks import Layout, Plan
 from hf_soap.buckets import GroupCache, state_dtype
 from hf_soap.checks import check_learning_rate, check_number, check_pair
 from hf_soap.owners import Ownership
+from hf_soap.probe import Probe
 from hf_soap.verdict import Verdict
 
 logger = logging.getLogger(__name__)
@@ -29,6 +30,9 @@ class PlannedOptimizer(torch.optim.Optimizer):
 
     Subclasses say which rule a tensor follows and how it is cut (:meth:`plan`). State is made at the first step, so
     that parameters may be moved, replaced or sharded after construction.
+
+    Attributes:
+        probe: Measures the steps; None measures nothing. It is not copied or saved.
     """
 
     config: type[schema.OptimizerConfig]
@@ -36,6 +40,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         self._made_for: dict[int, list[torch.Size]] = {}
         self._owner_of: dict[Tensor, int] = {}
+        self.probe: Probe | None = None
         self._reset_cache()
         super().__init__(params, defaults)
 
@@ -163,9 +168,10 @@ class PlannedOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        # A load comes by here too, and changes neither for which parameters this was made nor who owns them.
+        # A load comes by here too, and changes neither what this was made for nor who owns and measures it.
         self.__dict__.setdefault("_made_for", {})
         self.__dict__.setdefault("_owner_of", {})
+        self.__dict__.setdefault("probe", None)
         self._reset_cache()
 
     def state_dict(self) -> dict[str, Any]:

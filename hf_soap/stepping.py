@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack, nullcontext
 from typing import Any, overload
 
 import torch
@@ -27,6 +27,7 @@ from hf_soap.buckets import (
 )
 from hf_soap.owners import SEEDED, UPDATED, Outcome, Ownership
 from hf_soap.precision import float32_products
+from hf_soap.probe import IDLE, Gauge
 from hf_soap.state import PlannedOptimizer
 from hf_soap.verdict import DEFERS, Verdict
 
@@ -60,9 +61,11 @@ class BlockOptimizer(PlannedOptimizer):
             with torch.enable_grad():
                 loss = closure()
         self._settle()
-        if self._gradients_usable():
-            self._consolidated = None
-            self._step_all(allocate_only=self._is_synthetic())
+        device = next((param.device for group in self.param_groups for param in group["params"]), torch.device("cpu"))
+        with nullcontext() if self.probe is None else self.probe.stepping(device):
+            if self._gradients_usable():
+                self._consolidated = None
+                self._step_all(allocate_only=self._is_synthetic())
         return loss
 
     def _step_all(self, *, allocate_only: bool) -> None:
@@ -185,6 +188,7 @@ class BlockOptimizer(PlannedOptimizer):
         alike = outcomes is None and not sharding.is_sharded(bucket.params[0])
         usable = None if self._verdict is None else self._verdict.usable
         team = sharding.Team() if group["distributed_refresh"] and alike and sharding.ranks() > 1 else None
+        gauge = self._gauge(plan)
         with self._exact_arithmetic(bucket):
             for seeding, flags in ((True, fresh), (False, ready)):
                 for first, last in adjacent(flags, size):
@@ -192,7 +196,8 @@ class BlockOptimizer(PlannedOptimizer):
                     if self._verdict is not None:
                         self._verdict.counted.append(count)
                     t = tuple(int(step) + 1 - plan.rule.seeds for step in steps[first:last])
-                    chunk = Chunk(plan.layout, t, tuple(bucket.index[first:last]), self._background, team, usable)
+                    index = tuple(bucket.index[first:last])
+                    chunk = Chunk(plan.layout, t, index, self._background, team, usable, gauge)
                     given = [grad for grad in grads[first:last] if grad is not None]
                     if seeding:
                         grad = stack_gradients(given, bucket, chunk)
@@ -208,10 +213,13 @@ class BlockOptimizer(PlannedOptimizer):
                         for place, param in enumerate(bucket.params[first:last]):
                             outcomes[param] = (SEEDED, None) if seeding else (UPDATED, directions[place])
 
+    def _gauge(self, plan: Plan) -> Gauge:
+        return IDLE if self.probe is None else self.probe.of(plan.rule.describe(plan.layout))
+
     @staticmethod
-    def _exact_arithmetic(bucket: Bucket) -> contextlib.ExitStack:
+    def _exact_arithmetic(bucket: Bucket) -> ExitStack:
         """Keeps what the program has set for its model's arithmetic away from the step of a bucket."""
-        contexts, device = contextlib.ExitStack(), bucket.params[0].device
+        contexts, device = ExitStack(), bucket.params[0].device
         if torch.is_autocast_enabled(device.type):
             contexts.enter_context(torch.autocast(device.type, enabled=False))
         if not bucket.fuses:  # fused kernels multiply no matrices
@@ -248,7 +256,7 @@ class BlockOptimizer(PlannedOptimizer):
     def _follow(self, outcomes: dict[Tensor, Outcome], owners: Ownership) -> None:
         """Takes the step that owners have decided on, on this rank's parts of the parameters."""
         for _, group, places in self._trainable():
-            alike: dict[tuple[float, float, bool], list[tuple[Tensor, Tensor]]] = {}
+            alike: dict[tuple[float, float, bool, Gauge], list[tuple[Tensor, Tensor]]] = {}
             for param in places.values():
                 happened, direction = outcomes.get(param, (0, None))
                 if happened and not owners.owns(param):
@@ -256,11 +264,12 @@ class BlockOptimizer(PlannedOptimizer):
                 if happened == UPDATED and direction is not None and direction.numel():
                     plan = self.plan_of(group, param)
                     decay = group["weight_decay"] if plan.weight_decay is None else plan.weight_decay
-                    pair = sharding.local(param), direction
-                    alike.setdefault((plan.lr_scale, decay, plan.decay_last), []).append(pair)
-            for (scale, decay, last), pairs in alike.items():
+                    kind = plan.lr_scale, decay, plan.decay_last, self._gauge(plan)
+                    alike.setdefault(kind, []).append((sharding.local(param), direction))
+            for (scale, decay, last, gauge), pairs in alike.items():
                 weights, directions = ([pair[i] for pair in pairs] for i in (0, 1))
-                apply_(weights, directions, lr=group["lr"] * scale, weight_decay=decay, decay_last=last)
+                with gauge.watching(weights):
+                    apply_(weights, directions, lr=group["lr"] * scale, weight_decay=decay, decay_last=last)
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_soap import cards, metrics, preflight, registry, resume, schema
+from hf_soap.callbacks import unwrapped
 from hf_soap.optimizers import MARS
 from hf_soap.stepping import BlockOptimizer
 
@@ -53,9 +54,7 @@ class SoapTrainerMixin(_Base):
         if optimizer_config is not None:
             _write_config(self.args, optimizer_config)
         if registry.optimizer_name(self.args) in registry.ENTRIES:
-            config = registry.resolve(self.args)
-            if every := getattr(config, "log_every", 0):
-                self.add_callback(_LogDiagnostics(self, every))
+            registry.resolve(self.args)  # refuses wrong options before training starts
             if preflight:
                 self.add_callback(_Preflight(self))
 
@@ -68,7 +67,7 @@ class SoapTrainerMixin(_Base):
             registry.GATHERS_STATE.reset(token)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        optimizer = unwrapped(self.optimizer)
         if isinstance(optimizer, BlockOptimizer):
             if optimizer.spreads_state() and self.args.save_on_each_node:
                 raise ValueError(
@@ -108,7 +107,7 @@ class SoapTrainerMixin(_Base):
         The correction happens behind the last batch of an accumulation window and before clipping. The window is
         replayed at the previous weights with the random numbers that it had, so that dropout drops the same units.
         """
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        optimizer = unwrapped(self.optimizer)
         if not (isinstance(optimizer, MARS) and optimizer.exact):
             return super().training_step(model, inputs, *args, **kwargs)
         self._window.append((_random_state(), copy.copy(inputs)))
@@ -126,7 +125,7 @@ class SoapTrainerMixin(_Base):
 
     def optimizer_diagnostics(self) -> dict[str, float]:
         """Returns what :func:`hf_soap.metrics.diagnostics` measures, or nothing for an optimizer of another kind."""
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # accelerate wraps the prepared one
+        optimizer = unwrapped(self.optimizer)
         return metrics.diagnostics(optimizer) if isinstance(optimizer, BlockOptimizer) else {}
 
 
@@ -148,19 +147,6 @@ class SoapTrainer(SoapTrainerMixin, Trainer):
     """The Transformers Trainer with :class:`SoapTrainerMixin`."""
 
 
-class _LogDiagnostics(TrainerCallback):
-    def __init__(self, trainer: SoapTrainerMixin, every: int) -> None:
-        self.trainer, self.every = trainer, every
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if state.global_step % self.every == 0:
-            due = control.should_log
-            self.trainer.log(self.trainer.optimizer_diagnostics())
-            control.should_log = due  # logging clears it, and the loss of this step would go unlogged
-
-
 class _Preflight(TrainerCallback):
     """Looks when training begins: only then are parameters sharded, and those who own state known."""
 
@@ -170,7 +156,7 @@ class _Preflight(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        optimizer = getattr(self.trainer.optimizer, "optimizer", self.trainer.optimizer)
+        optimizer = unwrapped(self.trainer.optimizer)
         if isinstance(optimizer, BlockOptimizer) and self.trainer.model is not None:
             config = registry.resolve(args)
             for warning in preflight.check(self.trainer.model, optimizer, config):

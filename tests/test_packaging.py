@@ -22,10 +22,11 @@ LAYERS = [
     "trainer",
     "cards",
     "recipes",
-    "metrics",
     "preflight",
     "planning",
     "registry",
+    "callbacks",
+    "metrics",
     "resume",
     "hooks",
     "grouping",
@@ -44,6 +45,7 @@ LAYERS = [
     "verdict",
     "background",
     "blocks",
+    "probe",
     "updates",
     "storage",
     "linalg",
@@ -56,9 +58,9 @@ PEERS = {"heavyball", "pytorch-optimizer"}
 """Optimizer packages that a benchmark times where it finds them."""
 
 USERS = {
-    "transformers": {"cli", "trainer", "cards", "recipes", "metrics", "registry", "grouping"},
-    "accelerate": {"cli", "trainer", "cards", "recipes", "metrics", "registry", "grouping"},
-    "peft": {"cli", "trainer", "cards", "recipes", "metrics", "registry", "grouping"},
+    "transformers": {"cli", "trainer", "cards", "recipes", "callbacks", "registry", "grouping"},
+    "accelerate": {"cli", "trainer", "cards", "recipes", "callbacks", "registry", "grouping"},
+    "peft": {"cli", "trainer", "cards", "recipes", "callbacks", "registry", "grouping"},
     "torch.distributed": {"sharding", "owners", "checkpoint"},
     "datasets": {"cli"},
     "matplotlib": {"cli", "cards"},

@@ -140,7 +140,8 @@ class Shampoo(Rule):
             return self._with_momentum(grafted, state)
         self._accumulate(grad, state, layout)
         if layout.sides:
-            self._refresh(state, chunk)
+            with chunk.gauge.refreshing(grad.device):
+                self._refresh(state, chunk)
         direction = filtered
         for side in layout.sides:
             direction = linalg.mode_product(direction, state[f"root_{side}"], side)
@@ -222,6 +223,7 @@ class Shampoo(Rule):
     def _compute_roots(self, state: State, chunk: Chunk) -> None:
         for role, factor in self._snapshot(state, chunk).items():
             (root,) = chunk.share(lambda part, r=role: (self._roots_of({r: part}, chunk.layout)[r],), factor)  # type: ignore[misc]
+            chunk.gauge.replaced(state[role], root)
             state[role].copy_(root)
 
     @property
@@ -258,7 +260,7 @@ class Shampoo(Rule):
         due = self._due(t, key)
         if self.delay is None:
             # Waiting when the next roots are due bounds their age by two periods.
-            self._install(background.take(key, wait=due), state)
+            self._install(background.take(key, wait=due), state, chunk)
             if due:
                 snapshot = {role: value.clone() for role, value in self._snapshot(state, chunk).items()}
                 background.submit(key, lambda factors: self._background_roots(factors, chunk.layout), snapshot)
@@ -268,7 +270,7 @@ class Shampoo(Rule):
             if not background.pending(key):  # a resumed run: what was under way is in the state
                 self._submit_snapshot(state, chunk, background)
             if age == self.delay:
-                self._install(background.take(key, wait=True), state)
+                self._install(background.take(key, wait=True), state, chunk)
         if due:
             for role, factor in self._snapshot(state, chunk).items():
                 state[role.replace("root", "snapshot")].copy_(factor)
@@ -284,6 +286,7 @@ class Shampoo(Rule):
         roots = self._roots_of({role: factor.double() for role, factor in factors.items()}, layout)
         return {role: root.to(factors[role].dtype) for role, root in roots.items()}
 
-    def _install(self, roots: Roots | None, state: State) -> None:
+    def _install(self, roots: Roots | None, state: State, chunk: Chunk) -> None:
         for role, root in (roots or {}).items():
+            chunk.gauge.replaced(state[role], root)
             state[role].copy_(root)

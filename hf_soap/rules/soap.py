@@ -165,7 +165,8 @@ class Soap(Rule):
             self._accumulate(rotated, state, chunk.layout)
             for blocks, due in chunk.runs(self._due(chunk)):
                 part = {role: value[blocks] for role, value in state.items()}
-                self._refresh(part, due)
+                with chunk.gauge.refreshing(grad.device):
+                    self._refresh(part, due)
                 if chunk.layout.sides:
                     rotated[blocks] = self._rotate(grad[blocks], part, chunk.layout)
 
@@ -182,7 +183,8 @@ class Soap(Rule):
             # Accumulate after use: a gradient must not shape the basis it is rotated into.
             self._accumulate(rotated, state, chunk.layout)
             for blocks, due in chunk.runs(self._due(chunk)):
-                self._refresh({role: value[blocks] for role, value in state.items()}, due)
+                with chunk.gauge.refreshing(grad.device):
+                    self._refresh({role: value[blocks] for role, value in state.items()}, due)
         return direction
 
     def _rotate(self, tensor: Tensor, state: State, layout: Layout, *, back: bool = False) -> Tensor:
@@ -244,6 +246,7 @@ class Soap(Rule):
         factor, basis, exp_avg = state[f"factor_{side}"], state[f"basis_{side}"], state["exp_avg"]
         order, rotation, refreshed = chunk.share(linalg.sorted_refresh, factor)
         factor.copy_(refreshed)
+        chunk.gauge.rotated(rotation, refreshed)
         # Rows of the rotation go back to where the columns came from: the sort costs Q and M no pass of their own.
         rotation = torch.empty_like(rotation).scatter_(-2, order.unsqueeze(-1).expand_as(rotation), rotation)
         basis.copy_(basis @ rotation)

@@ -1,0 +1,85 @@
+"""Optimizer diagnostics in the log of any Trainer."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_soap import metrics
+from hf_soap.probe import Probe
+from hf_soap.stepping import BlockOptimizer
+
+logger = logging.getLogger(__name__)
+
+
+class SoapMetricsCallback(TrainerCallback):
+    """Writes what an optimizer of this package measures of itself to the log of a Trainer.
+
+    ``optim_args="log_every=50"`` adds one. By hand it serves optimizers that a program makes itself:
+    ``Trainer(..., callbacks=[SoapMetricsCallback(every=50)], optimizers=(SOAP(...), None))``. Refreshes are measured
+    in every step, updates in those that are logged.
+
+    Args:
+        every: Steps between two entries.
+
+    Raises:
+        ValueError: If ``every`` is below 1.
+    """
+
+    def __init__(self, every: int = 50) -> None:
+        if every < 1:
+            raise ValueError(f"every must be >= 1, got {every}; leave the callback out to log nothing")
+        self.every = every
+        self.trainer: Trainer | None = None
+        self._warned = False
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Has the optimizer measured, and says whether the step to come is one that is logged."""
+        optimizer = self._optimizer()
+        if isinstance(optimizer, BlockOptimizer):
+            optimizer.probe = optimizer.probe or Probe()
+            optimizer.probe.due = (state.global_step + 1) % self.every == 0
+        elif not self._warned:
+            self._warned = True
+            logger.warning(
+                "SoapMetricsCallback got %s, wanted an optimizer of hf_soap in a Trainer: it logs nothing",
+                type(optimizer).__name__,
+            )
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Logs the step, on all ranks."""
+        optimizer = self._optimizer()
+        measured = isinstance(optimizer, BlockOptimizer) and optimizer.probe is not None
+        if self.trainer is not None and measured and state.global_step % self.every == 0:
+            due = control.should_log
+            self.trainer.log(metrics.measurements(optimizer))
+            control.should_log = due  # logging clears it, and the loss of this step would go unlogged
+
+    def _optimizer(self) -> Any:
+        return None if self.trainer is None else unwrapped(self.trainer.optimizer)
+
+
+def attach(trainer: Trainer, *, every: int) -> None:
+    """Makes a trainer known to its :class:`SoapMetricsCallback`, and adds one if it has none.
+
+    Args:
+        trainer: Any trainer that is about to train.
+        every: Steps between two entries of the one that is added; 0 adds none.
+    """
+    present = [one for one in trainer.callback_handler.callbacks if isinstance(one, SoapMetricsCallback)]
+    if every and not present:
+        present = [SoapMetricsCallback(every)]
+        trainer.add_callback(present[0])
+    for callback in present:
+        callback.trainer = trainer
+
+
+def unwrapped(optimizer: Any) -> Any:
+    """Returns the optimizer in accelerate's wrapper, or the optimizer itself."""
+    return getattr(optimizer, "optimizer", optimizer)
