@@ -1,0 +1,90 @@
+"""Times what diagnostics cost: the optimizers of the family with a probe beside the same ones without.
+
+python scripts/bench_metrics.py                      # gpt256, an entry of the log every 50 steps
+python scripts/bench_metrics.py --shapes gpt2x2 --device cuda
+
+Both take every step in turn on the same gradients, now one first and now the other. The overhead is the median
+difference of the steps that are not logged, and that of the logged ones with the reading of the probe, each as often
+as it comes in `--log-every` steps, over the mean step without a probe.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from bench_step import SHAPES, Shape, optimizers, seconds
+from rich.console import Console
+from rich.table import Table
+
+from hf_soap.metrics import measurements
+from hf_soap.probe import Probe
+from hf_soap.stepping import BlockOptimizer
+
+DUE_EVERY = 4
+"""Of so many steps here one is measured, so that few steps show its price."""
+
+
+def measure(
+    make: Callable[[Any], torch.optim.Optimizer], shapes: list[Shape], *, steps: int, device: torch.device
+) -> tuple[float, float, float] | None:
+    """Times pairs of steps.
+
+    Returns:
+        Seconds of the mean step without a probe, and what a probe adds to a step and to one that is logged, medians;
+        None for an optimizer of another package.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    params = [[torch.nn.Parameter(torch.ones(shape, device=device)) for shape in shapes] for _ in "ab"]
+    plain, probed = (make(one) for one in params)
+    if not isinstance(probed, BlockOptimizer):
+        return None
+    times: dict[str, list[float]] = {"plain": [], "on": [], "due": []}
+    probed.probe = probe = Probe()
+
+    def step_and_read() -> None:
+        probed.step()
+        if probe.due:
+            measurements(probed)
+
+    for step in range(-3, steps):
+        for pair in zip(*params, strict=True):
+            pair[0].grad = torch.randn(pair[0].shape, device=device, generator=generator)
+            pair[1].grad = pair[0].grad.clone()
+        probe.due = step % DUE_EVERY == 0
+        if step % 2:
+            without, with_ = seconds(plain.step, device), seconds(step_and_read, device)
+        else:
+            with_, without = seconds(step_and_read, device), seconds(plain.step, device)
+        if step >= 0:  # the first steps make the state and warm up
+            times["plain"].append(without)
+            times["due" if probe.due else "on"].append(with_ - without)
+    return statistics.mean(times["plain"]), statistics.median(times["on"]), statistics.median(times["due"])
+
+
+def main() -> None:
+    """Prints one table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", choices=[*SHAPES], default="gpt256")
+    parser.add_argument("--frequency", type=int, default=10, help="steps between two refreshes")
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--log-every", type=int, default=50)
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    table = Table(title=f"{args.shapes}, log_every={args.log_every}, torch {torch.__version__}")
+    for heading in ("optimizer", "ms/step", "a step more, ms", "a logged step more, ms", "overhead"):
+        table.add_column(heading, justify="left" if heading == "optimizer" else "right")
+    for name, make in optimizers(args.frequency).items():
+        found = measure(make, SHAPES[args.shapes], steps=args.steps, device=torch.device(args.device))
+        if found is not None:
+            mean, on, due = found
+            overhead = (on * (args.log_every - 1) + due) / args.log_every / mean
+            table.add_row(name, *(f"{value * 1e3:.2f}" for value in found), f"{overhead:.2%}")
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
