@@ -110,9 +110,14 @@ class Bucket:
         except AttributeError:  # something else than a tensor
             return False
 
-    def tensors_per_chunk(self) -> int:
-        """How many tensors fit into the byte budget of temporaries, at least one."""
-        budget = LAUNCH_BYTES if self.fuses else CHUNK_BYTES.get(self.params[0].device.type, LAUNCH_BYTES)
+    def tensors_per_chunk(self, *, watched: bool = False) -> int:
+        """How many tensors fit into the byte budget of temporaries, at least one.
+
+        Args:
+            watched: Whether weights are compared with what they were, which takes temporaries of fused kernels too.
+        """
+        in_cache = CHUNK_BYTES.get(self.params[0].device.type, LAUNCH_BYTES)
+        budget = LAUNCH_BYTES if self.fuses and not watched else in_cache
         return max(1, budget // max(1, temporary_bytes(self.plan, self.dtype)))
 
 

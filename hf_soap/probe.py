@@ -51,6 +51,11 @@ class Stopwatch:
 class Gauge:
     """What rules and the step loop report of the tensors of one rule; this one takes no notice."""
 
+    @property
+    def watches(self) -> bool:
+        """Whether this step measures how far it moves the weights."""
+        return False
+
     def watching(self, weights: Sequence[Tensor]) -> AbstractContextManager[None]:
         """Measures how far the block moves weights, in the steps that are due."""
         return nullcontext()
@@ -87,9 +92,14 @@ class RuleGauge(Gauge):
         self._counts: Sums = {}
         self._sums: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
 
+    @property
+    def watches(self) -> bool:
+        """Whether this step is due."""
+        return self._probe.due
+
     def watching(self, weights: Sequence[Tensor]) -> AbstractContextManager[None]:
         """Measures how far the block moves weights, in the steps that are due."""
-        return self._watch(weights) if self._probe.due else nullcontext()
+        return self._watch(weights) if self.watches else nullcontext()
 
     @contextmanager
     def _watch(self, weights: Sequence[Tensor]) -> Iterator[None]:

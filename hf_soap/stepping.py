@@ -184,11 +184,11 @@ class BlockOptimizer(PlannedOptimizer):
         plan = bucket.plan
         fresh, ready = stages(bucket, grads)
         decay = group["weight_decay"] if plan.weight_decay is None else plan.weight_decay
-        steps, size = bucket.steps.tolist(), bucket.tensors_per_chunk()
+        gauge = self._gauge(plan)
+        steps, size = bucket.steps.tolist(), bucket.tensors_per_chunk(watched=gauge.watches)
         alike = outcomes is None and not sharding.is_sharded(bucket.params[0])
         usable = None if self._verdict is None else self._verdict.usable
         team = sharding.Team() if group["distributed_refresh"] and alike and sharding.ranks() > 1 else None
-        gauge = self._gauge(plan)
         with self._exact_arithmetic(bucket):
             for seeding, flags in ((True, fresh), (False, ready)):
                 for first, last in adjacent(flags, size):

@@ -1,7 +1,7 @@
 """Times what diagnostics cost: the optimizers of the family with a probe beside the same ones without.
 
 python scripts/bench_metrics.py                      # gpt256, an entry of the log every 50 steps
-python scripts/bench_metrics.py --shapes gpt2x2 --device cuda
+python scripts/bench_metrics.py --only SOAP "MARS adamw" --steps 40
 
 Both take every step in turn on the same gradients, now one first and now the other. The overhead is the median
 difference of the steps that are not logged, and that of the logged ones with the reading of the probe, each as often
@@ -73,11 +73,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--log-every", type=int, default=50)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--only", nargs="*", help="names of optimizers as bench_step.py prints them")
     args = parser.parse_args()
     table = Table(title=f"{args.shapes}, log_every={args.log_every}, torch {torch.__version__}")
     for heading in ("optimizer", "ms/step", "a step more, ms", "a logged step more, ms", "overhead"):
         table.add_column(heading, justify="left" if heading == "optimizer" else "right")
     for name, make in optimizers(args.frequency).items():
+        if args.only and name not in args.only:
+            continue
         found = measure(make, SHAPES[args.shapes], steps=args.steps, device=torch.device(args.device))
         if found is not None:
             mean, on, due = found

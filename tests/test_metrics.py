@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ranks
 import tiny
 import torch
 from helpers import parameters, train
@@ -17,8 +18,10 @@ from torch import nn
 from transformers import Trainer
 
 from hf_soap import MARS, SOAP, Shampoo, SoapMetricsCallback, SoapTrainer, linalg
+from hf_soap.blocks import Chunk, Layout
 from hf_soap.metrics import diagnostics, measurements, rules_of, slug
 from hf_soap.probe import Probe, RuleGauge, Stopwatch
+from hf_soap.rules import Soap
 from hf_soap.stepping import BlockOptimizer
 from hf_soap.storage import decoded
 
@@ -129,8 +132,22 @@ def test_neither_signs_nor_the_null_space_count_as_rotation() -> None:
     assert one.take()["rotation"] == 0
 
 
+def test_vectors_that_change_places_have_not_turned() -> None:
+    state = {
+        "factor_0": torch.diag(torch.tensor([1.0, 5.0, 3.0], dtype=torch.float64))[None],
+        "basis_0": torch.eye(3, dtype=torch.float64)[None],
+        "exp_avg": torch.ones(1, 3, 2, dtype=torch.float64),
+        "exp_avg_sq": torch.ones(1, 3, 2, dtype=torch.float64),
+    }
+    rule = Soap(beta1=0.9, beta2=0.9, shampoo_beta=0.9, eps=1e-8, precondition_frequency=1)
+    one = gauge()
+    rule._refresh(state, Chunk(Layout((3, 2), (1, 1), (3, 2), (0,)), (1,), (0,), gauge=one))
+    assert state["factor_0"][0].diagonal().tolist() == [5.0, 3.0, 1.0]
+    sums = one.take()
+    assert (sums["rotation"], sums["rotations"]) == (0.0, 1.0)
+
+
 def test_the_angle_is_that_between_old_and_new_bases() -> None:
-    """Where vectors change places, and the sort takes them there, nothing has turned."""
     params = parameters([(6, 6)], torch.float64)
     optimizer, _ = probed(lambda p: SOAP(p, lr=1e-2, precondition_frequency=1), params)
     train(optimizer, params, range(5))
@@ -293,6 +310,31 @@ def test_events_of_a_device_are_read_later() -> None:
         optimizer.step()
     found = measurements(optimizer)
     assert 0 < found["optimizer/refresh_share/soap_2_sides"] < 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Many ranks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_ranks_measure_the_whole(tmp_path: Path) -> None:
+    ranks.run("sharded_metrics.ranks_measure_the_whole", 2, tmp_path)
+
+
+@pytest.mark.slow
+def test_owners_measure_as_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHARED_FOLDER", str(tmp_path))
+    for count in (1, 2):  # three cannot average three equal gradients without rounding
+        ranks.run("sharded_metrics.owners_measure_as_one_process", count, tmp_path / str(count))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["FULL_STATE_DICT", None], ids=["fsdp", "ddp"])
+@pytest.mark.parametrize("mode", ["local", "owner"])
+def test_ranks_log_together(mode: str, kind: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHARED_FOLDER", str(tmp_path))
+    ranks.run("sharded_metrics.trainers_log", 2, tmp_path, mode=mode, kind=kind)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
