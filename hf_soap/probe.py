@@ -28,7 +28,8 @@ class Stopwatch:
             yield
             self._seconds += time.perf_counter() - start
             return
-        stream, begin, end = torch.cuda.current_stream(device), *(torch.cuda.Event(enable_timing=True) for _ in "ab")
+        stream = torch.cuda.current_stream(device)
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record(stream)
         yield
         end.record(stream)
