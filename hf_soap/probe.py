@@ -106,12 +106,11 @@ class RuleGauge(Gauge):
     def _watch(self, weights: Sequence[Tensor]) -> Iterator[None]:
         dtype = torch.float64 if any(weight.dtype == torch.float64 for weight in weights) else torch.float32
         before = [weight.clone() for weight in weights]
-        length = torch.stack(torch._foreach_norm(before, 2, dtype))
+        lengths = torch._foreach_norm(before, 2, dtype)
         yield
         torch._foreach_sub_(before, list(weights))
-        moved = torch.stack(torch._foreach_norm(before, 2, dtype))
-        self._add("weight", length.square().sum())
-        self._add("update", moved.square().sum())
+        self._add("weight", _square_sum(lengths))
+        self._add("update", _square_sum(torch._foreach_norm(before, 2, dtype)))
         self._count("entries", sum(weight.numel() for weight in weights))
 
     def refreshing(self, device: torch.device) -> AbstractContextManager[None]:
@@ -157,6 +156,10 @@ class RuleGauge(Gauge):
     def _add(self, name: str, value: Tensor) -> None:
         key = name, value.device, value.dtype
         self._sums[key] = self._sums[key] + value if key in self._sums else value
+
+
+def _square_sum(norms: Sequence[Tensor]) -> Tensor:
+    return norms[0].square() if len(norms) == 1 else torch.stack(list(norms)).square().sum()
 
 
 class Probe:

@@ -55,7 +55,7 @@ def measure(
             pair[0].grad = torch.randn(pair[0].shape, device=device, generator=generator)
             pair[1].grad = pair[0].grad.clone()
         probe.due = step % DUE_EVERY == 0
-        if step % 2:
+        if step // DUE_EVERY % 2:  # not step % 2: those that are due would always be first
             without, with_ = seconds(plain.step, device), seconds(step_and_read, device)
         else:
             with_, without = seconds(step_and_read, device), seconds(plain.step, device)

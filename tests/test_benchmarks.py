@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
 
 import bench_async
 import bench_distributed
+import bench_metrics
 import bench_roots
 import bench_step
 
@@ -40,6 +41,15 @@ def test_scaling_fits_exponents() -> None:
     assert result["layers"]["exponents"][1] == pytest.approx(1)
     assert result["width"]["exponents"][1] == pytest.approx(3)
     bench_step.print_scaling(result, Console())
+
+
+def test_bench_metrics_measures_pairs_of_steps() -> None:
+    makers = bench_step.optimizers(2)
+    device = torch.device("cpu")
+    found = bench_metrics.measure(makers["SOAP"], [(8, 6), (5,)], steps=8, device=device)
+    assert found is not None
+    assert found[0] > 0
+    assert bench_metrics.measure(makers["AdamW (fused)"], [(8, 6)], steps=8, device=device) is None
 
 
 def test_bench_roots_prints_a_row_per_size_and_batch() -> None:
