@@ -90,6 +90,7 @@ WAYS = {
     "python scripts/bench_step.py": Way("--shapes gpt256 --rounds 1 --steps 1 --frequency 1 --device cpu"),
     "python scripts/bench_roots.py": Way("--sizes 8 --batches 1 --rounds 1 --device cpu", slow=False),
     "python scripts/bench_async.py": Way("--steps 6 --frequency 3 --width 8 --layers 1"),
+    "python scripts/bench_metrics.py": Way("--steps 4 --log-every 2"),
     "python scripts/bench_distributed.py": Way("--processes 2 --rounds 1"),
     "python scripts/update_readme.py": Way(slow=False),
     "bash scripts/quickstart.sh": Way(f"--steps 2 {TINY}"),
