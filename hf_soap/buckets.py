@@ -263,12 +263,9 @@ def step_tensors(
         before = torch.cat([plan.layout.to_blocks(weight) for weight in weights])
     if chunk.usable is not None:
         lr = lr * chunk.usable  # and so nothing moves
-    if (
-        bucket.fuses
-        and chunk.usable is None
-        and all(map(Tensor.is_contiguous, grads))
-        and {grad.dtype for grad in grads} == {bucket.dtype}
-    ):
+    plain = (*weights, *grads)  # a model may have gone to another dtype or memory format since the last step
+    alike = all(map(Tensor.is_contiguous, plain)) and {tensor.dtype for tensor in plain} == {bucket.dtype}
+    if bucket.fuses and chunk.usable is None and alike:
         each = {role: value.unbind() for role, value in bucket.rows(first, last).items()}
         with chunk.gauge.watching(weights):
             plan.rule.fused_step(weights, grads, each, chunk.t, lr=lr, weight_decay=weight_decay)

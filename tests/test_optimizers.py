@@ -976,3 +976,18 @@ def test_mars_updates_vectors_by_adamw_at_a_rate_in_proportion_to_the_schedule(v
 
 def test_every_test_shape_is_in_the_table() -> None:
     assert {len(shape) for shape in SHAPES} == {0, 1, 2, 3}
+
+
+@rows
+def test_a_model_may_change_its_memory_format_between_steps(row: Row) -> None:
+    """Fused kernels pair entries by their place in memory: the state of one then went with the weight of another."""
+    finals = []
+    for moved in (False, True):
+        params = parameters(shapes=[(4, 3, 2, 5)])
+        optimizer = row(params)
+        train(optimizer, params, range(3))
+        if moved:
+            params[0].data = params[0].data.contiguous(memory_format=torch.channels_last)
+        train(optimizer, params, range(3, 6))
+        finals.append(params)
+    close(*finals, tolerance=1e-5)
