@@ -220,7 +220,7 @@ def _as_it_was(
         if mine is None or mine.numel() != own.numel() or not torch.equal(mine.view(own.shape).cpu(), own):
             return None
     entrywise = plan.entrywise
-    if described is None and not entrywise:
+    if described is None and cut and not entrywise:
         return None
     state = {}
     for role, value in saved.items():
