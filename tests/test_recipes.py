@@ -140,7 +140,7 @@ def test_yaml_that_is_refused(text: str | bytes, message: str) -> None:
         *(
             (f"{key}: {path}", "wanted a path below the working folder")
             for key in ("output_dir", "logging_dir", "train_files", "model_name_or_path", "anything")
-            for path in ("/etc/passwd", "../up", "a/../../b", "~/x", r"C:\x", r"..\x", "[ok, /no]")
+            for path in ("/etc/passwd", "../up", "a/../../b", "~/x", r"C:\x", r"..\x", "[ok, /no]", "stdlib:../x")
         ),
         ("output_dir: .git/hooks", "wanted no hidden file or folder"),
         ("train_files: [a/.env]", "wanted no hidden file or folder"),

@@ -1,6 +1,6 @@
 """scripts/run_clm.py from end to end on a tiny model, and the promises that the shell scripts make."""
 
-import importlib.util
+import importlib
 import json
 import math
 import os
@@ -19,17 +19,12 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "scripts"
 STEPS = 30
+sys.path.insert(0, str(SCRIPTS))
 
 
 @pytest.fixture(scope="module")
 def run_clm() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("run_clm", SCRIPTS / "run_clm.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["run_clm"] = module
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("run_clm")
 
 
 def sentences(path: Path, *, who: str, does: str, what: str) -> Path:
@@ -165,14 +160,14 @@ def test_arguments_from_a_file(run_clm: ModuleType, tmp_path: Path) -> None:
     config.write_text(
         "model_type: gpt2\ntrain_tokenizer_vocab: 300\ntrain_files: [a.txt, b.txt]\nlearning_rate: 1e-3\nseed: 3\n"
     )
-    script, args = run_clm.parse([str(config), "--seed", "4", "--optim", "soap"])
+    script, args = run_clm.parse(run_clm.ScriptArguments, [str(config), "--seed", "4", "--optim", "soap"])
     assert script.train_files == ["a.txt", "b.txt"]
     assert (args.learning_rate, args.seed, args.optim) == (1e-3, 4, "soap")
 
     config = tmp_path / "recipe.json"
     config.write_text('{"learning_rat": 0.001}')
     with pytest.raises(ValueError, match=r"unknown argument 'learning_rat' in .*recipe\.json; use 'learning_rate'"):
-        run_clm.parse([str(config)])
+        run_clm.parse(run_clm.ScriptArguments, [str(config)])
 
 
 @pytest.mark.parametrize(
@@ -195,16 +190,19 @@ def test_errors_name_the_remedy(
 
 
 def test_packing_restores_the_text(run_clm: ModuleType, pretrained: Path, text: Path) -> None:
-    script, args = run_clm.parse(arguments(pretrained, train_files=text, model_name_or_path=pretrained))
+    pack = importlib.import_module("_text").pack
+    given = arguments(pretrained, train_files=text, model_name_or_path=pretrained)
+    script, args = run_clm.parse(run_clm.ScriptArguments, given)
     rows = run_clm.load_text(script)
     tokenizer = run_clm.load_tokenizer(script, args, rows, resuming=False)
-    blocks = run_clm.pack(rows, tokenizer, column="text", block_size=32, documents=False)
+    blocks = pack(rows, tokenizer, column="text", block_size=32, documents=False)
     assert {len(ids) for ids in blocks["input_ids"]} == {32}
-    assert blocks["labels"] == blocks["input_ids"]
+    batch = run_clm.collate([blocks[0], blocks[1]])
+    assert batch["labels"].tolist() == batch["input_ids"].tolist() == blocks["input_ids"][:2]
     packed = tokenizer.decode([token for ids in blocks["input_ids"] for token in ids])
     assert text.read_text().startswith(packed)
 
-    documents = run_clm.pack(rows, tokenizer, column="text", block_size=32, documents=True)
+    documents = pack(rows, tokenizer, column="text", block_size=32, documents=True)
     ends = sum(ids.count(tokenizer.eos_token_id) for ids in documents["input_ids"])
     assert ends == pytest.approx(len(rows), abs=10)
 

@@ -49,10 +49,14 @@ class _Blocks(Dataset[dict[str, Tensor]]):
         return {"input_ids": self.blocks[index], "labels": self.labels[index]}
 
 
-class _Clock(TrainerCallback):
-    """Times the steps and what of them is the optimizer's, and takes down the evaluations."""
+class Clock(TrainerCallback):
+    """Times the steps and what of them is the optimizer's, and takes down the evaluations.
 
-    def __init__(self, on_step: OnStep) -> None:
+    Args:
+        on_step: Called with the number of each finished step.
+    """
+
+    def __init__(self, on_step: OnStep = lambda step: None) -> None:
         self.on_step = on_step
         self.seconds = 0.0
         self.optimizer_seconds = 0.0
@@ -93,7 +97,7 @@ def train_once(settings: RunSettings, corpus: Corpus, output_dir: Path, on_step:
         ValueError: If the Trainer or the optimizer refuses the settings.
     """
     model = _build_model(settings, corpus)
-    clock = _Clock(on_step)
+    clock = Clock(on_step)
     trainer = Trainer(
         model=model,
         args=_training_arguments(settings, output_dir),
@@ -108,17 +112,22 @@ def train_once(settings: RunSettings, corpus: Corpus, output_dir: Path, on_step:
     if clock.evals[-1].step != settings.steps:
         trainer.evaluate()
     assert trainer.optimizer is not None
-    tensors = (leaf for leaf in tree_leaves(list(trainer.optimizer.state.values())) if isinstance(leaf, Tensor))
     return RunResult(
         settings=settings,
         evals=clock.evals,
         train_losses=[entry["loss"] for entry in trainer.state.log_history if "loss" in entry],
         seconds=clock.seconds,
         optimizer_seconds=clock.optimizer_seconds,
-        state_bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors),
+        state_bytes=state_bytes(trainer.optimizer),
         parameters=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         checkpoint=output_dir / f"checkpoint-{settings.steps}",
     )
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Returns the size of an optimizer's state."""
+    tensors = (leaf for leaf in tree_leaves(list(optimizer.state.values())) if isinstance(leaf, Tensor))
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def check_settings(settings: RunSettings, corpus: Corpus) -> None:

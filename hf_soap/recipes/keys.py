@@ -64,6 +64,9 @@ SCRIPT_KEYS: dict[str, Any] = {
     "eval_blocks": int,
     "text_column": str,
     "block_size": int,
+    "mlm_probability": float,
+    "image_column": str,
+    "label_column": str,
     "streaming": bool,
     "keep_linebreaks": bool,
     "max_train_samples": int,
@@ -84,7 +87,7 @@ SCRIPT_KEYS: dict[str, Any] = {
     "router_aux_loss_coef": float,
     "activation_offloading": bool,
 }
-"""Options of training scripts beside TrainingArguments: those of ``scripts/run_clm.py``, of the ``run_clm.py`` of
+"""Options of training scripts beside TrainingArguments: those of ``scripts/run_*.py``, of the ``run_clm.py`` of
 transformers and of TRL's ``sft``."""
 
 _Range = tuple[float, float]
@@ -114,6 +117,7 @@ RANGES: dict[str, _Range] = {
     "lora_alpha": (0, 1e6),
     "lora_dropout": (0, 1),
     "eval_share": (0, 1),
+    "mlm_probability": (0, 1),
     "block_size": _COUNT,
     "max_length": _COUNT,
     "eval_blocks": _COUNT,

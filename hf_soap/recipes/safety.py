@@ -96,7 +96,7 @@ def _in_text(text: str) -> str:
 def _in_value(key: str, text: str) -> str:
     # The options of an optimizer hold regular expressions, and no file is opened by them.
     if key != "optim_args":
-        parts = re.split(r"[/\\]", text)
+        parts = re.split(r"[/\\:]", text)  # package:NAME/PATTERN is a path too
         if text.startswith(("/", "\\", "~")) or re.match("[A-Za-z]:", text) or ".." in parts:
             return f"got {text!r}, wanted a path below the working folder; give it on the command line"
         if _OPENED.fullmatch(key) and any(part.startswith(".") and part != "." for part in parts):

@@ -1,0 +1,133 @@
+"""What the training scripts share: their arguments, a new model's configuration, the run from start to model card."""
+
+import difflib
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import CONFIG_MAPPING, AutoConfig, HfArgumentParser, Trainer, TrainingArguments, set_seed
+
+from hf_soap.cli.training import Clock, state_bytes
+from hf_soap.resume import last_complete_checkpoint
+
+logger = logging.getLogger(__name__)
+
+
+def option(default: Any, help: str) -> Any:
+    """A field of a script's arguments with its help for the command line."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class ModelArguments:
+    """Which model; everything about training is in TrainingArguments."""
+
+    model_name_or_path: str | None = option(None, "Model to fine-tune: a folder or a name on the Hub.")
+    model_type: str | None = option(None, "Architecture to train from scratch, such as gpt2.")
+    config_name: str | None = option(None, "Configuration to train from scratch: a folder or a name on the Hub.")
+    config_overrides: str | None = option(None, "Changes to a new model's configuration: n_layer=4,n_embd=256,...")
+    dtype: str = option("float32", "Of the weights; with --bf16 they stay in it while the arithmetic is bfloat16.")
+
+    def __post_init__(self) -> None:
+        if sum(name is not None for name in (self.model_name_or_path, self.model_type, self.config_name)) != 1:
+            raise ValueError(
+                f"wanted one of model_name_or_path, model_type and config_name, got {self.model_name_or_path!r}, "
+                f"{self.model_type!r} and {self.config_name!r}; use --model_type to train from scratch"
+            )
+
+
+def parse(arguments: type[Any], argv: Sequence[str] | None) -> tuple[Any, TrainingArguments]:
+    """Reads a command line.
+
+    Args:
+        arguments: The script's dataclass of arguments.
+        argv: What stands behind the script's name; None reads it from ``sys.argv``. A first argument that ends in
+            .yaml, .yml or .json names a file of defaults.
+
+    Returns:
+        The script's arguments and the Trainer's.
+
+    Raises:
+        ValueError: If the file names an argument that does not exist.
+    """
+    parser = HfArgumentParser((arguments, TrainingArguments))
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv and argv[0].endswith((".yaml", ".yml", ".json")):
+        config = argv.pop(0)
+        defaults = yaml.safe_load(Path(config).read_text(encoding="utf-8")) or {}  # JSON is YAML as well
+        known = {action.dest for action in parser._actions}
+        for name in defaults:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"; use {near[0]!r}" if near else "; --help lists them"
+                raise ValueError(f"unknown argument {name!r} in {config}{hint}")
+        # argparse converts defaults that are strings, so that 1e-3, a string to YAML, becomes a number.
+        parser.set_defaults(**defaults)
+    script, training = parser.parse_args_into_dataclasses(args=argv)
+    return script, training
+
+
+def start(args: TrainingArguments) -> Path | None:
+    """Sets up logging and the seed; returns the checkpoint to continue from, if the output folder holds one."""
+    logging.basicConfig(level=logging.INFO if args.process_index == 0 else logging.WARNING)
+    set_seed(args.seed)
+    if args.resume_from_checkpoint is not None:
+        return Path(args.resume_from_checkpoint)
+    if not Path(args.output_dir).is_dir():
+        return None
+    checkpoint = last_complete_checkpoint(args.output_dir, model_only=args.save_only_model)
+    if checkpoint is not None:
+        logger.info("continuing from %s; use another --output_dir to start anew", checkpoint)
+    return None if checkpoint is None else Path(checkpoint)
+
+
+def new_config(script: ModelArguments) -> Any:
+    """The configuration of a model from scratch."""
+    if script.config_name:
+        config = AutoConfig.from_pretrained(script.config_name)
+    elif script.model_type in CONFIG_MAPPING:
+        config = CONFIG_MAPPING[script.model_type]()
+    else:
+        near = difflib.get_close_matches(str(script.model_type), CONFIG_MAPPING.keys(), n=1)
+        raise ValueError(f"unknown model_type {script.model_type!r}; use {near[0] if near else 'gpt2'!r}")
+    if script.config_overrides:
+        config.update_from_string(script.config_overrides)
+    return config
+
+
+def fit(trainer: Trainer, checkpoint: Path | None) -> dict[str, float]:
+    """Trains, evaluates, saves, writes the model card.
+
+    Args:
+        trainer: Ready to train; it is evaluated at the end where it has anything to evaluate on.
+        checkpoint: The folder to continue from.
+
+    Returns:
+        The metrics of both. Those of training say what the optimizer took: its seconds, those of whole steps, and the
+        bytes of its state per trained parameter on this process.
+    """
+    clock = Clock()
+    trainer.add_callback(clock)
+    results = {"train": trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics}
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    results["train"] |= {
+        "train_step_seconds": round(clock.seconds, 2),
+        "train_optimizer_seconds": round(clock.optimizer_seconds, 2),
+        "train_state_bytes_per_parameter": round(state_bytes(trainer.optimizer) / trained, 2),
+    }
+    trainer.save_model()
+    if trainer.eval_dataset is not None:
+        results["eval"] = trainer.evaluate()
+    trainer.save_state()
+    for split, metrics in results.items():
+        trainer.log_metrics(split, metrics)
+        trainer.save_metrics(split, metrics)
+    if trainer.args.push_to_hub:
+        trainer.push_to_hub()
+    else:
+        trainer.create_model_card()
+    return results["train"] | results.get("eval", {})

@@ -1,0 +1,191 @@
+"""Runs a recipe with several optimizers and learning rates, and writes what came out into the recipe and its card.
+
+    python scripts/measure_recipe.py scripts/run_clm.py model_cards/small-lm-pretraining.yaml \
+        --lr adamw_torch_fused=1e-3,2e-3,4e-3 --lr soap=5e-3,1e-2,2e-2
+
+A run is what `hf-soap run SCRIPT --recipe RECIPE --optim NAME --learning_rate LR --seed SEED` does.
+Its output folder is outputs/measured/RECIPE/NAME-LR-SEED; one that is there already is read and not repeated. Of each
+optimizer the learning rate with the lowest held-out loss at the first seed is run with the other seeds too. The results
+go into the recipe's provenance, the table of them and the metadata into the card of the same name, the curves into a
+picture.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from huggingface_hub import EvalResult, ModelCard
+
+from hf_soap import recipes
+from hf_soap.cli.run import prepare, with_recipe
+
+OUTPUTS = Path("outputs/measured")
+_TABLE = re.compile(r"(?<=<!-- results -->\n).*?(?=<!-- end -->)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run: what it was given beside the recipe, and the folder that it left."""
+
+    optim: str
+    learning_rate: float
+    seed: int
+    folder: Path
+
+    def measured(self) -> dict[str, float]:
+        """Returns the metrics at the end."""
+        found: dict[str, float] = json.loads((self.folder / "all_results.json").read_text())
+        return found
+
+    def curve(self) -> list[tuple[int, float]]:
+        """Returns steps and held-out losses along the way."""
+        history = json.loads((self.folder / "trainer_state.json").read_text())["log_history"]
+        return [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
+
+
+def final_loss(run: Run) -> float:
+    """Returns the held-out loss at the end."""
+    return run.measured()["eval_loss"]
+
+
+def run_once(script: Path, recipe: Path, optim: str, learning_rate: float, seed: int) -> Run:
+    """Does one run in this process, unless its folder is there."""
+    folder = OUTPUTS / recipe.stem / f"{optim}-{learning_rate:g}-{seed}"
+    if not (folder / "all_results.json").exists():
+        options = {"optim": optim, "learning_rate": learning_rate, "seed": seed, "output_dir": folder}
+        program = [str(script), *(f"--{name}={value}" for name, value in options.items())]
+        launch = prepare(with_recipe(program, str(recipe), ()))
+        recipes.remember(sys.argv)
+        launch()
+    return Run(optim, learning_rate, seed, folder)
+
+
+def row(runs: list[Run], tried: list[Run]) -> dict[str, Any]:
+    """Boils the runs of one optimizer down to plain values.
+
+    Args:
+        runs: Those at the best learning rate, one per seed.
+        tried: All those at the first seed.
+
+    Returns:
+        What the recipe keeps of them. Seconds are those of the first seed.
+    """
+    measured = [run.measured() for run in runs]
+    first = measured[0]
+    metrics = [name for name in ("eval_loss", "eval_perplexity", "eval_accuracy") if name in first]
+    state = json.loads((runs[0].folder / "trainer_state.json").read_text())
+    others = {f"{run.learning_rate:g}": round(run.measured()["eval_loss"], 4) for run in tried}
+    del others[f"{runs[0].learning_rate:g}"]
+    return {
+        "optim": runs[0].optim,
+        "learning_rate": runs[0].learning_rate,
+        "steps": state["global_step"],
+        "seeds": [run.seed for run in runs],
+        **{name: [round(each[name], 4) for each in measured] for name in metrics},
+        "eval_loss_at_other_rates": others,
+        "seconds": round(first["train_step_seconds"], 1),
+        "optimizer_share": round(first["train_optimizer_seconds"] / first["train_step_seconds"], 3),
+        "state_bytes_per_parameter": round(first["train_state_bytes_per_parameter"], 1),
+    }
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Returns the results as a Markdown table."""
+    names = {"eval_loss": "held-out loss", "eval_perplexity": "perplexity", "eval_accuracy": "accuracy"}
+    metrics = [name for name in names if name in rows[0]]
+    head = ["optimizer", "learning rate", "steps", *(names[name] for name in metrics), "loss at other rates"]
+    head += ["training seconds", "in `optimizer.step`", "state bytes / parameter"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for each in rows:
+        digits = {"eval_perplexity": 2}
+        cells = [f"`{each['optim']}`", f"{each['learning_rate']:g}", str(each["steps"])]
+        cells += [", ".join(f"{value:.{digits.get(name, 3)}f}" for value in each[name]) for name in metrics]
+        cells.append(", ".join(f"{rate}: {loss:.3f}" for rate, loss in each["eval_loss_at_other_rates"].items()))
+        cells += [f"{each['seconds']:.1f}", f"{each['optimizer_share']:.0%}".replace("%", " %")]
+        cells.append(f"{each['state_bytes_per_parameter']:.1f}")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def filled(card: str, recipe: recipes.Recipe) -> str:
+    """Puts the results of a recipe's provenance into a card: the table, and the metadata of the recipe's own run.
+
+    Args:
+        card: Markdown with a header and the marks around the table.
+        recipe: The recipe.
+
+    Returns:
+        The card.
+    """
+    ran = recipe["provenance"]
+    own = next(each for each in ran["results"] if each["optim"] == recipe["optim"])
+    filled_in = ModelCard(_TABLE.sub(lambda _: table(ran["results"]), card))
+    filled_in.data.eval_results = [
+        EvalResult(
+            task_type=filled_in.data.pipeline_tag,
+            dataset_type=recipe.get("dataset_name", "text"),
+            dataset_name=ran["dataset"],
+            metric_type=name.removeprefix("eval_"),
+            metric_value=own[name][0],
+        )
+        for name in ("eval_loss", "eval_perplexity", "eval_accuracy")
+        if name in own
+    ]
+    return str(filled_in)
+
+
+def draw(path: Path, best: list[Run]) -> None:
+    """Draws held-out loss over steps, one line an optimizer."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for run in best:
+        axes.plot(*zip(*run.curve(), strict=True), marker=".", label=f"{run.optim}, lr {run.learning_rate:g}")
+    axes.set_xlabel("step")
+    axes.set_ylabel("held-out loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=80)
+
+
+def main(
+    script: Annotated[Path, typer.Argument(exists=True)],
+    recipe: Annotated[Path, typer.Argument(exists=True)],
+    lr: Annotated[list[str], typer.Option(help="NAME=LR,LR,...: an optimizer and the rates to try.")],
+    seeds: Annotated[str, typer.Option(help="The first is for the choice of the rate.")] = "0,1",
+) -> None:
+    """Run all, then write recipe, picture and card."""
+    first, *others = map(int, seeds.split(","))
+    tried: defaultdict[str, list[Run]] = defaultdict(list)
+    for name, _, rates in (each.partition("=") for each in lr):
+        for rate in rates.split(","):
+            tried[name].append(run_once(script, recipe, name, float(rate), first))
+    best = sorted((min(runs, key=final_loss) for runs in tried.values()), key=final_loss)
+    rows = []
+    for run in best:
+        again = [run_once(script, recipe, run.optim, run.learning_rate, seed) for seed in others]
+        rows.append(row([run, *again], tried[run.optim]))
+    content = recipes.read(recipe.read_bytes(), source=str(recipe))
+    own = next(run for run in best if run.optim == content["optim"])
+    ran = recipes.read((own.folder / recipes.NAME).read_bytes(), source=str(own.folder))["provenance"]
+    content["learning_rate"] = own.learning_rate
+    kept = {key: ran[key] for key in ("program", "dataset", "hardware", "packages")}
+    content["provenance"] = kept | {"results": rows}
+    recipe.write_text(recipes.dump(content))
+    draw(recipe.with_suffix(".png"), best)
+    card = recipe.with_suffix(".md")
+    if card.exists():
+        card.write_text(filled(card.read_text(), content))
+    typer.echo(table(rows))
+
+
+if __name__ == "__main__":
+    typer.run(main)
