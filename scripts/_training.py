@@ -3,15 +3,17 @@
 import difflib
 import logging
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers import CONFIG_MAPPING, AutoConfig, HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 from hf_soap.cli.training import Clock, state_bytes
+from hf_soap.recipes import plain_yaml
+from hf_soap.recipes.safety import PROVENANCE
 from hf_soap.resume import last_complete_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -58,7 +60,8 @@ def parse(arguments: type[Any], argv: Sequence[str] | None) -> tuple[Any, Traini
     argv = list(sys.argv[1:] if argv is None else argv)
     if argv and argv[0].endswith((".yaml", ".yml", ".json")):
         config = argv.pop(0)
-        defaults = yaml.safe_load(Path(config).read_text(encoding="utf-8")) or {}  # JSON is YAML as well
+        defaults = plain_yaml.load(Path(config).read_bytes()) or {}  # JSON is YAML as well
+        defaults.pop(PROVENANCE, None)
         known = {action.dest for action in parser._actions}
         for name in defaults:
             if name not in known:
@@ -107,18 +110,18 @@ def fit(trainer: Trainer, checkpoint: Path | None) -> dict[str, float]:
         checkpoint: The folder to continue from.
 
     Returns:
-        The metrics of both. Those of training say what the optimizer took: its seconds, those of whole steps, and the
-        bytes of its state per trained parameter on this process.
+        The metrics of both. Those of training say what the optimizer took: seconds in its step and in whole steps, by
+        the clock and of this process on the CPU, where others do not count, and bytes of state per trained parameter.
     """
-    clock = Clock()
-    trainer.add_callback(clock)
+    clocks = {"seconds": Clock(), "cpu_seconds": Clock(now=time.process_time)}
+    for clock in clocks.values():
+        trainer.add_callback(clock)
     results = {"train": trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics}
     trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    results["train"] |= {
-        "train_step_seconds": round(clock.seconds, 2),
-        "train_optimizer_seconds": round(clock.optimizer_seconds, 2),
-        "train_state_bytes_per_parameter": round(state_bytes(trainer.optimizer) / trained, 2),
-    }
+    results["train"]["train_state_bytes_per_parameter"] = round(state_bytes(trainer.optimizer) / trained, 2)
+    for unit, clock in clocks.items():
+        results["train"][f"train_step_{unit}"] = round(clock.seconds, 2)
+        results["train"][f"train_optimizer_{unit}"] = round(clock.optimizer_seconds, 2)
     trainer.save_model()
     if trainer.eval_dataset is not None:
         results["eval"] = trainer.evaluate()

@@ -5,9 +5,9 @@
 
 A run is what `hf-soap run SCRIPT --recipe RECIPE --optim NAME --learning_rate LR --seed SEED` does.
 Its output folder is outputs/measured/RECIPE/NAME-LR-SEED; one that is there already is read and not repeated. Of each
-optimizer the learning rate with the lowest held-out loss at the first seed is run with the other seeds too. The results
-go into the recipe's provenance, the table of them and the metadata into the card of the same name, the curves into a
-picture.
+optimizer the learning rate with the lowest held-out loss at the first seed is run with the other seeds too. The
+results go into the recipe's provenance, the table of them and the metadata into the card of the same name, the curves
+into a picture.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import re
 import sys
 from collections import defaultdict
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,7 +28,7 @@ from hf_soap import recipes
 from hf_soap.cli.run import prepare, with_recipe
 
 OUTPUTS = Path("outputs/measured")
-_TABLE = re.compile(r"(?<=<!-- results -->\n).*?(?=<!-- end -->)", re.DOTALL)
+_RESULTS = re.compile(r"(?<=<!-- results -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -90,8 +91,8 @@ def row(runs: list[Run], tried: list[Run]) -> dict[str, Any]:
         "seeds": [run.seed for run in runs],
         **{name: [round(each[name], 4) for each in measured] for name in metrics},
         "eval_loss_at_other_rates": others,
-        "seconds": round(first["train_step_seconds"], 1),
-        "optimizer_share": round(first["train_optimizer_seconds"] / first["train_step_seconds"], 3),
+        "cpu_seconds": round(first["train_step_cpu_seconds"], 1),
+        "optimizer_share": round(first["train_optimizer_cpu_seconds"] / first["train_step_cpu_seconds"], 3),
         "state_bytes_per_parameter": round(first["train_state_bytes_per_parameter"], 1),
     }
 
@@ -101,17 +102,25 @@ def table(rows: list[dict[str, Any]]) -> str:
     names = {"eval_loss": "held-out loss", "eval_perplexity": "perplexity", "eval_accuracy": "accuracy"}
     metrics = [name for name in names if name in rows[0]]
     head = ["optimizer", "learning rate", "steps", *(names[name] for name in metrics), "loss at other rates"]
-    head += ["training seconds", "in `optimizer.step`", "state bytes / parameter"]
+    head += ["CPU seconds", "in `optimizer.step`", "state bytes / parameter"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for each in rows:
         digits = {"eval_perplexity": 2}
         cells = [f"`{each['optim']}`", f"{each['learning_rate']:g}", str(each["steps"])]
         cells += [", ".join(f"{value:.{digits.get(name, 3)}f}" for value in each[name]) for name in metrics]
         cells.append(", ".join(f"{rate}: {loss:.3f}" for rate, loss in each["eval_loss_at_other_rates"].items()))
-        cells += [f"{each['seconds']:.1f}", f"{each['optimizer_share']:.0%}".replace("%", " %")]
+        cells += [f"{each['cpu_seconds']:.1f}", f"{each['optimizer_share']:.0%}".replace("%", " %")]
         cells.append(f"{each['state_bytes_per_parameter']:.1f}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def environment(ran: dict[str, Any]) -> str:
+    """Returns where and when the results were measured, as a line."""
+    hardware = ran["hardware"]
+    threads = f", {hardware['threads']} of {hardware['cores']} cores" if "threads" in hardware else ""
+    packages = ", ".join(f"{name} {version}" for name, version in ran["packages"].items())
+    return f"Measured on {ran['date']}, {hardware['device']}{threads}; {packages}.\n"
 
 
 def filled(card: str, recipe: recipes.Recipe) -> str:
@@ -126,7 +135,7 @@ def filled(card: str, recipe: recipes.Recipe) -> str:
     """
     ran = recipe["provenance"]
     own = next(each for each in ran["results"] if each["optim"] == recipe["optim"])
-    filled_in = ModelCard(_TABLE.sub(lambda _: table(ran["results"]), card))
+    filled_in = ModelCard(_RESULTS.sub(lambda _: f"{table(ran['results'])}\n{environment(ran)}", card))
     filled_in.data.eval_results = [
         EvalResult(
             task_type=filled_in.data.pipeline_tag,
@@ -178,7 +187,7 @@ def main(
     ran = recipes.read((own.folder / recipes.NAME).read_bytes(), source=str(own.folder))["provenance"]
     content["learning_rate"] = own.learning_rate
     kept = {key: ran[key] for key in ("program", "dataset", "hardware", "packages")}
-    content["provenance"] = kept | {"results": rows}
+    content["provenance"] = kept | {"date": date.today().isoformat(), "results": rows}
     recipe.write_text(recipes.dump(content))
     draw(recipe.with_suffix(".png"), best)
     card = recipe.with_suffix(".md")

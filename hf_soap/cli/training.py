@@ -54,25 +54,27 @@ class Clock(TrainerCallback):
 
     Args:
         on_step: Called with the number of each finished step.
+        now: Returns seconds.
     """
 
-    def __init__(self, on_step: OnStep = lambda step: None) -> None:
+    def __init__(self, on_step: OnStep = lambda step: None, now: Callable[[], float] | None = None) -> None:
         self.on_step = on_step
+        self.now = now or _now
         self.seconds = 0.0
         self.optimizer_seconds = 0.0
         self.evals: list[EvalPoint] = []
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
-        self.step_began = _now()
+        self.step_began = self.now()
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-        self.optimizer_began = _now()
+        self.optimizer_began = self.now()
 
     def on_optimizer_step(self, *_: Any, **__: Any) -> None:
-        self.optimizer_seconds += _now() - self.optimizer_began
+        self.optimizer_seconds += self.now() - self.optimizer_began
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.seconds += _now() - self.step_began
+        self.seconds += self.now() - self.step_began
         self.on_step(state.global_step)
 
     def on_evaluate(

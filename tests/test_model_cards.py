@@ -1,0 +1,160 @@
+"""Cards and recipes in model_cards: they agree with each other, and their commands run."""
+
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+
+from hf_soap import recipes
+from hf_soap.recipes import hub
+
+ROOT = Path(__file__).parents[1]
+CARDS = ROOT / "model_cards"
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import measure_recipe  # noqa: E402
+
+RECIPES = {path.stem: hub.load(str(path)) for path in sorted(CARDS.glob("*.yaml"))}
+ORDER = ["digits-vit", "small-encoder", "small-lm-pretraining", "small-lm-fine-tuning", "small-lm-lora"]
+"""The last two start from what the third leaves."""
+
+each_recipe = pytest.mark.parametrize("name", RECIPES)
+
+
+def card_of(name: str) -> str:
+    return (CARDS / f"{name}.md").read_text()
+
+
+def command(name: str) -> str:
+    program = RECIPES[name]["provenance"]["program"]
+    return f"hf-soap run scripts/{program} --recipe model_cards/{name}.yaml --output_dir outputs/{name}"
+
+
+def test_every_card_has_a_recipe() -> None:
+    assert sorted(RECIPES) == sorted(ORDER) == sorted(p.stem for p in CARDS.glob("*.md") if p.stem != "README")
+
+
+@each_recipe
+def test_recipes_are_valid(name: str) -> None:
+    recipes.check(RECIPES[name], source=name)
+
+
+@each_recipe
+def test_cards_name_their_commands(name: str) -> None:
+    """The command of the recipe, the one that measured, and those of what it starts from."""
+    card = card_of(name)
+    assert command(name) in card
+    program = RECIPES[name]["provenance"]["program"]
+    assert f"python scripts/measure_recipe.py scripts/{program} model_cards/{name}.yaml" in card
+    assert f"({name}.png)" in card
+    assert (CARDS / f"{name}.png").stat().st_size < 100_000
+    if needed := RECIPES[name].get("model_name_or_path"):
+        assert command(Path(needed).name) in card
+    for optim, rates in re.findall(r"--lr (\w+)=(\S+)", card):
+        row = next(each for each in RECIPES[name]["provenance"]["results"] if each["optim"] == optim)
+        tried = {*map(float, row["eval_loss_at_other_rates"]), row["learning_rate"]}
+        assert tried == {*map(float, rates.split(","))}
+
+
+@each_recipe
+def test_cards_hold_the_results_of_their_recipe(name: str) -> None:
+    assert measure_recipe.filled(card_of(name), RECIPES[name]) == card_of(name)
+
+
+@each_recipe
+def test_tables_say_what_the_recipe_says(name: str) -> None:
+    """Read without the code that wrote them."""
+    results = {each["optim"]: each for each in RECIPES[name]["provenance"]["results"]}
+    head, _, *rows = re.findall(r"^\| (.*) \|$", card_of(name).partition("<!-- results -->")[2], re.MULTILINE)
+    keys = {"held-out loss": "eval_loss", "accuracy": "eval_accuracy", "perplexity": "eval_perplexity"}
+    assert len(rows) >= len(results)
+    for row in rows[: len(results)]:
+        cells = dict(zip(head.split(" | "), row.split(" | "), strict=True))
+        want = results.pop(cells["optimizer"].strip("`"))
+        for title in keys.keys() & cells.keys():
+            assert [*map(float, cells[title].split(", "))] == pytest.approx(want[keys[title]], abs=6e-3)
+        assert float(cells["learning rate"]) == want["learning_rate"]
+        assert int(cells["steps"]) == want["steps"] == RECIPES[name]["max_steps"]
+        assert float(cells["CPU seconds"]) == want["cpu_seconds"]
+        assert float(cells["state bytes / parameter"]) == want["state_bytes_per_parameter"]
+        assert float(cells["in `optimizer.step`"].split()[0]) == pytest.approx(100 * want["optimizer_share"], abs=0.51)
+    assert not results
+
+
+@each_recipe
+def test_every_optimizer_has_its_best_rate_inside_what_was_tried(name: str) -> None:
+    for each in RECIPES[name]["provenance"]["results"]:
+        others = {float(rate): loss for rate, loss in each["eval_loss_at_other_rates"].items()}
+        assert min(others) < each["learning_rate"] < max(others), each["optim"]
+        assert min(others.values()) >= each["eval_loss"][0], each["optim"]
+        rates = sorted([*others, each["learning_rate"]])
+        assert {high / low for low, high in zip(rates, rates[1:], strict=False)} == {2}
+
+
+def own_results(name: str) -> dict[str, Any]:
+    recipe = RECIPES[name]
+    (own,) = (each for each in recipe["provenance"]["results"] if each["optim"] == recipe["optim"])
+    assert own["learning_rate"] == recipe["learning_rate"]
+    assert own["seeds"][0] == recipe["seed"]
+    return own
+
+
+@each_recipe
+def test_metadata_are_those_of_the_recipe_itself(name: str) -> None:
+    own = own_results(name)
+    data = ModelCard.load(CARDS / f"{name}.md").data
+    assert data.model_name == name
+    assert data.eval_results
+    for result in data.eval_results:
+        assert result.metric_value == own[f"eval_{result.metric_type}"][0]
+        assert result.task_type == data.pipeline_tag
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The commands
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def run(name: str, folder: Path, *options: str) -> dict[str, float]:
+    """Runs the command of a card in a folder that holds what a clone does."""
+    for part in ("scripts", "model_cards"):
+        if not (folder / part).exists():
+            (folder / part).symlink_to(ROOT / part)
+    program = [sys.executable, "-m", "hf_soap", *command(name).split()[1:], *options]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(program, cwd=folder, env=environment, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr[-3000:]
+    output = folder / "outputs" / name
+    diff = recipes.differences(RECIPES[name], hub.load(str(output)))
+    changed = {key for key, *_ in diff if not key.startswith("provenance")}
+    assert changed <= {"max_steps", "eval_strategy", "remove_unused_columns"}, diff
+    found: dict[str, float] = measure_recipe.Run("", 0.0, 0, output).measured()
+    return found
+
+
+def test_commands_start(tmp_path: Path) -> None:
+    """Two of them; the others are run in full by the slow test."""
+    for name in ("small-lm-pretraining", "small-lm-lora"):
+        metrics = run(name, tmp_path, "--max_steps=2", "--eval_strategy=no")
+        assert 5 < metrics["eval_loss"] < math.log(1024) + 0.5
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("clone")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ORDER)
+def test_commands_give_what_the_card_says(clone: Path, name: str) -> None:
+    """Other versions of Python and of its packages are other texts, other processors round in other ways."""
+    own = own_results(name)
+    if (needed := RECIPES[name].get("model_name_or_path")) and not (clone / needed).exists():
+        run(Path(needed).name, clone)
+    assert run(name, clone)["eval_loss"] == pytest.approx(own["eval_loss"][0], rel=0.1)
