@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def test_every_optimizer_has_its_best_rate_inside_what_was_tried(name: str) -> N
         assert min(others) < each["learning_rate"] < max(others), each["optim"]
         assert min(others.values()) >= each["eval_loss"][0], each["optim"]
         rates = sorted([*others, each["learning_rate"]])
-        assert {high / low for low, high in zip(rates, rates[1:], strict=False)} == {2}
+        assert {high / low for low, high in pairwise(rates)} == {2}
 
 
 def own_results(name: str) -> dict[str, Any]:
@@ -128,7 +129,7 @@ def run(name: str, folder: Path, *options: str) -> dict[str, float]:
             (folder / part).symlink_to(ROOT / part)
     program = [sys.executable, "-m", "hf_soap", *command(name).split()[1:], *options]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(program, cwd=folder, env=environment, capture_output=True, text=True, timeout=1800)
+    done = subprocess.run(program, check=False, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     output = folder / "outputs" / name
     diff = recipes.differences(RECIPES[name], hub.load(str(output)))

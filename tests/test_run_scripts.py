@@ -57,7 +57,7 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, f
 
 
 def test_an_encoder_goes_on_from_its_checkpoint(encoder: tuple[Path, dict[str, float]], tmp_path: Path) -> None:
-    """The held-out text is masked in the same places in every run, so that an unchanged model has an unchanged loss."""
+    """The held-out text is masked in the same places in every run: an unchanged model has an unchanged loss."""
     folder, metrics = encoder
     same = [f"--model_name_or_path={folder}", "--train_files=stdlib:ast.py", "--block_size=32", *QUICK, "--seed=9"]
     again = run_mlm.main([*same, "--learning_rate=0", f"--output_dir={tmp_path}"])
