@@ -62,12 +62,14 @@ def parse(arguments: type[Any], argv: Sequence[str] | None) -> tuple[Any, Traini
         config = argv.pop(0)
         defaults = plain_yaml.load(Path(config).read_bytes()) or {}  # JSON is YAML as well
         defaults.pop(PROVENANCE, None)
-        known = {action.dest for action in parser._actions}
-        for name in defaults:
+        known = {action.dest: action for action in parser._actions}
+        for name, value in defaults.items():
             if name not in known:
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"; use {near[0]!r}" if near else "; --help lists them"
                 raise ValueError(f"unknown argument {name!r} in {config}{hint}")
+            if known[name].nargs == "+" and not isinstance(value, list):
+                defaults[name] = [value]
         # argparse converts defaults that are strings, so that 1e-3, a string to YAML, becomes a number.
         parser.set_defaults(**defaults)
     script, training = parser.parse_args_into_dataclasses(args=argv)

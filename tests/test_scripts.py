@@ -158,11 +158,11 @@ def test_arguments_from_a_file(run_clm: ModuleType, tmp_path: Path) -> None:
     """To YAML 1.1 1e-3 is a string and no is false; training must get a number and a strategy."""
     config = tmp_path / "recipe.yaml"
     config.write_text(
-        "model_type: gpt2\ntrain_tokenizer_vocab: 300\ntrain_files: [a.txt, b.txt]\nlearning_rate: 1e-3\nseed: 3\n"
-        "save_strategy: no\nprovenance: {results: {eval_loss: 3}}\n"
+        "model_type: gpt2\ntrain_tokenizer_vocab: 300\ntrain_files: [a.txt, b.txt]\neval_files: c.txt\n"
+        "learning_rate: 1e-3\nseed: 3\nsave_strategy: no\nprovenance: {results: {eval_loss: 3}}\n"
     )
     script, args = run_clm.parse(run_clm.ScriptArguments, [str(config), "--seed", "4", "--optim", "soap"])
-    assert script.train_files == ["a.txt", "b.txt"]
+    assert (script.train_files, script.eval_files) == (["a.txt", "b.txt"], ["c.txt"])
     assert (args.learning_rate, args.seed, args.optim, args.save_strategy) == (1e-3, 4, "soap", "no")
 
     config = tmp_path / "recipe.json"
