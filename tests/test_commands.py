@@ -54,7 +54,13 @@ THEIRS = f"--model_name_or_path gpt2 --train_file notes.txt --block_size 32 --do
 CHAT = f"--model_name_or_path gpt2 --dataset_name data --max_length 16 {SHORT}"
 OURS = f"--block_size 32 {SHORT}"
 
+CARD = "--max_steps 2 --eval_strategy epoch --train_files stdlib:argparse.py"
+PRETRAINING = "hf-soap run scripts/run_clm.py --recipe model_cards/small-lm-pretraining.yaml"
+
 SMALLER = {
+    "hidden_size=256": "hidden_size=16",
+    "'books/*.txt'": "notes.txt",
+    "--train_tokenizer_vocab 4096": "--train_tokenizer_vocab 300",
     "meta-llama/Meta-Llama-3-8B": "gpt2",
     "--max_steps 60": "--max_steps 2",
     "--steps 300": "--steps 4",
@@ -79,6 +85,16 @@ WAYS = {
     "hf-soap recipe push": Way(behind="hf-soap run scripts/run_clm.py --train_files"),
     "hf-soap run scripts/run_clm.py --recipe user/model": Way(behind="hf-soap recipe push"),
     "hf-soap plan": Way(slow=False),
+    "hf-soap recipe validate": Way(slow=False),
+    "hf-soap run scripts/run_image_classification.py": Way("--max_steps 2"),
+    "hf-soap run scripts/run_mlm.py": Way(CARD),
+    "hf-soap run scripts/run_clm.py --recipe model_cards/small-lm-pretraining.yaml": Way(CARD),
+    "hf-soap run scripts/run_clm.py --recipe model_cards/small-lm-fine-tuning.yaml": Way(CARD, behind=PRETRAINING),
+    "hf-soap run scripts/run_clm.py --recipe model_cards/small-lm-lora.yaml": Way(CARD, behind=PRETRAINING),
+    "OMP_NUM_THREADS=1 python scripts/measure_recipe.py": Way(),
+    "python scripts/measure_recipe.py": Way(),
+    "python scripts/run_image_classification.py": Way(SHORT, trains=True),
+    "python scripts/run_mlm.py": Way(OURS, trains=True),
     "torchrun": Way(THEIRS, trains=True),
     "accelerate launch -m": Way(THEIRS, trains=True),
     "accelerate launch --config_file": Way(THEIRS, trains=True),
@@ -183,8 +199,11 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def place(tmp_path: Path, tiny_model: Path) -> Path:
     """A checkout with the files that the commands name."""
-    for name in ("scripts", "tests", "hf_soap"):
+    for name in ("scripts", "tests", "hf_soap", "model_cards"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "outputs"))
+    for recipe in (tmp_path / "model_cards").glob("*.yaml"):
+        text = re.sub(r"^(max_steps|warmup_steps|eval_steps): \d+", r"\1: 2", recipe.read_text(), flags=re.MULTILINE)
+        recipe.write_text(text.replace("stdlib:*.py", "stdlib:argparse.py"))
     for path in (*ROOT.glob("*.*"), ROOT / "LICENSE"):
         if path.is_file():
             shutil.copy(path, tmp_path)
@@ -204,6 +223,8 @@ def on_this_machine(command: str, more: str) -> str:
     command = command.replace("...", more) if "..." in command else f"{command} {more}"
     for size, smaller in SMALLER.items():
         command = command.replace(size, smaller)
+    if "measure_recipe.py" in command:  # one rate each, and recipes that :func:`place` has shortened
+        command = re.sub(r"(--lr \w+=[^, ]+),\S+", r"\1", command)
     if command.startswith("source"):
         return command
     if "--fsdp" in command or "accelerate_fsdp2" in command:
