@@ -55,6 +55,7 @@ CHAT = f"--model_name_or_path gpt2 --dataset_name data --max_length 16 {SHORT}"
 OURS = f"--block_size 32 {SHORT}"
 
 CARD = "--max_steps 2 --eval_strategy epoch --train_files stdlib:argparse.py"
+MEASURE = "OMP_NUM_THREADS=1 python scripts/measure_recipe.py scripts/run_clm.py"
 PRETRAINING = "hf-soap run scripts/run_clm.py --recipe model_cards/small-lm-pretraining.yaml"
 
 SMALLER = {
@@ -92,6 +93,8 @@ WAYS = {
     "hf-soap run scripts/run_clm.py --recipe model_cards/small-lm-fine-tuning.yaml": Way(CARD, behind=PRETRAINING),
     "hf-soap run scripts/run_clm.py --recipe model_cards/small-lm-lora.yaml": Way(CARD, behind=PRETRAINING),
     "OMP_NUM_THREADS=1 python scripts/measure_recipe.py": Way(),
+    f"{MEASURE} model_cards/small-lm-fine-tuning.yaml": Way(behind=PRETRAINING),
+    f"{MEASURE} model_cards/small-lm-lora.yaml": Way(behind=PRETRAINING),
     "python scripts/measure_recipe.py": Way(),
     "python scripts/run_image_classification.py": Way(SHORT, trains=True),
     "python scripts/run_mlm.py": Way(OURS, trains=True),
