@@ -57,7 +57,8 @@ def test_cards_name_their_commands(name: str) -> None:
     assert (CARDS / f"{name}.png").stat().st_size < 100_000
     if needed := RECIPES[name].get("model_name_or_path"):
         assert command(Path(needed).name) in card
-    for optim, rates in re.findall(r"--lr (\w+)=(\S+)", card):
+    measuring = card[card.index("measure_recipe.py") :].partition("```")[0]
+    for optim, rates in re.findall(r"--lr (\w+)=(\S+)", measuring):
         row = next(each for each in RECIPES[name]["provenance"]["results"] if each["optim"] == optim)
         tried = {*map(float, row["eval_loss_at_other_rates"]), row["learning_rate"]}
         assert tried == {*map(float, rates.split(","))}
