@@ -206,9 +206,9 @@ def test_owners_are_suggested_to_ranks_alone(tmp_path: Path) -> None:
     folder = save_config("llama", tmp_path)
     args = ("--optim", "mars_shampoo", "--ddp", 2)
     asked = plan(folder, *args)["asked"]
-    report = plan(folder, *args, "--gpu-memory", 0.9 * asked["memory"] / GIB)
-    assert [found["optim_args"] for found in report["suggestions"]] == ["shard_mode=owner"]
-    assert plan(folder, *args[:2], "--gpu-memory", 0.9 * asked["memory"] / GIB)["suggestions"] == []
+    limit = ("--gpu-memory", 0.97 * asked["memory"] / GIB)
+    assert "shard_mode=owner" in [found["optim_args"] for found in plan(folder, *args, *limit)["suggestions"]]
+    assert not [found for found in plan(folder, *args[:2], *limit)["suggestions"] if "owner" in found["optim_args"]]
 
 
 def test_a_limit_on_time_is_met_by_the_frequency_too(tmp_path: Path) -> None:
