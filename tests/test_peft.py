@@ -141,12 +141,13 @@ def test_a_merged_adapter_saves_and_loads(method: str, optim: str, tmp_path: Pat
 
     model.save_pretrained(tmp_path / "adapter")
     adapted = PeftModel.from_pretrained(tiny.gpt2(), tmp_path / "adapter")
-    assert torch.equal(logits(adapted), trained)
+    # The same weights; where they lie in memory decides how products round.
+    torch.testing.assert_close(logits(adapted), trained, rtol=1e-5, atol=1e-6)
 
     merged = model.merge_and_unload()
     assert isinstance(merged, PreTrainedModel)
     torch.testing.assert_close(logits(merged), trained, rtol=1e-4, atol=1e-4)  # W + BA is rounded once, not per term
     merged.save_pretrained(tmp_path / "merged")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert torch.equal(logits(loaded), logits(merged))
+    torch.testing.assert_close(logits(loaded), logits(merged), rtol=1e-5, atol=1e-6)
     assert not any("lora" in name for name in loaded.state_dict())
