@@ -115,6 +115,13 @@ def test_a_resumed_run_is_the_uninterrupted_one(trainer: str, method: str, optim
         assert torch.equal(value, start[name]) == (name not in trained and name != "lm_head.weight"), name
 
 
+def assert_same_weights(one: nn.Module, other: nn.Module) -> None:
+    weights = other.state_dict()
+    assert one.state_dict().keys() == weights.keys()
+    for name, value in one.state_dict().items():
+        assert torch.equal(value, weights[name]), name
+
+
 def logits(model: nn.Module) -> Tensor:
     tokens = torch.arange(12)[None]
     model.eval()
@@ -141,7 +148,8 @@ def test_a_merged_adapter_saves_and_loads(method: str, optim: str, tmp_path: Pat
 
     model.save_pretrained(tmp_path / "adapter")
     adapted = PeftModel.from_pretrained(tiny.gpt2(), tmp_path / "adapter")
-    # The same weights; where they lie in memory decides how products round.
+    assert_same_weights(adapted, model)
+    # Where weights lie in memory decides how products round.
     torch.testing.assert_close(logits(adapted), trained, rtol=1e-5, atol=1e-6)
 
     merged = model.merge_and_unload()
@@ -149,5 +157,6 @@ def test_a_merged_adapter_saves_and_loads(method: str, optim: str, tmp_path: Pat
     torch.testing.assert_close(logits(merged), trained, rtol=1e-4, atol=1e-4)  # W + BA is rounded once, not per term
     merged.save_pretrained(tmp_path / "merged")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert_same_weights(loaded, merged)
     torch.testing.assert_close(logits(loaded), logits(merged), rtol=1e-5, atol=1e-6)
     assert not any("lora" in name for name in loaded.state_dict())

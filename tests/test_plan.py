@@ -205,8 +205,9 @@ LEAST: dict[str, Any] = {"one_sided": True, "factorized": True}
 def test_owners_are_suggested_to_ranks_alone(tmp_path: Path) -> None:
     folder = save_config("llama", tmp_path)
     args = ("--optim", "mars_shampoo", "--ddp", 2)
-    asked = plan(folder, *args)["asked"]
-    limit = ("--gpu-memory", 0.97 * asked["memory"] / GIB)
+    owned = plan(folder, *args, "--optim-args", "shard_mode=owner")["asked"]
+    assert owned["memory"] < plan(folder, *args)["asked"]["memory"]
+    limit = ("--gpu-memory", owned["memory"] / GIB)
     assert "shard_mode=owner" in [found["optim_args"] for found in plan(folder, *args, *limit)["suggestions"]]
     assert not [found for found in plan(folder, *args[:2], *limit)["suggestions"] if "owner" in found["optim_args"]]
 

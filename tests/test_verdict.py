@@ -119,6 +119,20 @@ def test_exact_mars_keeps_the_weights_it_had(deferring: None) -> None:
         assert torch.equal(after["state"][0][role], value), role
 
 
+def test_a_first_step_that_did_not_count_leaves_exact_mars_no_weights(deferring: None) -> None:
+    """The host had counted it already, and the second backward pass went to weights of zero."""
+    param = Parameter(torch.ones(4, 4))
+    optimizer = MARS([param], exact=True)
+    param.grad = torch.full((4, 4), torch.nan)
+    with optimizer.at_previous_weights():
+        param.grad = torch.ones(4, 4)
+    optimizer.step()
+    param.grad = torch.ones(4, 4)
+    with optimizer.at_previous_weights():
+        assert torch.equal(param, torch.ones(4, 4))
+    assert not optimizer.has_previous_weights
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("options", [{}, {"kl": True}, {"one_sided": True, "factorized": True}, {"stagger": True}])
 def test_no_step_waits_for_the_device_once_all_is_seeded(options: dict[str, Any]) -> None:

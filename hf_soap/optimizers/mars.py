@@ -161,6 +161,7 @@ class MARS(BlockOptimizer):
     @property
     def has_previous_weights(self) -> bool:
         """Whether some parameter was updated before, so that :meth:`at_previous_weights` has weights to go back to."""
+        self._settle()  # a step that did not count left no weights behind
         return any(state["step"] > 0 and PREV_PARAM in state for state in self.state.values())
 
     @contextmanager
@@ -178,6 +179,7 @@ class MARS(BlockOptimizer):
 
         If the body raises, weights and gradients are put back as they were.
         """
+        self._settle()
         stash = [(group, p, p.grad) for group in self.param_groups for p in group["params"] if p.requires_grad]
         moved = [(local(p), local(p).detach().clone(), self._previous(group, p)) for group, p, _ in stash]
         try:
