@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_optimizers import Row, assert_same, gradient, parameters, rows, snapshot, train, trained
+from family import Row, rows, trained
+from helpers import assert_same, gradient, parameters, snapshot, train
 from torch.nn import Parameter
 
 from hf_soap import MARS, SOAP
