@@ -129,17 +129,7 @@ def test_the_card_of_lora(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_the_card_of_trls_sft_trainer(tmp_path: Path) -> None:
     """TRL writes a card of its own, from other arguments."""
-    trl = pytest.importorskip("trl")
-    datasets = pytest.importorskip("datasets")
-
-    class Mixed(SoapTrainerMixin, trl.SFTTrainer):  # type: ignore[misc, name-defined]
-        pass
-
-    rows = datasets.Dataset.from_dict({"input_ids": [tiny.Counting()[i]["input_ids"].tolist() for i in range(64)]})
-    known = {"bf16": False, "gradient_checkpointing": False, "activation_checkpointing": False, "max_length": 16}
-    known = {key: value for key, value in known.items() if key in trl.SFTConfig.__dataclass_fields__}
-    args = tiny.arguments(tmp_path, trl.SFTConfig, max_steps=2, logging_steps=1, **known)
-    trainer = Mixed(tiny.gpt2(), args, train_dataset=rows, processing_class=tiny.tokenizer())
+    trainer = tiny.sft_trainer(tmp_path, SoapTrainerMixin, max_steps=2, logging_steps=1)
     trainer.train()
     trainer.create_model_card(model_name="tiny", dataset_name="numbers")
     card, recipe = card_of(trainer)

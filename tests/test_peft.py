@@ -19,9 +19,6 @@ OPTIM_ARGS = {"soap": "precondition_frequency=2", "mars": None}
 
 STEPS = 8
 
-SFT = {"bf16": False, "gradient_checkpointing": False, "activation_checkpointing": False, "max_length": 16}
-"""Settings of TRL that keep a tiny run what the Trainer's is; which of them exist depends on its version."""
-
 
 def adapter(method: str) -> LoraConfig | None:
     if method == "full":
@@ -44,17 +41,7 @@ def plain_trainer(folder: Path, method: str, **changes: Any) -> Trainer:
 
 
 def sft_trainer(folder: Path, method: str, **changes: Any) -> Trainer:
-    trl = pytest.importorskip("trl")
-    datasets = pytest.importorskip("datasets")
-    tokens = [row["input_ids"].tolist() for row in map(tiny.Counting().__getitem__, range(64))]
-    known = {key: value for key, value in SFT.items() if key in trl.SFTConfig.__dataclass_fields__}
-    trainer: Trainer = trl.SFTTrainer(
-        tiny.gpt2(),
-        tiny.arguments(folder, trl.SFTConfig, **known, **changes),
-        train_dataset=datasets.Dataset.from_dict({"input_ids": tokens}),
-        processing_class=tiny.tokenizer(),
-        peft_config=adapter(method),
-    )
+    trainer: Trainer = tiny.sft_trainer(folder, extra={"peft_config": adapter(method)}, **changes)
     return trainer
 
 

@@ -307,26 +307,11 @@ def test_the_mixin_over_seq2seq_trainer(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_the_mixin_over_trls_sft_trainer_with_lora(tmp_path: Path) -> None:
-    trl = pytest.importorskip("trl")
-    datasets = pytest.importorskip("datasets")
-
-    class Mixed(SoapTrainerMixin, trl.SFTTrainer):  # type: ignore[misc, name-defined]
-        pass
-
-    rows = datasets.Dataset.from_dict({"input_ids": [tiny.Counting()[i]["input_ids"].tolist() for i in range(64)]})
-    settings = {"bf16": False, "gradient_checkpointing": False, "activation_checkpointing": False, "max_length": 16}
-    known = {key: value for key, value in settings.items() if key in trl.SFTConfig.__dataclass_fields__}
-    args = tiny.arguments(tmp_path, trl.SFTConfig, optim=default_optim(), **known)
     model = tiny.gpt2()
     before = copy.deepcopy(model.state_dict())
-    trainer = Mixed(
-        model,
-        args,
-        train_dataset=rows,
-        processing_class=tiny.tokenizer(),
-        peft_config=LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True),
-        optimizer_config=SoapConfig(precondition_frequency=2, log_every=4),
-    )
+    lora = LoraConfig(r=4, target_modules=["c_attn"], fan_in_fan_out=True)
+    extra = {"peft_config": lora, "optimizer_config": SoapConfig(precondition_frequency=2, log_every=4)}
+    trainer = tiny.sft_trainer(tmp_path, SoapTrainerMixin, model=model, extra=extra, optim=default_optim())
     trainer.train()
     optimizer = plain(trainer)
     assert type(optimizer) is SOAP

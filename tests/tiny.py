@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -53,3 +54,29 @@ def arguments(folder: Path | str, cls: type[TrainingArguments] = TrainingArgumen
         "use_cpu": True,
     }
     return cls(**{**settings, **changes})
+
+
+def sft_trainer(
+    folder: Path | str, *mixins: type, model: Any = None, extra: dict[str, Any] | None = None, **changes: Any
+) -> Any:
+    """TRL's trainer on the same numbers; skips where TRL is not installed.
+
+    Args:
+        folder: For its output.
+        mixins: Classes that go in front of SFTTrainer.
+        model: In place of a tiny GPT-2.
+        extra: More arguments of the trainer.
+        changes: More training arguments.
+    """
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    known = {"bf16": False, "gradient_checkpointing": False, "activation_checkpointing": False, "max_length": 16}
+    known = {key: value for key, value in known.items() if key in trl.SFTConfig.__dataclass_fields__}
+    numbers = Counting()
+    rows = {"input_ids": [numbers[i]["input_ids"].tolist() for i in range(len(numbers))]}
+    return type("Mixed", (*mixins, trl.SFTTrainer), {})(
+        model or gpt2(),
+        arguments(folder, trl.SFTConfig, **known, **changes),
+        train_dataset=datasets.Dataset.from_dict(rows),
+        processing_class=tokenizer(),
+        **(extra or {}),
+    )
