@@ -278,11 +278,12 @@ class Chunk:
             return self.team.share(compute, batch, turn=self.index[0])
         return tuple(part.contiguous() for part in compute(batch))
 
-    def per_block(self, values: Sequence[float], like: Tensor) -> float | Tensor:
-        """Spreads one number a tensor over its blocks, to broadcast against (blocks, d_1, ..., d_k)."""
-        if values.count(values[0]) == len(values):
-            return values[0]
-        column = torch.tensor(values, dtype=like.dtype).to(like.device, non_blocking=True)
+    def per_block(self, of: Callable[[int], float], like: Tensor) -> float | Tensor:
+        """Spreads a function of the number of a tensor's update over its blocks, for (blocks, d_1, ..., d_k)."""
+        values = {t: of(t) for t in set(self.t)}
+        if len(values) == 1:
+            return values[self.t[0]]
+        column = torch.tensor([values[t] for t in self.t], dtype=like.dtype).to(like.device, non_blocking=True)
         return column.repeat_interleave(self.layout.blocks).view(-1, *[1] * (like.dim() - 1))
 
     def tensor_square_sum(self, blocks: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from hf_soap.storage import SCALE, step_keys
 
 logger = logging.getLogger(__name__)
 
-CHUNK_BYTES = {"cpu": 4 * 2**20}
+CHUNK_BYTES = {"cpu": 8 * 2**20}
 LAUNCH_BYTES = 256 * 2**20
 """Budgets for the temporaries of one step of one bucket; a larger bucket is worked through in chunks of whole tensors.
 
@@ -43,7 +43,8 @@ class Bucket:
     ) -> None:
         """Takes over the state of its members.
 
-        ``fuses`` says whether the rule's fused kernels take their gradients as they are.
+        ``fuses`` says whether the rule's fused kernels take their gradients as they are; ``each`` is their state then,
+        by role a tensor each.
 
         Args:
             plan: What happens to each of them.
@@ -56,13 +57,16 @@ class Bucket:
         self.index = [index for index, _, _ in members]
         self.params = [param for _, param, _ in members]
         self.shapes = [shape for _, _, shape in members]
+        self._cut = any(map(sharding.is_sharded, self.params))
         self.stacks = plan.allocate(len(members), dtype=dtype, device=self.params[0].device)
         self.steps = torch.zeros(len(members), dtype=torch.float32, device="cpu")
+        self._bytes_of_step = max(1, temporary_bytes(plan, dtype))
         fuses = plan.rule.fuses and plan.kept.plain and not plan.decay_last
-        parts = [sharding.local(param) for param in self.params] if fuses else []
+        parts = self.weights(0, len(members)) if fuses else []
         self.fuses = bool(parts) and all(
             part.shape == plan.layout.block and part.dtype == dtype and part.is_contiguous() for part in parts
         )
+        self.each = {role: list(stack.unbind()) for role, stack in self.stacks.items()} if self.fuses else {}
         self._pointers: list[list[int]] = []
         for place, param in enumerate(self.params):
             views = self.rows(place, place + 1)
@@ -85,10 +89,22 @@ class Bucket:
         b = self.plan.layout.blocks
         return {role: stack[first * b : last * b] for role, stack in self.stacks.items()}
 
+    def weights(self, first: int, last: int) -> list[Tensor]:
+        """This rank's parts of the parameters first..last-1."""
+        params = self.params[first:last]
+        return [sharding.local(param) for param in params] if self._cut else params
+
+    def grads(self) -> list[Tensor | None]:
+        """Their gradients."""
+        return [sharding.local_grad(param) if self._cut else param.grad for param in self.params]
+
     @contextmanager
     def working(self, first: int, last: int, chunk: Chunk) -> Iterator[dict[str, Tensor]]:
         """State of the tensors first..last-1 to compute with, which is put back as it is kept on leaving."""
         kept, storage = self.rows(first, last), self.plan.kept
+        if storage.plain and chunk.usable is None:
+            yield kept
+            return
         before = {role: value.clone() for role, value in kept.items()} if chunk.usable is not None else {}
         state = storage.decode(kept, self.dtype)
         versions = {role: value._version for role, value in state.items()}
@@ -104,10 +120,10 @@ class Bucket:
         """Whether every tensor's state is still the view that was handed out."""
         try:
             return all(
-                [view.data_ptr() for view in state.get(param, {}).values()] == pointers
+                list(map(Tensor.data_ptr, state.get(param, {}).values())) == pointers
                 for param, pointers in zip(self.params, self._pointers, strict=True)
             )
-        except AttributeError:  # something else than a tensor
+        except TypeError:  # something else than a tensor
             return False
 
     def tensors_per_chunk(self, *, watched: bool = False) -> int:
@@ -118,7 +134,7 @@ class Bucket:
         """
         in_cache = CHUNK_BYTES.get(self.params[0].device.type, LAUNCH_BYTES)
         budget = LAUNCH_BYTES if self.fuses and not watched else in_cache
-        return max(1, budget // max(1, temporary_bytes(self.plan, self.dtype)))
+        return max(1, budget // self._bytes_of_step)
 
 
 def temporary_bytes(plan: Plan, dtype: torch.dtype) -> int:
@@ -221,7 +237,7 @@ def norms_are_sane(grads: Sequence[Tensor]) -> Tensor:
         A scalar of bool on that device.
     """
     dtype = state_dtype(grads[0])
-    norms = torch.stack(torch._foreach_norm(list(grads), 2, dtype))
+    norms = torch.stack(updates.norms(grads, dtype))
     return (norms < math.sqrt(torch.finfo(dtype).max / 100)).all()  # NaN compares false
 
 
@@ -240,7 +256,7 @@ def step_tensors(
     bucket: Bucket,
     first: int,
     last: int,
-    grads: Sequence[Tensor],
+    grads: list[Tensor],
     chunk: Chunk,
     *,
     lr: float | Tensor,
@@ -258,15 +274,13 @@ def step_tensors(
         weight_decay: Decoupled weight decay.
     """
     plan = bucket.plan
-    weights = [sharding.local(param) for param in bucket.params[first:last]]
+    weights = bucket.weights(first, last)
     if plan.keep_weights:
         before = torch.cat([plan.layout.to_blocks(weight) for weight in weights])
     if chunk.usable is not None:
         lr = lr * chunk.usable  # and so nothing moves
-    plain = (*weights, *grads)  # a model may have gone to another dtype or memory format since the last step
-    alike = all(map(Tensor.is_contiguous, plain)) and {tensor.dtype for tensor in plain} == {bucket.dtype}
-    if bucket.fuses and chunk.usable is None and alike:
-        each = {role: value.unbind() for role, value in bucket.rows(first, last).items()}
+    if bucket.fuses and chunk.usable is None and _are_plain((*weights, *grads), bucket.dtype):
+        each = {role: tensors[first:last] for role, tensors in bucket.each.items()}
         with chunk.gauge.watching(weights):
             plan.rule.fused_step(weights, grads, each, chunk.t, lr=lr, weight_decay=weight_decay)
     else:
@@ -276,6 +290,11 @@ def step_tensors(
     if plan.keep_weights:
         kept = bucket.rows(first, last)[PREV_PARAM]
         kept.copy_(before if chunk.usable is None else torch.where(chunk.usable, before, kept))
+
+
+def _are_plain(tensors: Sequence[Tensor], dtype: torch.dtype) -> bool:
+    """Whether fused kernels take tensors: a model may have gone to another dtype or memory format since last time."""
+    return all(tensor.dtype == dtype and tensor.is_contiguous() for tensor in tensors)
 
 
 def directions_of(bucket: Bucket, first: int, last: int, grads: Sequence[Tensor], chunk: Chunk) -> list[Tensor]:
@@ -307,7 +326,7 @@ def apply_(
         weight_decay: Decoupled weight decay.
         decay_last: Whether the weights decay after the update, or both are taken from the same weights.
     """
-    exact = [w if w.dtype == d.dtype else w.to(d.dtype) for w, d in zip(weights, directions, strict=True)]
+    exact = [weight.to(direction.dtype) for weight, direction in zip(weights, directions, strict=True)]
     updates.take_step_(exact, directions, lr=lr, weight_decay=weight_decay, decay_last=decay_last)
     for weight, value in zip(weights, exact, strict=True):
         if weight is not value:

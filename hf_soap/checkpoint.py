@@ -200,7 +200,7 @@ def restored(
     if state is None:
         pieces = [replace(piece, state=decoded(piece.state, torch.float32)) for piece in _pieces(param, saved)]
         computed = plan.computed(1, dtype=torch.float32, device=torch.device("meta"))
-        with float32_products(plan.layout.block, torch.device("cpu")):
+        with float32_products(plan.layout.block, torch.device("cpu"), sides=plan.layout.sides):
             state = recut.recut(pieces, plan.rule, plan.layout, shard, {**computed, "step": wanted["step"]})
     if not shard.numel and cut:
         step = state["step"] if plan.entrywise else torch.zeros(())

@@ -76,7 +76,7 @@ class BlockOptimizer(PlannedOptimizer):
                 self._count_empty_parts(own.values())
             for bucket in self._group_buckets((number, 0), group, own):
                 if not allocate_only:
-                    self._step_bucket(group, bucket, [sharding.local_grad(param) for param in bucket.params])
+                    self._step_bucket(group, bucket, bucket.grads())
         if owners is not None:
             self._step_owned(owners, allocate_only=allocate_only)
 
@@ -102,10 +102,13 @@ class BlockOptimizer(PlannedOptimizer):
         Where only the device knows, the answer is yes, and the step goes on under a verdict.
         """
         checked: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        guarded: list[Tensor] = []  # sharded parameters, with gradients or without: ranks must ask each other alike
         for group in self.param_groups:
             skips = group["nonfinite"] == "skip"
             for param in group["params"]:
-                grad = param.grad
+                grad, cut = param.grad, sharding.is_sharded(param)
+                if cut and skips:
+                    guarded.append(param)
                 if grad is None or not param.requires_grad:
                     continue
                 if grad.layout != torch.strided:
@@ -113,12 +116,11 @@ class BlockOptimizer(PlannedOptimizer):
                         f"{type(self).__name__} needs dense gradients, got {grad.layout} for a parameter of "
                         f"shape {tuple(param.shape)}; build the embedding with sparse=False"
                     )
-                if sharding.is_sharded(param):
+                if cut:
                     sharding.settle_gradient_(param)
                     grad = sharding.local_grad(param)
                 if skips and grad is not None and grad.numel():
                     checked.setdefault((grad.device, grad.dtype), []).append(grad)
-        guarded = [p for group in self.param_groups if group["nonfinite"] == "skip" for p in group["params"]]
         flags = [norms_are_sane(grads) for grads in checked.values()]
         if flags and all(flag.device.type in DEFERS for flag in flags) and self._find_owners() is None:
             flag = torch.stack([flag.to(flags[0].device) for flag in flags]).all()
@@ -223,7 +225,8 @@ class BlockOptimizer(PlannedOptimizer):
         if torch.is_autocast_enabled(device.type):
             contexts.enter_context(torch.autocast(device.type, enabled=False))
         if not bucket.fuses:  # fused kernels multiply no matrices
-            contexts.enter_context(float32_products(bucket.plan.layout.block, device))
+            layout = bucket.plan.layout
+            contexts.enter_context(float32_products(layout.block, device, sides=layout.sides))
         return contexts
 
     def _step_owned(self, owners: Ownership, *, allocate_only: bool) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -27,10 +29,37 @@ def adam_direction(
     Source:
         Adam, arXiv:1412.6980, with the ε convention of SOAP's official implementation.
     """
-    exp_avg.lerp_(grad, 1 - beta1)
-    exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    denominator = exp_avg_sq.sqrt().add_(eps)
-    return torch.div(exp_avg, denominator, out=denominator)
+    # One pass of torch's fused kernel in place of six: from weights of zero, at a rate of -1, so late that its bias
+    # corrections are 1.
+    direction = torch.zeros_like(grad, memory_format=torch.contiguous_format)
+    torch._fused_adamw_(
+        [direction],
+        [grad.contiguous()],
+        [exp_avg],
+        [exp_avg_sq],
+        [],
+        [step_count(math.inf, grad.device)],
+        amsgrad=False,
+        lr=-1.0,
+        beta1=beta1,
+        beta2=beta2,
+        weight_decay=0.0,
+        eps=eps,
+        maximize=False,
+    )
+    changed_by_kernel((exp_avg, exp_avg_sq))
+    return direction
+
+
+def changed_by_kernel(tensors: Sequence[Tensor]) -> None:
+    """Notes that tensors were changed: torch's fused Adam leaves their versions as they were, which autograd reads."""
+    torch.autograd.graph.increment_version(tensors)
+
+
+@lru_cache(maxsize=64)
+def step_count(number: float, device: torch.device) -> Tensor:
+    """Returns a number of updates as torch's fused kernels take it; the tensors of a model mostly share theirs."""
+    return torch.full((), float(number), device=device)
 
 
 def bias_correction(t: int, *, beta1: float, beta2: float) -> float:
@@ -55,6 +84,25 @@ def mars_correction(grad: Tensor, prev_grad: Tensor, *, beta1: float, gamma: flo
         MARS, arXiv:2411.10438, equation 6.
     """
     return grad.lerp(prev_grad, -gamma * beta1 / (1 - beta1))
+
+
+def norms(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Returns the Euclidean norm of each tensor, computed in ``dtype``.
+
+    For the norm of a whole tensor torch takes one thread of a CPU; those of rows keep all busy.
+    """
+    return list(torch._foreach_norm([_rows(tensor, dtype) for tensor in tensors], 2, dtype))
+
+
+def _rows(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    if tensor.numel() < THREADED or tensor.dim() < 2 or tensor.device.type != "cpu":
+        return tensor
+    rows: Tensor = torch.linalg.vector_norm(tensor, dim=-1, dtype=dtype)
+    return rows
+
+
+THREADED = 2**16
+"""Entries of a tensor from which on further threads are worth their start."""
 
 
 def factorized_adam_direction(

@@ -171,10 +171,10 @@ def chunk(layout: Layout, *t: int) -> Chunk:
 def test_a_number_per_tensor_is_spread_over_its_blocks() -> None:
     layout = planned((20, 30), block_size=10)
     like = torch.zeros(12, 10, 10, dtype=torch.float64)
-    spread = chunk(layout, 1, 2).per_block([0.1, 0.2], like)
+    spread = chunk(layout, 1, 2).per_block(lambda t: t / 10, like)
     assert spread.dtype == torch.float64
     assert torch.equal((like + spread)[:, 3, 4], torch.tensor([0.1] * 6 + [0.2] * 6, dtype=torch.float64))
-    assert chunk(layout, 2, 2).per_block([0.1, 0.1], like) == 0.1
+    assert chunk(layout, 2, 2).per_block(lambda t: t / 10, like) == 0.2
 
 
 def test_norms_are_a_tensors_over_all_of_its_blocks() -> None:

@@ -80,19 +80,19 @@ class Rule:
 
     def fused_step(
         self,
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        state: Mapping[str, Sequence[Tensor]],
+        params: list[Tensor],
+        grads: list[Tensor],
+        state: Mapping[str, list[Tensor]],
         t: Sequence[int],
         *,
         lr: float | Tensor,
         weight_decay: float,
-        divisors: Sequence[Tensor] | None = None,
+        divisors: list[Tensor] | None = None,
     ) -> None:
         """Takes the whole step of :meth:`update` and the weights, where the rule :attr:`fuses` them.
 
         Args:
-            params: Tensors of one block each, of the block's shape and the state's dtype, changed in place.
+            params: list[Tensor] of one block each, of the block's shape and the state's dtype, changed in place.
             grads: Their gradients; used up where there are divisors.
             state: Their state by role, one tensor each, changed in place.
             t: 1-based number of the update of each.

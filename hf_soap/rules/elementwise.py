@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -41,13 +40,14 @@ class AdamW(Rule):
 
     def update(self, grad: Tensor, state: State, chunk: Chunk) -> Tensor:
         """Returns M̂ / (√V̂ + ε)."""
-        exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
-        exp_avg.lerp_(grad, 1 - self.beta1)
-        exp_avg_sq.mul_(self.beta2).addcmul_(grad, grad, value=1 - self.beta2)
-        debias1 = chunk.per_block([1 - self.beta1**t for t in chunk.t], grad)
-        debias2 = chunk.per_block([(1 - self.beta2**t) ** 0.5 for t in chunk.t], grad)
-        denominator = exp_avg_sq.sqrt().div_(debias2).add_(self.eps).mul_(debias1)
-        return exp_avg / denominator
+        direction = torch.zeros_like(grad, memory_format=torch.contiguous_format)
+        alike = chunk.t.count(chunk.t[0]) == len(chunk.t)
+        each, t = (len(grad), chunk.t[:1]) if alike else (chunk.layout.blocks, chunk.t)
+        own = {role: list(state[role].split(each)) for role in MOMENTS}
+        grads, directions = (list(batch.split(each)) for batch in (grad.contiguous(), direction))
+        # From weights of zero at a rate of -1, the kernel makes weights of the direction.
+        self.fused_step(directions, grads, own, t, lr=-1.0, weight_decay=0.0)
+        return direction
 
     @property
     def fuses(self) -> bool:
@@ -56,28 +56,28 @@ class AdamW(Rule):
 
     def fused_step(
         self,
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        state: Mapping[str, Sequence[Tensor]],
+        params: list[Tensor],
+        grads: list[Tensor],
+        state: Mapping[str, list[Tensor]],
         t: Sequence[int],
         *,
         lr: float | Tensor,
         weight_decay: float,
-        divisors: Sequence[Tensor] | None = None,
+        divisors: list[Tensor] | None = None,
     ) -> None:
         """Takes the step by torch's fused AdamW, which updates weights and moments in one pass."""
         device, divisor = params[0].device, None
         if divisors is not None and len(divisors) == 1 and divisors[0].dtype == torch.float32:
             (divisor,) = divisors  # the kernel divides on its way, but by one number of float32 alone
         elif divisors is not None:
-            torch._foreach_div_(list(grads), list(divisors))
+            torch._foreach_div_(grads, divisors)
         torch._fused_adamw_(
-            list(params),
-            list(grads),
-            list(state["exp_avg"]),
-            list(state["exp_avg_sq"]),
+            params,
+            grads,
+            state["exp_avg"],
+            state["exp_avg_sq"],
             [],
-            [_counter(number, device) for number in t],
+            [updates.step_count(number, device) for number in t],
             amsgrad=False,
             lr=lr,
             beta1=self.beta1,
@@ -87,12 +87,8 @@ class AdamW(Rule):
             maximize=False,
             grad_scale=divisor,
         )
-
-
-@lru_cache(maxsize=64)
-def _counter(number: int, device: torch.device) -> Tensor:
-    """A number of updates as torch's kernel takes it; the tensors of a model mostly share theirs."""
-    return torch.full((), float(number), device=device)
+        for changed in (state["exp_avg"], state["exp_avg_sq"]):
+            updates.changed_by_kernel(changed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,18 +124,17 @@ class Lion(Rule):
 
     def fused_step(
         self,
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        state: Mapping[str, Sequence[Tensor]],
+        params: list[Tensor],
+        grads: list[Tensor],
+        state: Mapping[str, list[Tensor]],
         t: Sequence[int],
         *,
         lr: float | Tensor,
         weight_decay: float,
-        divisors: Sequence[Tensor] | None = None,
+        divisors: list[Tensor] | None = None,
     ) -> None:
         """Takes the step by torch's multi-tensor kernels."""
         if divisors is not None:
-            torch._foreach_div_(list(grads), list(divisors))
-        exp_avgs = list(state["exp_avg"])
-        torch._foreach_lerp_(exp_avgs, list(grads), 1 - self.beta1)
-        updates.take_step_(params, torch._foreach_sign(exp_avgs), lr=lr, weight_decay=weight_decay)
+            torch._foreach_div_(grads, divisors)
+        torch._foreach_lerp_(state["exp_avg"], grads, 1 - self.beta1)
+        updates.take_step_(params, torch._foreach_sign(state["exp_avg"]), lr=lr, weight_decay=weight_decay)

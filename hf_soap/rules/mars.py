@@ -96,14 +96,14 @@ class Mars(Rule):
 
     def fused_step(
         self,
-        params: Sequence[Tensor],
-        grads: Sequence[Tensor],
-        state: Mapping[str, Sequence[Tensor]],
+        params: list[Tensor],
+        grads: list[Tensor],
+        state: Mapping[str, list[Tensor]],
         t: Sequence[int],
         *,
         lr: float | Tensor,
         weight_decay: float,
-        divisors: Sequence[Tensor] | None = None,
+        divisors: list[Tensor] | None = None,
     ) -> None:
         """Corrects the gradients in the buffer of the previous ones and hands them to the inner rule's kernels."""
         each = len(params)
@@ -111,11 +111,11 @@ class Mars(Rule):
             each = max(1, CACHED_BYTES // (params[0].numel() * params[0].element_size()))
         for first in range(0, len(params), each):
             part = slice(first, first + each)
-            fresh, own = list(grads[part]), {role: list(tensors[part]) for role, tensors in state.items()}
+            fresh, own = grads[part], {role: tensors[part] for role, tensors in state.items()}
             corrected = [grad.clone() for grad in fresh] if self.exact else own["prev_grad"]
             if not self.exact:
                 torch._foreach_lerp_(corrected, fresh, 1 + self.gamma * self.beta1 / (1 - self.beta1))
-            norms = torch._foreach_norm(corrected)
+            norms = updates.norms(corrected, corrected[0].dtype)
             torch._foreach_clamp_min_(norms, 1.0)
             self.inner.fused_step(
                 params[part], corrected, own, t[part], lr=lr, weight_decay=weight_decay, divisors=norms

@@ -160,13 +160,12 @@ class Shampoo(Rule):
         if not self.beta1:
             return grad.clone()
         average = state["exp_avg"].lerp_(grad, 1 - self.beta1)
-        debias = [1 - self.beta1**t if self.correct_bias else 1.0 for t in chunk.t]
-        return average / chunk.per_block(debias, average)
+        return average / chunk.per_block(lambda t: 1 - self.beta1**t if self.correct_bias else 1.0, average)
 
     def _grafted(self, filtered: Tensor, grad: Tensor, state: State, chunk: Chunk) -> Tensor:
         if self.graft in (None, "sgd"):
             return filtered.clone()
-        debias = chunk.per_block([(1 - self.beta2**t) ** 0.5 for t in chunk.t], grad)
+        debias = chunk.per_block(lambda t: (1 - self.beta2**t) ** 0.5, grad)
         kind, moment = str(self.graft), state["exp_avg_sq"]
         denominator = updates.graft_denominator(kind, moment, grad, beta2=self.beta2, eps=self.eps, debias=debias)
         return filtered / denominator
@@ -208,7 +207,7 @@ class Shampoo(Rule):
         if self.shampoo_beta is None or not self.correct_bias or self.kl:
             return factor
         beta = self.shampoo_beta
-        return factor / chunk.per_block([1 - beta**t for t in chunk.t], factor)
+        return factor / chunk.per_block(lambda t: 1 - beta**t, factor)
 
     def _snapshot(self, state: State, chunk: Chunk) -> Roots:
         return {f"root_{side}": self._debiased(state[f"factor_{side}"], chunk) for side in chunk.layout.sides}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -176,8 +177,7 @@ class Soap(Rule):
             square_sum = chunk.tensor_square_sum(chunk.layout.trim(direction))
             direction.div_(square_sum.div_(chunk.layout.numel).sqrt_().add_(1e-30))
         if self.correct_bias:
-            scales = [updates.bias_correction(t, beta1=self.beta1, beta2=self.beta2) for t in chunk.t]
-            direction.mul_(chunk.per_block(scales, direction))
+            direction.mul_(chunk.per_block(self._bias_correction, direction))
 
         if not self.include_current:
             # Accumulate after use: a gradient must not shape the basis it is rotated into.
@@ -190,13 +190,19 @@ class Soap(Rule):
     def _rotate(self, tensor: Tensor, state: State, layout: Layout, *, back: bool = False) -> Tensor:
         """Rotates into the eigenbases, or back."""
         bases = {side: state[f"basis_{side}"] for side in layout.sides}
-        dtype = torch.bfloat16 if self.matmul_dtype == "bfloat16" and bases else tensor.dtype
-        rotated = tensor.to(dtype)
-        with float32_products(layout.block, tensor.device, reduced=self.matmul_dtype == "tf32"):
-            for side, basis in bases.items():
-                matrix = basis.to(dtype)
-                rotated = linalg.mode_product(rotated, matrix.mT if back else matrix, side)
-        return rotated.to(tensor.dtype)
+        if self.matmul_dtype == "float32" or not bases:
+            return self._products(tensor, bases, back=back)
+        if self.matmul_dtype == "tf32":
+            with float32_products(layout.block, tensor.device, reduced=True):
+                return self._products(tensor, bases, back=back)
+        low = {side: basis.bfloat16() for side, basis in bases.items()}
+        return self._products(tensor.bfloat16(), low, back=back).to(tensor.dtype)
+
+    @staticmethod
+    def _products(tensor: Tensor, bases: Mapping[int, Tensor], *, back: bool) -> Tensor:
+        for side, basis in bases.items():
+            tensor = linalg.mode_product(tensor, basis.mT if back else basis, side)
+        return tensor
 
     def _adam_direction(self, rotated: Tensor, state: State, layout: Layout) -> Tensor:
         betas = {"beta1": self.beta1, "beta2": self.beta2}
@@ -204,6 +210,9 @@ class Soap(Rule):
             row, column = (state[role] for role in V_FACTORS)
             return updates.factorized_adam_direction(rotated, state["exp_avg"], row, column, eps=self.eps, **betas)
         return updates.adam_direction(rotated, state["exp_avg"], state["exp_avg_sq"], eps=self.eps, **betas)
+
+    def _bias_correction(self, t: int) -> float:
+        return updates.bias_correction(t, beta1=self.beta1, beta2=self.beta2)
 
     def _accumulate(self, rotated: Tensor, state: State, layout: Layout) -> None:
         beta = self.shampoo_beta
