@@ -40,14 +40,13 @@ class AdamW(Rule):
 
     def update(self, grad: Tensor, state: State, chunk: Chunk) -> Tensor:
         """Returns M̂ / (√V̂ + ε)."""
-        direction = torch.zeros_like(grad, memory_format=torch.contiguous_format)
-        alike = chunk.t.count(chunk.t[0]) == len(chunk.t)
-        each, t = (len(grad), chunk.t[:1]) if alike else (chunk.layout.blocks, chunk.t)
-        own = {role: list(state[role].split(each)) for role in MOMENTS}
-        grads, directions = (list(batch.split(each)) for batch in (grad.contiguous(), direction))
-        # From weights of zero at a rate of -1, the kernel makes weights of the direction.
-        self.fused_step(directions, grads, own, t, lr=-1.0, weight_decay=0.0)
-        return direction
+        exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
+        exp_avg.lerp_(grad, 1 - self.beta1)
+        exp_avg_sq.mul_(self.beta2).addcmul_(grad, grad, value=1 - self.beta2)
+        debias1 = chunk.per_block(lambda t: 1 - self.beta1**t, grad)
+        debias2 = chunk.per_block(lambda t: (1 - self.beta2**t) ** 0.5, grad)
+        denominator = exp_avg_sq.sqrt().div_(debias2).add_(self.eps).mul_(debias1)
+        return exp_avg / denominator
 
     @property
     def fuses(self) -> bool:

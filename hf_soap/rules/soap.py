@@ -209,7 +209,10 @@ class Soap(Rule):
         if self.factorizes(layout):
             row, column = (state[role] for role in V_FACTORS)
             return updates.factorized_adam_direction(rotated, state["exp_avg"], row, column, eps=self.eps, **betas)
-        return updates.adam_direction(rotated, state["exp_avg"], state["exp_avg_sq"], eps=self.eps, **betas)
+        # What has no factors may be cut elsewhere on other ranks, and must come out the same.
+        fuses = layout.sides and updates.fuses_evenly(layout.block, rotated.device)
+        adam_direction = updates.fused_adam_direction if fuses else updates.adam_direction
+        return adam_direction(rotated, state["exp_avg"], state["exp_avg_sq"], eps=self.eps, **betas)
 
     def _bias_correction(self, t: int) -> float:
         return updates.bias_correction(t, beta1=self.beta1, beta2=self.beta2)
