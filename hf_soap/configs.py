@@ -13,6 +13,12 @@ class _Guard(OptimizerConfig):
     nonfinite: Literal["skip", "off"] = option(
         "skip", "`skip` leaves out the whole step when a gradient holds NaN or Inf; `off` does not look."
     )
+    max_skipped_in_a_row: int = option(
+        100,
+        "Raise an error when this many steps in a row were skipped; 0 never does.",
+        NON_NEGATIVE,
+        remedy="use 0 to go on for ever",
+    )
     shard_mode: Literal["local", "owner"] = option(
         "local",
         "With several ranks: `local` preconditions each rank's part of a matrix, `owner` whole matrices on one rank "

@@ -49,7 +49,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
         self._background = Background()
         self._owners: Ownership | None = None
         self._consolidated: dict[str, Any] | None = None
-        self._skipped = 0
+        self._skipped = self._skipped_in_a_row = 0
         self._verdict: Verdict | None = None
 
     @property
@@ -61,16 +61,20 @@ class PlannedOptimizer(torch.optim.Optimizer):
     def _settle(self) -> None:
         """Hears the verdict on the last step, where a device has kept it."""
         verdict, self._verdict = self._verdict, None
-        if verdict is not None and not verdict.settle():
-            self._count_skip()
+        if verdict is not None:
+            self._count(usable=verdict.settle())
 
-    def _count_skip(self) -> None:
+    def _count(self, *, usable: bool) -> None:
+        if usable:
+            self._skipped_in_a_row = 0
+            return
         if not self._skipped:
             logger.warning(
                 "A gradient holds NaN, Inf or an entry too large to square: the whole step is skipped, parameters and "
                 "state stay as they are."
             )
         self._skipped += 1
+        self._skipped_in_a_row += 1
 
     def plan(self, group: dict[str, Any], shape: Sequence[int], *, sharded: bool = False) -> Plan:
         """Returns rule and layout of a tensor in this param group, made from the current settings.

@@ -55,17 +55,20 @@ class BlockOptimizer(PlannedOptimizer):
 
         Raises:
             ValueError: If a gradient is sparse or complex, before anything changed.
+            FloatingPointError: If ``max_skipped_in_a_row`` steps in a row were skipped.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self._settle()
+        self._refuse_to_skip_for_ever()  # a device's verdict on the step before
         device = next((param.device for group in self.param_groups for param in group["params"]), torch.device("cpu"))
         with nullcontext() if self.probe is None else self.probe.stepping(device):
             if self._gradients_usable():
                 self._consolidated = None
                 self._step_all(allocate_only=self._is_synthetic())
+        self._refuse_to_skip_for_ever()
         return loss
 
     def _step_all(self, *, allocate_only: bool) -> None:
@@ -126,10 +129,33 @@ class BlockOptimizer(PlannedOptimizer):
             flag = torch.stack([flag.to(flags[0].device) for flag in flags]).all()
             self._verdict = Verdict(sharding.agreed(flag, guarded))
             return True
-        if sharding.agree(all(map(bool, flags)), guarded):
-            return True
-        self._count_skip()
-        return False
+        usable = sharding.agree(all(map(bool, flags)), guarded)
+        self._count(usable=usable)
+        return usable
+
+    def _refuse_to_skip_for_ever(self) -> None:
+        """Raises where too many steps in a row did not count; all ranks have counted alike."""
+        limits = [g["max_skipped_in_a_row"] for g in self.param_groups if g["nonfinite"] == "skip"]
+        limit = min((limit for limit in limits if limit), default=0)
+        if not limit or self._skipped_in_a_row < limit:
+            return
+        count, self._skipped_in_a_row = self._skipped_in_a_row, 0  # whoever catches this may go on
+        raise FloatingPointError(
+            f"{count} steps in a row had gradients with NaN, Inf or entries too large to square{self._first_bad()}, "
+            "wanted finite ones: parameters and state are as before them. Look at the loss and the data, lower the "
+            "learning rate, or clip gradients; max_skipped_in_a_row=0 skips without end"
+        )
+
+    def _first_bad(self) -> str:
+        """Names the first parameter whose gradient is not finite now: with a late verdict it may be gone."""
+        for number, group in enumerate(self.param_groups):
+            names = group.get("param_names") or group.get("names") or []
+            for place, param in enumerate(group["params"]):
+                grad = sharding.local_grad(param) if param.requires_grad else None
+                if grad is not None and grad.numel() and not bool(norms_are_sane([grad])):
+                    name = names[place] if place < len(names) else f"parameter {place} of group {number}"
+                    return f" (now in {name}, of shape {tuple(param.shape)})"
+        return ""
 
     def _group_buckets(
         self, key: tuple[int, int], group: dict[str, Any], places: dict[int, Tensor], *, whole: bool = False

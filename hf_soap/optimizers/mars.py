@@ -41,6 +41,7 @@ class MARS(BlockOptimizer):
         betas_1d: Decay rates of their moments.
         weight_decay_1d: Their weight decay. None takes that of a group which sets its own, else 0.1.
         nonfinite: ``"skip"`` leaves out a step in which any gradient holds NaN or Inf; ``"off"`` does not look.
+        max_skipped_in_a_row: Raise an error when this many steps in a row were skipped; 0 never does.
         shard_mode: With several ranks: ``"local"`` preconditions each rank's part of a matrix by itself, ``"owner"``
             whole matrices on one rank each, which is equal to one process.
         state_dtype: What state is kept in between steps: ``"float32"`` (float64 for float64 parameters),
@@ -76,6 +77,7 @@ class MARS(BlockOptimizer):
         weight_decay_1d: float | None = None,
         *,
         nonfinite: Literal["skip", "off"] = "skip",
+        max_skipped_in_a_row: int = 100,
         shard_mode: Literal["local", "owner"] = "local",
         state_dtype: Literal["float32", "bfloat16", "float8"] = "float32",
         pack_factors: bool = False,

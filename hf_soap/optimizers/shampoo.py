@@ -51,6 +51,7 @@ class Shampoo(BlockOptimizer):
         one_sided: Factor only the shorter side of each matrix, with the exponent -1/2.
         kl: KL-Shampoo: whiten the gradient by the other factors before it enters a factor; nothing may be grafted.
         nonfinite: ``"skip"`` leaves out a step in which any gradient holds NaN or Inf; ``"off"`` does not look.
+        max_skipped_in_a_row: Raise an error when this many steps in a row were skipped; 0 never does.
         shard_mode: With several ranks: ``"local"`` preconditions each rank's part of a matrix by itself, ``"owner"``
             whole matrices on one rank each, which is equal to one process.
         state_dtype: What state is kept in between steps: ``"float32"`` (float64 for float64 parameters),
@@ -99,6 +100,7 @@ class Shampoo(BlockOptimizer):
         one_sided: bool = False,
         kl: bool = False,
         nonfinite: Literal["skip", "off"] = "skip",
+        max_skipped_in_a_row: int = 100,
         shard_mode: Literal["local", "owner"] = "local",
         state_dtype: Literal["float32", "bfloat16", "float8"] = "float32",
         pack_factors: bool = False,

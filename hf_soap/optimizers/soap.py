@@ -47,6 +47,7 @@ class SOAP(BlockOptimizer):
         refresh_tol: Skip the refresh of a basis that diagonalises its factor up to this share (arXiv:2506.03595).
         matmul_dtype: Arithmetic of the rotations of gradient and direction: ``"bfloat16"``, or ``"tf32"`` on GPUs.
         nonfinite: ``"skip"`` leaves out a step in which any gradient holds NaN or Inf; ``"off"`` does not look.
+        max_skipped_in_a_row: Raise an error when this many steps in a row were skipped; 0 never does.
         shard_mode: With several ranks: ``"local"`` preconditions each rank's part of a matrix by itself, ``"owner"``
             whole matrices on one rank each, which is equal to one process.
         state_dtype: What state is kept in between steps: ``"float32"`` (float64 for float64 parameters),
@@ -90,6 +91,7 @@ class SOAP(BlockOptimizer):
         refresh_tol: float = 0.0,
         matmul_dtype: Literal["float32", "tf32", "bfloat16"] = "float32",
         nonfinite: Literal["skip", "off"] = "skip",
+        max_skipped_in_a_row: int = 100,
         shard_mode: Literal["local", "owner"] = "local",
         state_dtype: Literal["float32", "bfloat16", "float8"] = "float32",
         pack_factors: bool = False,
