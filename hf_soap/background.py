@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Hashable
@@ -11,7 +10,7 @@ from concurrent.futures import Future
 import torch
 from torch import Tensor
 
-logger = logging.getLogger(__name__)
+from hf_soap.failures import Failures
 
 Roots = dict[str, Tensor]
 
@@ -19,15 +18,15 @@ Roots = dict[str, Tensor]
 class Background:
     """Computes inverse roots from snapshots, one job after another.
 
-    The thread ends with its last job, so that none is left after training or after an exception. A job that fails is
-    logged and counted, and its caller goes on with what it has.
+    The thread ends with its last job, so that none is left after training or after an exception. A job that raises is
+    counted, and its caller goes on with what it has.
 
-    Attributes:
-        failures: Jobs that raised or gave non-finite roots.
+    Args:
+        failures: Counts them.
     """
 
-    def __init__(self) -> None:
-        self.failures = 0
+    def __init__(self, failures: Failures) -> None:
+        self._failures = failures
         self._jobs: dict[Hashable, Future[Roots]] = {}
         self._queue: deque[tuple[Future[Roots], Callable[[], Roots]]] = deque()
         self._lock = threading.Lock()
@@ -69,11 +68,8 @@ class Background:
         del self._jobs[key]
         error = future.exception()
         if error is None:
-            roots = future.result()
-            if all(bool(root.isfinite().all()) for root in roots.values()):
-                return roots
-        self.failures += 1
-        logger.warning("Inverse roots could not be computed, the previous ones stay in use: %s", error or "not finite")
+            return future.result()
+        self._failures.add(1, error)
         return None
 
     def _drain(self) -> None:

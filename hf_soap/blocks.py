@@ -17,6 +17,7 @@ from hf_soap.storage import Storage
 
 if TYPE_CHECKING:
     from hf_soap.background import Background
+    from hf_soap.failures import Failures
     from hf_soap.rules import Rule
     from hf_soap.sharding import Team
 
@@ -259,6 +260,7 @@ class Chunk:
         team: Ranks with equal state that split decompositions among them.
         usable: Whether the gradients are, where only the device knows.
         gauge: Whom refreshes and updates report to.
+        failures: Who counts decompositions that fail.
     """
 
     layout: Layout
@@ -268,6 +270,7 @@ class Chunk:
     team: Team | None = None
     usable: Tensor | None = None
     gauge: Gauge = IDLE
+    failures: Failures | None = None
 
     def share(self, compute: Callable[[Tensor], tuple[Tensor, ...]], batch: Tensor) -> tuple[Tensor, ...]:
         """Returns ``compute(batch)`` of matrices that all ranks of the team have, each computed by one of them.
@@ -277,6 +280,13 @@ class Chunk:
         if self.team is not None:
             return self.team.share(compute, batch, turn=self.index[0])
         return tuple(part.contiguous() for part in compute(batch))
+
+    def sound(self, *results: Tensor) -> Tensor:
+        """Says of which matrices all results (blocks, ...) are finite, (blocks, 1, 1), and has the others counted."""
+        sound = torch.stack([result.isfinite().flatten(1).all(1) for result in results]).all(0)
+        if self.failures is not None:
+            self.failures.note(sound)
+        return sound.view(-1, 1, 1)
 
     def per_block(self, of: Callable[[int], float], like: Tensor) -> float | Tensor:
         """Spreads a function of the number of a tensor's update over its blocks, for (blocks, d_1, ..., d_k)."""

@@ -5,6 +5,9 @@ Everything here runs in the dtype that it is given; :mod:`hf_soap.precision` kee
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
 import torch
 from torch import Tensor
 
@@ -101,22 +104,51 @@ def add_gram_(factor: Tensor, tensor: Tensor, mode: int, *, beta: float, alpha: 
 def eigenbasis(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Eigendecomposition with the largest eigenvalue first.
 
-    LAPACK gives up on a few float32 matrices that it solves in float64, so a failed batch is retried there.
+    LAPACK gives up on a few float32 matrices that it solves in float64, so a failed one is retried there.
 
     Args:
         matrix: (..., n, n), symmetric, float32 or float64.
 
     Returns:
-        Eigenvalues (..., n), descending, and the basis (..., n, n) with one eigenvector a column.
-
-    Raises:
-        torch.linalg.LinAlgError: If float64 does not converge either (a non-finite input, for example).
+        Eigenvalues (..., n), descending, and the basis (..., n, n) with one eigenvector a column. NaN for a matrix
+        on which float64 does not converge either (one that is not finite, for example).
     """
     try:
         values, basis = torch.linalg.eigh(matrix)
     except torch.linalg.LinAlgError:
-        values, basis = (x.to(matrix.dtype) for x in torch.linalg.eigh(matrix.double()))
+        values, basis = one_by_one(_eigh, matrix, (1, 2))
     return values.flip(-1), basis.flip(-1)
+
+
+def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    try:
+        values, basis = torch.linalg.eigh(matrix)
+    except torch.linalg.LinAlgError:
+        values, basis = (x.to(matrix.dtype) for x in torch.linalg.eigh(matrix.double()))
+    return values, basis
+
+
+def one_by_one(
+    solve: Callable[[Tensor], tuple[Tensor, ...]], matrix: Tensor, dims: Sequence[int]
+) -> tuple[Tensor, ...]:
+    """Solves each matrix of a batch by itself, so that one on which a solver gives up does not stop the others.
+
+    Args:
+        solve: Works on (n, n), or raises.
+        matrix: (..., n, n).
+        dims: 1 or 2 for each result of a matrix that is (n,) or (n, n).
+
+    Returns:
+        The results (..., n) or (..., n, n); NaN for a matrix on which the solver raises.
+    """
+    *batch, n, _ = matrix.shape
+    flat = matrix.reshape(-1, n, n)
+    results = [matrix.new_full((len(flat), *[n] * dim), torch.nan) for dim in dims]
+    for place, one in enumerate(flat):
+        with suppress(torch.linalg.LinAlgError):
+            for result, own in zip(results, solve(one), strict=True):
+                result[place] = own
+    return tuple(result.view(*batch, *result.shape[1:]) for result in results)
 
 
 def refresh(factor: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,7 +161,8 @@ def refresh(factor: Tensor) -> tuple[Tensor, Tensor]:
         factor: L̂ (blocks, n, n), symmetric, with its diagonal in descending order.
 
     Returns:
-        The rotation Q̃ (blocks, n, n), to be applied as Q ← Q Q̃, and the refreshed factor Q̃ᵀ L̂ Q̃.
+        The rotation Q̃ (blocks, n, n), to be applied as Q ← Q Q̃, and the refreshed factor Q̃ᵀ L̂ Q̃; NaN where the
+        decomposition failed.
 
     Source:
         SOAP, arXiv:2409.11321, algorithm 4, restated in the rotated frame.
@@ -137,7 +170,10 @@ def refresh(factor: Tensor) -> tuple[Tensor, Tensor]:
     if _solves_by_products(factor):
         rotation = cholesky_qr(factor)
         return rotation, symmetrize(rotation.mT @ (factor @ rotation))
-    rotation, upper = qr(factor)
+    try:
+        rotation, upper = qr(factor)
+    except torch.linalg.LinAlgError:
+        rotation, upper = one_by_one(lambda one: tuple(part[0] for part in qr(one[None])), factor, (2, 2))
     return rotation, _symmetric_product(upper, rotation)
 
 
@@ -152,7 +188,7 @@ def cholesky_qr(factor: Tensor) -> Tensor:
         factor: (blocks, n, n), float32, symmetric positive semi-definite up to rounding.
 
     Returns:
-        Q, (blocks, n, n), with the signs of a positive diagonal of R; the identity for a matrix that is not finite.
+        Q, (blocks, n, n), with the signs of a positive diagonal of R; NaN for a matrix that is not finite.
 
     Source:
         Shifted CholeskyQR3: Fukaya et al., arXiv:1809.11085.
@@ -166,7 +202,7 @@ def cholesky_qr(factor: Tensor) -> Tensor:
         lower, _ = torch.linalg.cholesky_ex(basis.mT @ basis + gram_shift * eye)
         basis = torch.linalg.solve_triangular(lower.mT, basis, upper=True, left=False)
     sound = (basis.mT @ basis - eye).abs().amax((-2, -1), keepdim=True) < 1e-6  # false for NaN
-    return torch.where(sound, basis, eye).to(factor.dtype)
+    return torch.where(sound, basis, torch.nan).to(factor.dtype)
 
 
 FAST_FLOAT64 = ((7, 0), (8, 0), (9, 0), (10, 0))
@@ -316,10 +352,7 @@ def inverse_root(matrix: Tensor, *, exponent: float, ridge: float, method: str =
             are solved by eigh.
 
     Returns:
-        (..., n, n), symmetric.
-
-    Raises:
-        torch.linalg.LinAlgError: If eigh fails in float64 too.
+        (..., n, n), symmetric; NaN where eigh fails in float64 too.
     """
     if method == "newton":
         root, converged = coupled_newton(matrix, order=round(-1 / exponent), ridge=ridge)
@@ -331,7 +364,7 @@ def inverse_root(matrix: Tensor, *, exponent: float, ridge: float, method: str =
     values, basis = eigenbasis(matrix)
     values = values.clamp(min=0.0)
     values = values + ridge * values[..., :1]
-    powers = torch.where(values > 0, values**exponent, 0.0)
+    powers = torch.where(values > 0, values**exponent, 0.0 * values)  # NaN stays NaN
     return symmetrize((basis * powers.unsqueeze(-2)) @ basis.mT)
 
 

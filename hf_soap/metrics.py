@@ -34,9 +34,10 @@ def diagnostics(optimizer: BlockOptimizer) -> dict[str, float]:
         ``factor_off_diagonal``: mean over the factors of SOAP of ‖L̂ - diag L̂‖_F / ‖L̂‖_F, 0 where the bases
         diagonalise the factors exactly; ``seeded_share``: share of the tensors with state that have had a non-zero
         gradient;
-        ``skipped_steps``: steps left out because of a non-finite gradient. Names carry the prefix ``optimizer/``.
+        ``skipped_steps``: steps left out because of a non-finite gradient; ``failed_refreshes``: decompositions that
+        failed, for which a previous basis or root stayed in use. Names carry the prefix ``optimizer/``.
     """
-    return _overall(_state_sums(optimizer, rules_of(optimizer)).values(), optimizer)
+    return _overall(_state_sums(optimizer, rules_of(optimizer)).values(), optimizer, optimizer.failed_refreshes)
 
 
 @torch.no_grad()
@@ -59,16 +60,16 @@ def measurements(optimizer: BlockOptimizer) -> dict[str, float]:
     kept = _state_sums(optimizer, rules)
     # What the ranks add up is alike on all, also where one has no part of any tensor of a rule.
     labels = sorted(set(rules.values()))
-    numbers = [timing["steps"], timing["step"]]
+    numbers = [timing["steps"], timing["step"], optimizer.failed_refreshes]
     for label in labels:
         sums = {**measured.get(label, {}), **kept[label]}
         numbers += [sums.get(column, 0.0) for column in COLUMNS]
-    steps, seconds, *rest = sharding.summed(numbers, next(iter(rules))) if rules else numbers
+    steps, seconds, failed, *rest = sharding.summed(numbers, next(iter(rules))) if rules else numbers
     table: dict[str, Sums] = {}
     for number, label in enumerate(labels):
         row = rest[number * len(COLUMNS) : (number + 1) * len(COLUMNS)]
         table[label] = dict(zip(COLUMNS, row, strict=True))
-    found = _overall(table.values(), optimizer)
+    found = _overall(table.values(), optimizer, failed)
     if steps:
         found["optimizer/step_ms"] = seconds / steps * 1e3
     for label, sums in table.items():
@@ -116,11 +117,14 @@ def _state_sums(optimizer: BlockOptimizer, rules: dict[Tensor, str]) -> defaultd
     return sums
 
 
-def _overall(rules: Iterable[Sums], optimizer: BlockOptimizer) -> dict[str, float]:
+def _overall(rules: Iterable[Sums], optimizer: BlockOptimizer, failed: float) -> dict[str, float]:
     total = dict.fromkeys(COLUMNS[-4:], 0.0)
     for sums, column in itertools.product(rules, total):
         total[column] += sums[column]
-    found = {"optimizer/skipped_steps": float(optimizer.skipped_steps)}
+    found = {
+        "optimizer/skipped_steps": float(optimizer.skipped_steps),
+        "optimizer/failed_refreshes": float(failed),
+    }
     if total["factors"]:
         found["optimizer/factor_off_diagonal"] = total["off_diagonal"] / total["factors"]
     if total["tensors"]:

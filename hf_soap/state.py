@@ -18,6 +18,7 @@ from hf_soap.background import Background
 from hf_soap.blocks import Layout, Plan
 from hf_soap.buckets import GroupCache, state_dtype
 from hf_soap.checks import check_learning_rate, check_number, check_pair
+from hf_soap.failures import Failures
 from hf_soap.owners import Ownership
 from hf_soap.probe import Probe
 from hf_soap.verdict import Verdict
@@ -46,7 +47,8 @@ class PlannedOptimizer(torch.optim.Optimizer):
 
     def _reset_cache(self) -> None:
         self._buckets: dict[tuple[int, int], GroupCache] = {}
-        self._background = Background()
+        self._failures = Failures()
+        self._background = Background(self._failures)
         self._owners: Ownership | None = None
         self._consolidated: dict[str, Any] | None = None
         self._skipped = self._skipped_in_a_row = 0
@@ -57,6 +59,11 @@ class PlannedOptimizer(torch.optim.Optimizer):
         """Steps that were left out because a gradient was not finite, since construction or load."""
         self._settle()
         return self._skipped
+
+    @property
+    def failed_refreshes(self) -> int:
+        """Factors of this rank whose basis or root could not be computed, since construction or load."""
+        return self._failures.count()
 
     def _settle(self) -> None:
         """Hears the verdict on the last step, where a device has kept it."""

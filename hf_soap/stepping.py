@@ -225,7 +225,7 @@ class BlockOptimizer(PlannedOptimizer):
                         self._verdict.counted.append(count)
                     t = tuple(int(step) + 1 - plan.rule.seeds for step in steps[first:last])
                     index = tuple(bucket.index[first:last])
-                    chunk = Chunk(plan.layout, t, index, self._background, team, usable, gauge)
+                    chunk = Chunk(plan.layout, t, index, self._background, team, usable, gauge, self._failures)
                     given = [grad for grad in grads[first:last] if grad is not None]
                     if seeding:
                         grad = stack_gradients(given, bucket, chunk)

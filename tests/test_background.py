@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hf_soap import Shampoo, linalg
 from hf_soap.background import Background
+from hf_soap.failures import Failures
 
 SETTINGS: dict[str, Any] = {"lr": 1e-2, "precondition_frequency": 6, "start_step": 2}
 SHAPES = [(9, 9), (6, 8), (9, 9), (5,)]
@@ -171,15 +172,16 @@ def test_no_thread_outlives_its_work_or_an_exception() -> None:
 
 
 def test_background_runs_jobs_in_order_and_forgets_what_was_taken() -> None:
-    background = Background()
+    failures = Failures()
+    background = Background(failures)
     for number in range(3):
         background.submit(number, lambda given: {"root": given["root"] + 1}, {"root": torch.tensor([float(number)])})
     for number in range(3):
         assert background.take(number, wait=True) == {"root": torch.tensor([number + 1.0])}
         assert background.take(number, wait=True) is None
-    background.submit("bad", lambda given: {"root": given["root"] / 0}, {"root": torch.zeros(1)})
+    background.submit("bad", lambda given: {"root": given["no such"]}, {"root": torch.zeros(1)})
     assert background.take("bad", wait=True) is None
-    assert background.failures == 1
+    assert failures.count() == 1
     assert_no_thread_is_left()
 
 

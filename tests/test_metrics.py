@@ -356,7 +356,7 @@ def entries(trainer: Trainer) -> list[dict[str, float]]:
 WANTED = {
     f"optimizer/{what}"
     for what in (
-        *("step_ms", "skipped_steps", "seeded_share", "factor_off_diagonal"),
+        *("step_ms", "skipped_steps", "failed_refreshes", "seeded_share", "factor_off_diagonal"),
         *("update_rms/adam", "update_ratio/adam", "update_rms/soap_2_sides", "update_ratio/soap_2_sides"),
         *("factor_off_diagonal/soap_2_sides", "rotation_degrees/soap_2_sides"),
         *("refresh_ms/soap_2_sides", "refresh_share/soap_2_sides"),

@@ -222,8 +222,7 @@ class Shampoo(Rule):
     def _compute_roots(self, state: State, chunk: Chunk) -> None:
         for role, factor in self._snapshot(state, chunk).items():
             (root,) = chunk.share(lambda part, r=role: (self._roots_of({r: part}, chunk.layout)[r],), factor)  # type: ignore[misc]
-            chunk.gauge.replaced(state[role], root)
-            state[role].copy_(root)
+            self._install({role: root}, state, chunk)
 
     @property
     def _first(self) -> int:
@@ -286,6 +285,11 @@ class Shampoo(Rule):
         return {role: root.to(factors[role].dtype) for role, root in roots.items()}
 
     def _install(self, roots: Roots | None, state: State, chunk: Chunk) -> None:
+        """Puts new roots in the place of the old ones, which stay where none could be computed."""
         for role, root in (roots or {}).items():
-            chunk.gauge.replaced(state[role], root)
-            state[role].copy_(root)
+            old, eye = state[role], torch.eye(root.shape[-1], dtype=root.dtype, device=root.device)
+            # A root of zeros is none yet; the gradient then passes through the identity.
+            kept = torch.where(old.flatten(1).any(1).view(-1, 1, 1), old, eye)
+            root = torch.where(chunk.sound(root), root, kept)
+            chunk.gauge.replaced(old, root)
+            old.copy_(root)

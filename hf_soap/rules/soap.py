@@ -126,9 +126,9 @@ class Soap(Rule):
         """
         for side in chunk.layout.sides:
             factor, exp_avg = state[f"factor_{side}"], state["exp_avg"]
-            values, basis = linalg.eigenbasis(factor)
+            basis = self._diagonalize_(factor, chunk)
+            values = factor.diagonal(dim1=-2, dim2=-1)
             state[f"basis_{side}"].copy_(basis)
-            factor.copy_(torch.diag_embed(values))
             exp_avg.copy_(linalg.mode_product(exp_avg, basis, side))
             values = values.clamp(min=0)
             share = values / values.mean(-1, keepdim=True).clamp_(min=torch.finfo(values.dtype).tiny)
@@ -155,9 +155,15 @@ class Soap(Rule):
         for side in chunk.layout.sides:
             factor = state[f"factor_{side}"]
             linalg.add_gram_(factor, grad, side, beta=0.0, alpha=1 - self.shampoo_beta)
-            values, basis = chunk.share(linalg.eigenbasis, factor)
-            state[f"basis_{side}"].copy_(basis)
-            factor.copy_(torch.diag_embed(values))
+            state[f"basis_{side}"].copy_(self._diagonalize_(factor, chunk))
+
+    @staticmethod
+    def _diagonalize_(factor: Tensor, chunk: Chunk) -> Tensor:
+        """Brings factors into their eigenbases and returns those: the identity where none could be found."""
+        values, basis = chunk.share(linalg.eigenbasis, factor)
+        sound = chunk.sound(values, basis)
+        factor.copy_(torch.where(sound, torch.diag_embed(values), factor))
+        return torch.where(sound, basis, torch.eye(basis.shape[-1], dtype=basis.dtype, device=basis.device))
 
     def update(self, grad: Tensor, state: State, chunk: Chunk) -> Tensor:
         """Rotates, takes the Adam direction, rotates back; then accumulates, and refreshes the bases that are due."""
@@ -257,8 +263,11 @@ class Soap(Rule):
     def _refresh_side(self, state: State, side: int, chunk: Chunk) -> None:
         factor, basis, exp_avg = state[f"factor_{side}"], state[f"basis_{side}"], state["exp_avg"]
         order, rotation, refreshed = chunk.share(linalg.sorted_refresh, factor)
-        factor.copy_(refreshed)
-        chunk.gauge.rotated(rotation, refreshed)
+        sound, unmoved = chunk.sound(rotation, refreshed), torch.arange(order.shape[-1], device=order.device)
+        order = torch.where(sound.squeeze(-1), order, unmoved)
+        rotation = torch.where(sound, rotation, torch.eye(len(unmoved), dtype=rotation.dtype, device=rotation.device))
+        factor.copy_(torch.where(sound, refreshed, factor))
+        chunk.gauge.rotated(rotation, factor)
         # Rows of the rotation go back to where the columns came from: the sort costs Q and M no pass of their own.
         rotation = torch.empty_like(rotation).scatter_(-2, order.unsqueeze(-1).expand_as(rotation), rotation)
         basis.copy_(basis @ rotation)

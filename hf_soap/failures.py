@@ -1,0 +1,57 @@
+"""Decompositions that failed: what a matrix had before stays in use, is counted, and nobody waits for it."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+from hf_soap.verdict import DEFERS
+
+logger = logging.getLogger(__name__)
+
+
+class Failures:
+    """Counts matrices whose eigenbasis or root could not be computed, on their device where the host does not wait.
+
+    The first one is logged, then each time that their number has grown tenfold.
+    """
+
+    def __init__(self) -> None:
+        self._count = 0
+        self._logged = 0
+        self._waiting: dict[torch.device, Tensor] = {}
+
+    def note(self, sound: Tensor) -> None:
+        """Takes note of a batch of decompositions.
+
+        Args:
+            sound: Whether each came out finite, (blocks,), bool.
+        """
+        failed = (~sound).sum()
+        if sound.device.type in DEFERS:
+            waiting = self._waiting.get(sound.device)
+            self._waiting[sound.device] = failed if waiting is None else waiting + failed
+        elif number := int(failed):
+            self.add(number, "what came out is not finite")
+
+    def add(self, number: int, reason: object) -> None:
+        """Counts failures that the host knows of."""
+        self._count += number
+        if self._count >= max(1, 10 * self._logged):
+            self._logged = self._count
+            logger.warning(
+                "%d decompositions of factors have failed so far; the previous basis or root stays in use, and the "
+                "identity where there is none yet: %s",
+                self._count,
+                reason,
+            )
+
+    def count(self) -> int:
+        """Returns their number, for which the host waits for the devices."""
+        for failed in self._waiting.values():
+            if number := int(failed):
+                self.add(number, "what came out is not finite")
+        self._waiting.clear()
+        return self._count
