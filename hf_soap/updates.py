@@ -156,6 +156,12 @@ def factorized_adam_direction(
     return torch.div(exp_avg, denominator, out=denominator)
 
 
+def squarable(tensor: Tensor) -> Tensor:
+    """Bounds entries in place so that sums of their squares are finite: gradients that grew by 10^15 at once."""
+    bound = torch.finfo(tensor.dtype).max ** 0.4
+    return tensor.clamp_(-bound, bound)
+
+
 def along(values: Tensor, mode: int, dim: int) -> Tensor:
     """Shapes (blocks, d_mode) to broadcast along mode ``mode`` of a tensor with ``dim`` dimensions, blocks counted."""
     return values.view(values.shape[0], *[values.shape[1] if i == mode + 1 else 1 for i in range(1, dim)])

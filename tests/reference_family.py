@@ -290,8 +290,10 @@ class ReferenceKLShampoo:
         W <- W - lr (L^-1/2 G R^-1/2 + lambda W)
 
     Readings chosen where the source is silent:
-        - The first non-zero gradient seeds plain factors (1 - beta) GG^T and (1 - beta) G^T G and moves nothing: with
-          those factors alone the direction would have the reciprocals of the gradient's singular values.
+        - The first non-zero gradient moves nothing and seeds multiples of the identity whose product is the mean of
+          its squares, the nearest in KL divergence among those. Factors of one gradient alone are singular.
+        - A direction is at most as long as fresh factors can make it: its mean square is at most 1/(beta (1 - beta)),
+          with a beta for each further mode.
         - Both factors see the other one as it was before this step. The current gradient enters the factors, then
           the eigendecompositions (if t is a multiple of `precondition_frequency`), then the direction.
         - The inverses in the statistics and the inverse square roots in the direction come from the same, last
@@ -332,7 +334,8 @@ class ReferenceKLShampoo:
 
             if not state.factors:
                 if grad.any():
-                    state.factors = [(1 - self.beta) * gram(grad, mode) for mode in modes]
+                    scale = grad.square().mean() ** (1 / grad.dim())
+                    state.factors = [scale * torch.eye(size, dtype=torch.float64) for size in grad.shape]
                     self._decompose(state)
                 continue
 
@@ -355,6 +358,8 @@ class ReferenceKLShampoo:
             direction = grad
             for mode in modes:
                 direction = mode_product(direction, self._power(state, mode, -0.5), mode)
+            longest = (self.beta ** (grad.dim() - 1) * (1 - self.beta)) ** -0.5
+            direction = direction * min(1.0, longest / direction.square().mean().sqrt().item())
             weight = self.weights[index]
             self.weights[index] = weight - lr * (direction + self.weight_decay * weight)
 

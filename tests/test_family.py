@@ -77,7 +77,7 @@ def test_kl_shampoo_equals_the_textbook(frequency: int) -> None:
     settings: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.01, "precondition_frequency": frequency}
     difference = largest_difference(
         [(25, 25), (16, 16)],
-        lambda p: Shampoo(p, betas=(0.0, 0.95), kl=True, graft=None, ridge=0.0, **settings),
+        lambda p: Shampoo(p, betas=(0.0, 0.95), kl=True, graft=None, ridge=0.0, eps=0.0, **settings),
         lambda w: ReferenceKLShampoo(w, beta=0.95, eps_kl=1e-30, **settings),
         steps=STEPS,
     )

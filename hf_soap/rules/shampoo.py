@@ -28,7 +28,7 @@ class Shampoo(Rule):
         beta1: Decay rate of the gradient's moving average, which is what gets preconditioned; 0 takes the gradient.
         beta2: Decay rate of the grafted rule's second moment.
         shampoo_beta: Decay rate of the factors; None sums them.
-        eps: Added to the root of the grafted rule's second moment.
+        eps: Added to the root of the grafted rule's second moment; with ``kl`` to the factors.
         precondition_frequency: Updates between two computations of the roots.
         exponent: Power of each factor; None takes -1/(2k) for k axes, or -1/2 with ``kl``.
         graft: Rule whose step length each tensor gets.
@@ -67,7 +67,7 @@ class Shampoo(Rule):
 
     @property
     def seeds(self) -> bool:
-        """KL-Shampoo's first gradient makes plain factors, with which no direction can be trusted."""
+        """KL-Shampoo's first gradient says only how large gradients are."""
         return self.kl
 
     @property
@@ -126,9 +126,16 @@ class Shampoo(Rule):
         return layout.blocks * (step + sum((9 + 2) * n**3 for n in sides) / self.precondition_frequency)
 
     def seed(self, grad: Tensor, state: State, chunk: Chunk) -> None:
-        """Sets plain factors and their roots from the first gradient."""
+        """Sets factors to multiples of the identity, whose product is the mean square of the first gradient.
+
+        The factors that one gradient makes are singular: their roots would send what lies outside of its directions a
+        thousand times too far on either side. The authors' implementation starts from equal eigenvalues, too.
+        """
+        mean = chunk.tensor_square_sum(grad).div_(chunk.layout.numel).view(-1, 1, 1)
         for side in chunk.layout.sides:
-            linalg.add_gram_(state[f"factor_{side}"], grad, side, beta=0.0, alpha=1 - (self.shampoo_beta or 0.0))
+            factor = state[f"factor_{side}"]
+            eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+            factor.copy_(mean ** (1 / len(chunk.layout.sides)) * eye)
         self._compute_roots(state, chunk)
 
     def update(self, grad: Tensor, state: State, chunk: Chunk) -> Tensor:
@@ -148,6 +155,8 @@ class Shampoo(Rule):
         for axis in self._diagonals(layout):
             power = self._power(self._debiased(state[f"diagonal_{axis}"].unsqueeze(-1), chunk).squeeze(-1), layout)
             direction = direction * updates.along(power, axis, direction.dim())
+        if self.kl:
+            direction = self._within_reach(direction, chunk)
         if self.graft:
             wanted = chunk.tensor_square_sum(layout.trim(grafted))
             got = chunk.tensor_square_sum(layout.trim(direction))
@@ -173,6 +182,19 @@ class Shampoo(Rule):
     def _with_momentum(self, direction: Tensor, state: State) -> Tensor:
         return state["momentum"].mul_(self.momentum).add_(direction).clone() if self.momentum else direction
 
+    def _within_reach(self, direction: Tensor, chunk: Chunk) -> Tensor:
+        """Shortens what stale roots make longer than fresh ones can: after a spike they are those of small gradients.
+
+        With W = G R^(-1/2) the new factor is at least (1-β) WWᵀ/n, and R at least β times what it was. The square of
+        L^(-1/2) G R^(-1/2) then sums up to mn / (β (1-β)) at most, with a β for every further side.
+        """
+        beta = self.shampoo_beta or 0.0
+        share = beta ** (len(chunk.layout.sides) - 1) * (1 - beta)
+        if not share:
+            return direction
+        rms = (chunk.tensor_square_sum(chunk.layout.trim(direction)) / chunk.layout.numel).sqrt_()
+        return direction * (share**-0.5 / rms.clamp_(min=share**-0.5))
+
     def _accumulate(self, grad: Tensor, state: State, layout: Layout) -> None:
         beta, alpha = (1.0, 1.0) if self.shampoo_beta is None else (self.shampoo_beta, 1 - self.shampoo_beta)
         roots = {side: state[f"root_{side}"] for side in layout.sides if self.kl}
@@ -182,7 +204,7 @@ class Shampoo(Rule):
                 weight /= grad[0].numel() // layout.block[side]
                 for other, root in roots.items():
                     if other != side:
-                        whitened = linalg.mode_product(whitened, root, other)
+                        whitened = updates.squarable(linalg.mode_product(whitened, root, other))
             linalg.add_gram_(state[f"factor_{side}"], whitened, side, beta=beta, alpha=weight)
         for axis in self._diagonals(layout):
             state[f"diagonal_{axis}"].mul_(beta).add_(linalg.unfold(grad, axis).square().sum(-1), alpha=alpha)
@@ -210,7 +232,12 @@ class Shampoo(Rule):
         return factor / chunk.per_block(lambda t: 1 - beta**t, factor)
 
     def _snapshot(self, state: State, chunk: Chunk) -> Roots:
-        return {f"root_{side}": self._debiased(state[f"factor_{side}"], chunk) for side in chunk.layout.sides}
+        factors = {f"root_{side}": self._debiased(state[f"factor_{side}"], chunk) for side in chunk.layout.sides}
+        if self.kl:  # ε is to the product of the roots what it is to Adam's; a zero factor would stay zero for ever
+            for role, factor in factors.items():
+                eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+                factors[role] = factor + self.eps * eye
+        return factors
 
     def _roots_of(self, factors: Roots, layout: Layout) -> Roots:
         exponent, method = self._exponent(layout), self.root_method

@@ -232,7 +232,7 @@ class Soap(Rule):
                 alpha /= rotated[0].numel() // layout.block[side]
                 for other, scale in scales.items():
                     if other != side:
-                        whitened = whitened * updates.along(scale, other, rotated.dim())
+                        whitened = updates.squarable(whitened * updates.along(scale, other, rotated.dim()))
             linalg.add_gram_(state[f"factor_{side}"], whitened, side, beta=beta, alpha=alpha)
 
     def _inverse_root_eigenvalues(self, factor: Tensor) -> Tensor:
