@@ -14,7 +14,7 @@ from torch import Tensor
 
 from hf_soap import sharding, updates
 from hf_soap.blocks import PREV_PARAM, Chunk, Layout, Plan
-from hf_soap.storage import SCALE, step_keys
+from hf_soap.storage import COUNT, SCALE, step_keys
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,7 @@ class Bucket:
         self.shapes = [shape for _, _, shape in members]
         self._cut = any(map(sharding.is_sharded, self.params))
         self.stacks = plan.allocate(len(members), dtype=dtype, device=self.params[0].device)
-        self.steps = torch.zeros(len(members), dtype=torch.float32, device="cpu")
+        self.steps = torch.zeros(len(members), dtype=COUNT, device="cpu")
         self._bytes_of_step = max(1, temporary_bytes(plan, dtype))
         fuses = plan.rule.fuses and plan.kept.plain and not plan.decay_last
         parts = self.weights(0, len(members)) if fuses else []

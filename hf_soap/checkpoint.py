@@ -22,7 +22,7 @@ from hf_soap import owners, recut, sharding
 from hf_soap.blocks import Layout, Plan
 from hf_soap.buckets import check_state
 from hf_soap.precision import float32_products
-from hf_soap.storage import decoded
+from hf_soap.storage import COUNT, decoded
 
 logger = logging.getLogger(__name__)
 
@@ -203,8 +203,8 @@ def restored(
         with float32_products(plan.layout.block, torch.device("cpu"), sides=plan.layout.sides):
             state = recut.recut(pieces, plan.rule, plan.layout, shard, {**computed, "step": wanted["step"]})
     if not shard.numel and cut:
-        step = state["step"] if plan.entrywise else torch.zeros(())
-        return {"step": step.to("cpu")}, estimated
+        step = state["step"] if plan.entrywise else torch.zeros((), dtype=COUNT)
+        return {"step": step.to("cpu", COUNT)}, estimated
     state = plan.kept.converted(state, wanted)
     check_state(state, wanted, tuple(param.shape))
     return {role: value.to("cpu" if role == "step" else part.device) for role, value in state.items()}, estimated

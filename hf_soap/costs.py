@@ -15,6 +15,7 @@ from hf_soap.blocks import Plan
 from hf_soap.buckets import LAUNCH_BYTES, state_dtype, temporary_bytes
 from hf_soap.state import bytes_of, planned_state
 from hf_soap.stepping import BlockOptimizer
+from hf_soap.storage import COUNT
 
 Mode = Literal["local", "owner", "ddp", "ddp, owner"]
 """``"local"`` and ``"owner"`` of parameters sharded along their first dimension, or whole parameters on every rank."""
@@ -113,7 +114,7 @@ def cost(optimizer: BlockOptimizer, *, ranks: int, mode: Mode) -> Cost:
             # A gradient goes to its owner, a direction comes back, each but for the part that stays where it is.
             moved = param.numel() * octets * (ranks - 1) / ranks
             total.sent += 2 * moved / ranks if mode == "owner" else moved
-            total.state += torch.float32.itemsize  # every rank counts the steps
+            total.state += COUNT.itemsize  # every rank counts the steps
             continue
         total.state += share.state
         total.factors += share.factors

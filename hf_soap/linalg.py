@@ -144,11 +144,13 @@ def one_by_one(
     *batch, n, _ = matrix.shape
     flat = matrix.reshape(-1, n, n)
     results = [matrix.new_full((len(flat), *[n] * dim), torch.nan) for dim in dims]
+    # LAPACK's layout: products of another one round in other ways, and the other matrices shall not notice.
+    results = [result.mT if result.dim() == 3 else result for result in results]
     for place, one in enumerate(flat):
         with suppress(torch.linalg.LinAlgError):
             for result, own in zip(results, solve(one), strict=True):
                 result[place] = own
-    return tuple(result.view(*batch, *result.shape[1:]) for result in results)
+    return tuple(result.unflatten(0, batch) if batch else result[0] for result in results)
 
 
 def refresh(factor: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from hf_soap import linalg
 from hf_soap.blocks import PREV_PARAM, Chunk, Layout
 from hf_soap.rules import Rule
 from hf_soap.sharding import Shard
+from hf_soap.storage import COUNT
 
 Ranges = tuple[tuple[int, int], ...]
 """(first, end) for each dimension."""
@@ -94,7 +95,7 @@ def recut(
                 linalg.add_gram_(factor, exp_avg, side, beta=0.0, alpha=1.0)
         chunk = Chunk(layout, (int(step) - rule.seeds,), (0,))
         rule.rebuild({role: value for role, value in state.items() if role != PREV_PARAM}, chunk)
-    return {**state, "step": step.to(torch.float32)}
+    return {**state, "step": step.to(COUNT)}
 
 
 def _overlap(one: Shard, other: Shard) -> Ranges | None:

@@ -21,6 +21,7 @@ from hf_soap.checks import check_learning_rate, check_number, check_pair
 from hf_soap.failures import Failures
 from hf_soap.owners import Ownership
 from hf_soap.probe import Probe
+from hf_soap.storage import COUNT
 from hf_soap.verdict import Verdict
 
 logger = logging.getLogger(__name__)
@@ -256,7 +257,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
             if whole:
                 saved = checkpoint.gathered(saved)
             if whole and self._owner_of.setdefault(param, 0) != sharding.rank():  # 0 takes what is frozen
-                restored[param] = {"step": torch.as_tensor(saved["step"]).max().float().cpu()}
+                restored[param] = {"step": torch.as_tensor(saved["step"]).max().to(COUNT).cpu()}
                 continue
             restored[param], guessed = checkpoint.restored(param, plan, saved, wanted, whole=whole)
             estimated += guessed
@@ -300,7 +301,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
         for _, group, places in self._trainable():
             for param in places.values():
                 if owners is not None and param in owners.owner:
-                    octets[param] = self._bytes_of(group, param) if owners.owns(param) else torch.float32.itemsize
+                    octets[param] = self._bytes_of(group, param) if owners.owns(param) else COUNT.itemsize
                 elif sharding.local(param).numel():
                     octets[param] = self._bytes_of(group, param)
         return octets
@@ -313,7 +314,7 @@ def planned_state(plan: Plan, param: Tensor) -> dict[str, Tensor]:
     """Returns shapes and dtypes, on the meta device, of the state that a plan keeps of a parameter."""
     device = torch.device("meta")
     state = plan.allocate(1, dtype=state_dtype(param), device=device)
-    return {**state, "step": torch.zeros((), device=device)}
+    return {**state, "step": torch.zeros((), dtype=COUNT, device=device)}
 
 
 def bytes_of(state: Mapping[str, Tensor]) -> int:

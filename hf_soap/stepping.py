@@ -29,6 +29,7 @@ from hf_soap.owners import SEEDED, UPDATED, Outcome, Ownership
 from hf_soap.precision import float32_products
 from hf_soap.probe import IDLE, Gauge
 from hf_soap.state import PlannedOptimizer
+from hf_soap.storage import COUNT
 from hf_soap.verdict import DEFERS, Verdict
 
 logger = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ class BlockOptimizer(PlannedOptimizer):
         """Counts a step of the parameters of which this rank has nothing: a checkpoint may take any rank's count."""
         for param in params:
             if sharding.is_sharded(param) and param.numel() and not sharding.local(param).numel():
-                self.state[param].setdefault("step", torch.zeros(()))
+                self.state[param].setdefault("step", torch.zeros((), dtype=COUNT))
                 self.state[param]["step"] += param.grad is not None
 
     def _is_synthetic(self) -> bool:
@@ -178,7 +179,7 @@ class BlockOptimizer(PlannedOptimizer):
             part = sharding.local(param)
             if not part.numel() and not (whole and param.numel()):
                 if sharding.is_sharded(param):  # saving asks every rank for state, and torch takes none for a new run
-                    self.state[param].setdefault("step", torch.zeros(()))
+                    self.state[param].setdefault("step", torch.zeros((), dtype=COUNT))
                 continue
             kind = (self.plan_of(group, param), state_dtype(param), param.device)
             warn_if_flattened(kind[0].layout, param)
@@ -259,7 +260,7 @@ class BlockOptimizer(PlannedOptimizer):
         """Steps the parameters that have owners, round by round, with the next round's gradients under way."""
         for param in owners.owner:
             if not owners.owns(param):
-                self.state[param].setdefault("step", torch.zeros(()))
+                self.state[param].setdefault("step", torch.zeros((), dtype=COUNT))
         coming = leaving = None
         for number, params in enumerate(owners.rounds):
             grads: dict[Tensor, Tensor] = {}

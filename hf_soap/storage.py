@@ -20,6 +20,9 @@ SYMMETRIC = ("factor", "root", "snapshot")
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
+COUNT = torch.float64
+"""Dtype of counts of steps: float32 stands still at 2^24, and refreshes with it."""
+
 ROUNDED = ("factor", "root", "basis", *MOMENTS, "prev_grad", "momentum")
 """Kinds of roles that may be rounded; what else there is, is small or must be exact."""
 

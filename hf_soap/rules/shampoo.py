@@ -160,7 +160,9 @@ class Shampoo(Rule):
         if self.graft:
             wanted = chunk.tensor_square_sum(layout.trim(grafted))
             got = chunk.tensor_square_sum(layout.trim(direction))
-            direction = direction * (wanted / got.clamp_(min=torch.finfo(got.dtype).tiny)).sqrt_()
+            # Roots of factors that were zero, or of gradients 1e19 times smaller, point nowhere.
+            points = (got > 0) & got.isfinite()
+            direction = torch.where(points, direction * (wanted.sqrt_() / got.sqrt()), grafted)
         for blocks, _ in chunk.runs(t < self.start_step for t in chunk.t):
             direction[blocks] = grafted[blocks]
         return self._with_momentum(direction, state)
@@ -193,7 +195,8 @@ class Shampoo(Rule):
         if not share:
             return direction
         rms = (chunk.tensor_square_sum(chunk.layout.trim(direction)) / chunk.layout.numel).sqrt_()
-        return direction * (share**-0.5 / rms.clamp_(min=share**-0.5))
+        scale: Tensor = share**-0.5 / rms.clamp_(min=share**-0.5)
+        return direction * scale
 
     def _accumulate(self, grad: Tensor, state: State, layout: Layout) -> None:
         beta, alpha = (1.0, 1.0) if self.shampoo_beta is None else (self.shampoo_beta, 1 - self.shampoo_beta)

@@ -181,7 +181,9 @@ class Soap(Rule):
         direction = self._rotate(direction, state, chunk.layout, back=True)
         if self.normalize_grads:
             square_sum = chunk.tensor_square_sum(chunk.layout.trim(direction))
-            direction.div_(square_sum.div_(chunk.layout.numel).sqrt_().add_(1e-30))
+            rms = square_sum.div_(chunk.layout.numel).sqrt_().add_(1e-30)
+            # Squares of less are zero, and a direction of 1e-22 became one of 1e8.
+            direction.div_(rms.clamp_(min=torch.finfo(rms.dtype).tiny ** 0.5))
         if self.correct_bias:
             direction.mul_(chunk.per_block(self._bias_correction, direction))
 
