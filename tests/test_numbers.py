@@ -273,34 +273,45 @@ def test_training_goes_on_without_decompositions(
     assert all(param.isfinite().all() for param in params)
 
 
+class FirstOfTwo:
+    """Says of the first of two matrices that it is bad, and again when it is tried by itself."""
+
+    def __init__(self) -> None:
+        self.known: list[Tensor] = []
+
+    def __call__(self, matrix: Tensor) -> Tensor:
+        if matrix.dim() == 3 and len(matrix) == 2:
+            self.known.append(matrix[0].double())
+            return torch.tensor([True, False])
+        again = any(
+            torch.equal(matrix.double().view(known.shape), known)
+            for known in self.known
+            if known.numel() == matrix.numel()
+        )
+        return torch.full(matrix.shape[:-2], again)
+
+
 @pytest.mark.parametrize("how", ["raises", "gives NaN"])
-@pytest.mark.parametrize("name", ["soap", "kl-soap", "one-sided", "shampoo", "background", "kl-shampoo"])
+@pytest.mark.parametrize("name", ["soap", "kl-soap", "one-sided", "shampoo", "kl-shampoo"])
 def test_one_bad_factor_does_not_stop_the_others(name: str, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of tensors in one bucket, the first keeps its basis or root, the second has the very bits that it has alone."""
-    shapes = [(6, 8), (6, 8)]
     runs = []
     for broken in (False, True):
-        params, optimizer = trained(TABLE[name], steps=4, shapes=shapes)
+        params, optimizer = trained(TABLE[name], steps=4, shapes=[(6, 8), (6, 8)])
         first = {role: value.clone() for role, value in optimizer.state[params[0]].items()}
         if broken:
-            known = [value for role, value in optimizer.state[params[0]].items() if role.startswith("factor")]
-            scale = max(float(value.abs().max()) for value in known)
-            failing(monkeypatch, how, lambda matrix, s=scale: matrix.abs().amax((-2, -1)) > 100 * s)
-        for step in range(4, 8):
-            for place, param in enumerate(params):
-                param.grad = gradient(param, place, step)
-            params[0].grad *= 1e3  # type: ignore[operator]
-            optimizer.step()
-        runs.append((params, optimizer, first))
-    (fine, whole, _), (params, optimizer, first) = runs
-    assert 0 < optimizer.failed_refreshes <= 2
+            failing(monkeypatch, how, FirstOfTwo())
+        train(optimizer, params, range(4, 8))
+        runs.append((params, optimizer))
+    (fine, whole), (params, optimizer) = runs
+    sides = sum(role.startswith("factor_") for role in first)
+    assert optimizer.failed_refreshes == sides
     assert_same(params[1].detach(), fine[1].detach())
     assert_same(dict(optimizer.state[params[1]]), dict(whole.state[fine[1]]))
-    assert any(
-        torch.equal(value, first[role]) and not torch.equal(value, whole.state[fine[0]][role])
-        for role, value in optimizer.state[params[0]].items()
-        if role.startswith(("basis", "root"))
-    )
+    for role, value in optimizer.state[params[0]].items():
+        if role.startswith(("basis", "root")):
+            assert torch.equal(value, first[role]), role
+            assert not torch.equal(value, whole.state[fine[0]][role]), role
 
 
 def test_failures_are_counted_where_the_host_does_not_wait(

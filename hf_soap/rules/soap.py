@@ -15,8 +15,8 @@ from hf_soap.blocks import Chunk, Layout, adjacent
 from hf_soap.precision import float32_products
 from hf_soap.rules.base import MOMENTS, Rule, State, zeros
 
-ORTHONORMALIZE_EVERY = 100
-"""Refreshes between two corrections of a basis: 5,000 float32 refreshes leave it 1.7e-5 off orthonormality."""
+ORTHONORMALIZE_EVERY = 50
+"""Refreshes between two corrections of a basis: in float32 each adds about 1e-7 to the largest entry of QᵀQ - I."""
 
 KL_FLOOR = 1e-8
 """The KL correction divides by eigenvalues; smaller ones than this share of the largest are raised to it."""
