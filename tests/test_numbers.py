@@ -147,9 +147,15 @@ def test_gradients_may_vanish_and_come_back(name: str, small: float) -> None:
     """Squares of 1e-30 are zero in float32: KL factors of nothing stayed zero for ever, or became infinite."""
     run = descend(TABLE[name], lambda step: small if step < 15 else 1.0, 50)
     assert run["finite"]
-    assert run["losses"][-1] < run["losses"][0]
     if name not in UNGRAFTED:
+        assert run["losses"][-1] < run["losses"][0]
         assert run["longest"] < 100
+
+
+@pytest.mark.parametrize("name", ["soap", "kl-soap", "shampoo", "kl-shampoo", "padded blocks"])
+def test_a_leap_by_forty_orders_of_magnitude_is_finite(name: str) -> None:
+    """Whitened by eigenvalues of 1e-38, the squares of gradients of 1e10 were infinite, and KL-SOAP's factors NaN."""
+    assert descend(TABLE[name], lambda step: 1e-30 if step < 10 else 1e10, 20)["finite"]
 
 
 @family
@@ -251,7 +257,8 @@ def test_training_goes_on_without_decompositions(
     kept = {id(p): {k: v.clone() for k, v in optimizer.state[p].items() if k[:4] in ("basi", "root")} for p in params}
     failing(monkeypatch, how, every)
     train(optimizer, params, range(when, 12))
-    factored = any(role.startswith("factor_") for entry in optimizer.state.values() for role in entry)
+    newton = any(group.get("root_method") == "newton" for group in optimizer.param_groups)  # products alone
+    factored = any(role.startswith("factor_") for entry in optimizer.state.values() for role in entry) and not newton
     assert (optimizer.failed_refreshes > 0) == factored
     assert diagnostics(optimizer)["optimizer/failed_refreshes"] == optimizer.failed_refreshes
     for place, (param, start) in enumerate(zip(params, parameters(), strict=True)):
@@ -259,7 +266,7 @@ def test_training_goes_on_without_decompositions(
         assert not param.numel() or not torch.equal(param, start), place
         for role, value in optimizer.state[param].items():
             assert value.isfinite().all(), role
-            if role.startswith(("basis", "root")) and value.any():
+            if role.startswith(("basis", "root")) and value.any() and not newton:
                 eye = torch.eye(value.shape[-1]).expand_as(value)
                 before = kept[id(param)].get(role, eye)
                 torch.testing.assert_close(value, before if before.any() else eye, rtol=1e-5, atol=1e-5)
