@@ -42,7 +42,7 @@ def test_low_precision_parameters_keep_full_precision_state(row: Row, dtype: tor
     other = row(resumed)
     other.load_state_dict(through_a_file(optimizer.state_dict()))
     for state in other.state.values():
-        assert {value.dtype for value in state.values()} == {torch.float32}
+        assert {value.dtype for role, value in state.items() if role != "step"} == {torch.float32}
     train(other, resumed, range(5, STEPS))
     assert {param.dtype for param in resumed} == {dtype}
     assert_same(snapshot(other, resumed), snapshot(uninterrupted, whole))
