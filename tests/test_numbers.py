@@ -90,12 +90,14 @@ def test_the_error_names_a_named_parameter() -> None:
 
 @pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_ranks_give_up_together(count: int, tmp_path: Path) -> None:
-    ranks.run("sharded_numbers.a_streak_on_one_rank_is_an_error_on_all", count, tmp_path)
+    names = ["soap"] if count == 2 else ["soap", "shampoo", "mars"]
+    ranks.run("sharded_numbers.a_streak_on_one_rank_is_an_error_on_all", count, tmp_path, names=names)
 
 
 @pytest.mark.parametrize("count", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_failure_on_one_rank_holds_up_nobody(count: int, tmp_path: Path) -> None:
-    ranks.run("sharded_numbers.a_decomposition_that_fails_on_one_rank", count, tmp_path)
+    names = ["soap", "shampoo"] if count == 2 else ["soap", "kl_soap", "shampoo", "shampoo, late roots", "mars_soap"]
+    ranks.run("sharded_numbers.a_decomposition_that_fails_on_one_rank", count, tmp_path, names=names)
 
 
 # Gradients of any size
@@ -266,7 +268,8 @@ def test_training_goes_on_without_decompositions(
         assert not param.numel() or not torch.equal(param, start), place
         for role, value in optimizer.state[param].items():
             assert value.isfinite().all(), role
-            if role.startswith(("basis", "root")) and value.any() and not newton:
+            late = any(group.get("asynchronous") for group in optimizer.param_groups)  # sound ones were under way
+            if role.startswith(("basis", "root")) and value.any() and not (newton or late):
                 eye = torch.eye(value.shape[-1]).expand_as(value)
                 before = kept[id(param)].get(role, eye)
                 torch.testing.assert_close(value, before if before.any() else eye, rtol=1e-5, atol=1e-5)
