@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hf_soap import registry
+from hf_soap import extension
 from hf_soap.configs import (
     KlShampooConfig,
     KlSoapConfig,
@@ -48,7 +48,7 @@ __all__ = [
     "SoapTrainerMixin",
 ]
 
-registry.install()
+extension.install()
 
 
 def __getattr__(name: str) -> Any:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache, wraps
-from pathlib import Path
+from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from hf_soap import configs, grouping, resume, schema
+from hf_soap import configs, grouping, schema
 from hf_soap.blocks import FACTOR_RATIO
-from hf_soap.hooks import after_import
 from hf_soap.optimizers import MARS, SOAP, Shampoo
 from hf_soap.sharding import is_sharded, rank, ranks
 from hf_soap.stepping import BlockOptimizer
@@ -59,12 +57,6 @@ ENTRIES: dict[str, Entry] = {
     for optimizer, listed in ((SOAP, SOAP_CONFIGS), (Shampoo, SHAMPOO_CONFIGS), (MARS, MARS_CONFIGS))
     for config in listed
 }
-
-
-def install() -> None:
-    """Registers the names with transformers, now or as soon as it is imported. Calling it again changes nothing."""
-    after_import("transformers.training_args", _add_names)
-    after_import("transformers.trainer", _extend_trainer)
 
 
 def resolve(args: TrainingArguments) -> schema.OptimizerConfig:
@@ -169,7 +161,8 @@ def _report_sharding(optimizer: BlockOptimizer, name: str) -> None:
     handle = optimizer.register_step_post_hook(report)
 
 
-def _add_names(training_args: ModuleType) -> None:
+def add_names(training_args: ModuleType) -> None:
+    """Makes the names members of OptimizerNames; ``training_args`` is the module that has it."""
     names = training_args.OptimizerNames
     for value in ENTRIES:
         if value not in names._value2member_map_:
@@ -193,53 +186,8 @@ def _add_names(training_args: ModuleType) -> None:
     names._missing_ = classmethod(missing)
 
 
-def _extend_trainer(trainer: ModuleType) -> None:
-    cls = trainer.Trainer
-    original: Callable[..., Any] = cls.get_optimizer_cls_and_kwargs
-    if hasattr(original, "hf_soap"):
-        return
-
-    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None = None) -> tuple[Any, Any]:
-        # Before the original, not as one of its handlers: it splits optim_args in a way that breaks on brackets.
-        if optimizer_name(args) in ENTRIES:
-            return class_and_kwargs(args, model)
-        found: tuple[Any, Any] = original(args, model)
-        return found
-
-    creates = cls.create_optimizer
-
-    @wraps(creates)
-    def create_optimizer(self: Any, *args: Any, **kwargs: Any) -> Any:
-        from hf_soap import callbacks  # here: it takes transformers, and names must be registered without
-
-        # An optimizer cannot log by itself, and every run of any trainer comes by here before its first step.
-        callbacks.attach(self, every=_log_every(self.args))
-        return creates(self, *args, **kwargs)
-
-    loads = cls._load_optimizer_and_scheduler
-
-    @wraps(loads)
-    def load_optimizer_and_scheduler(self: Any, checkpoint: str | None) -> None:
-        if checkpoint is None or not resume.load_optimizer(self, Path(checkpoint)):
-            loads(self, checkpoint)
-
-    loads_model = cls._load_from_checkpoint
-
-    @wraps(loads_model)
-    def load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        ours = optimizer_name(self.args) in ENTRIES
-        if not (ours and resume.load_model(self, Path(resume_from_checkpoint), model or self.model)):
-            loads_model(self, resume_from_checkpoint, model)
-
-    cls.create_optimizer = create_optimizer
-    cls._load_optimizer_and_scheduler = load_optimizer_and_scheduler
-    cls._load_from_checkpoint = load_from_checkpoint
-    get_optimizer_cls_and_kwargs.hf_soap = True  # type: ignore[attr-defined]
-    get_optimizer_cls_and_kwargs.__doc__ = original.__doc__
-    cls.get_optimizer_cls_and_kwargs = staticmethod(get_optimizer_cls_and_kwargs)
-
-
-def _log_every(args: TrainingArguments) -> int:
+def log_every(args: TrainingArguments) -> int:
+    """Returns the steps between two entries of diagnostics that ``optim_args`` asks for, or 0."""
     every: int = getattr(resolve(args), "log_every", 0) if optimizer_name(args) in ENTRIES else 0
     return every
 

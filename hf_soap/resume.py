@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from hf_soap import checkpoint
+from hf_soap import checkpoint, checksums, sharding
 from hf_soap.stepping import BlockOptimizer
 
 if TYPE_CHECKING:
@@ -94,39 +94,104 @@ def _format(trainer: Trainer) -> str:
     return FULL if "FULL" in str(plugin.state_dict_type) else SHARDED
 
 
-def last_complete_checkpoint(folder: str | Path, *, model_only: bool = False) -> Path | None:
+def choose(trainer: Trainer, asked: str | bool | None) -> str | bool | None:
+    """Finds the folder that ``train(resume_from_checkpoint=asked)`` resumes from; all ranks must call this.
+
+    Args:
+        trainer: The Trainer.
+        asked: A folder, or True for the newest complete one in ``output_dir``.
+
+    Returns:
+        The folder, or ``asked`` where that names none.
+
+    Raises:
+        ValueError: If no checkpoint is complete, or files of the one that was named are damaged.
+    """
+    if asked is True:
+        folder = trainer.args.output_dir or "."
+        found = last_complete_checkpoint(folder, model_only=trainer.args.save_only_model, together=True)
+        if found is None:
+            raise ValueError(
+                f"got resume_from_checkpoint=True, wanted a complete checkpoint in {folder}, found none; "
+                "pass the folder of one, or start without resume_from_checkpoint"
+            )
+        logger.info("Resuming from %s, the newest complete checkpoint.", found)
+        return str(found)
+    if not asked or not Path(asked).is_dir():
+        return asked
+    named = Path(asked)
+    if problem := _said_by_any(find_damage(named, share=(sharding.rank(), sharding.ranks()))):
+        other = last_complete_checkpoint(named.parent, model_only=trainer.args.save_only_model, together=True)
+        instead = f"resume from {other}" if other else "start without resume_from_checkpoint"
+        raise ValueError(
+            f"got a damaged checkpoint, wanted a whole one: in {named}, {problem}; {instead}, or remove "
+            f"{checksums.NAME.format('*')} if you changed files on purpose"
+        )
+    return asked
+
+
+def last_complete_checkpoint(folder: str | Path, *, model_only: bool = False, together: bool = False) -> Path | None:
     """Finds the newest complete ``checkpoint-N`` folder, and warns about each newer one that it passes over.
 
     Args:
         folder: The Trainer's ``output_dir``.
         model_only: Whether checkpoints hold no optimizer (``save_only_model``).
+        together: All ranks call this: each reads a part of the files, and all get the same answer.
 
     Returns:
         The folder, or None if there is no complete one.
     """
-    numbered = [
-        (int(match[1]), path) for path in Path(folder).glob("checkpoint-*") if (match := _NUMBER.search(path.name))
-    ]
-    for _, path in sorted(numbered, reverse=True):
-        problem = find_problem(path, model_only=model_only)
+    numbers = [int(match[1]) for path in Path(folder).glob("checkpoint-*") if (match := _NUMBER.search(path.name))]
+    share = (sharding.rank(), sharding.ranks()) if together else (0, 1)
+    for number in sorted(sharding.from_all(numbers)[0] if together else numbers, reverse=True):
+        path = Path(folder) / f"checkpoint-{number}"
+        problem = find_problem(path, model_only=model_only, share=share)
+        if together:
+            problem = _said_by_any(problem)
         if problem is None:
             return path
         logger.warning("%s is incomplete and is passed over: %s", path, problem)
     return None
 
 
-def find_problem(folder: Path, *, model_only: bool = False) -> str | None:
-    """Says what keeps a checkpoint folder from being resumed, or None if all of its files are whole.
+def _said_by_any(problem: str | None) -> str | None:
+    return next((said for said in sharding.from_all(problem) if said), None)
 
-    Files are checked for presence and for their ends, which a killed process leaves unwritten; contents are not read.
+
+def find_problem(folder: Path, *, model_only: bool = False, share: tuple[int, int] = (0, 1)) -> str | None:
+    """Says what keeps a checkpoint folder from being resumed, or None if all of its files are there and whole.
+
+    Args:
+        folder: The checkpoint.
+        model_only: Whether it was saved without optimizer.
+        share: Which part of the contents to compare with their checksums, and of how many.
     """
+    if (folder / "checkpoint-is-incomplete.txt").exists():  # of the Trainer's saves on SIGTERM
+        return "the process ended while it was saved"
     try:
         json.loads((folder / "trainer_state.json").read_text())
     except (OSError, ValueError) as error:
         return f"trainer_state.json: {error}"
-    weights = [p for pattern in ("*.safetensors", "pytorch_model*.bin") for p in folder.glob(pattern)]
-    if not weights and not any(folder.glob("*model*")):
+    if not any(folder.glob("*model*")):
         return "no model weights"
+    wanted = [] if model_only else [folder / "scheduler.pt"]
+    if not model_only and not any(folder.glob("optimizer_[0-9]*")) and not (folder / FULL).is_file():
+        wanted.append(folder / PLAIN)
+    missing = next((f"{path.name} is missing" for path in wanted if not path.is_file()), None)
+    return missing or find_damage(folder, share=share)
+
+
+def find_damage(folder: Path, *, share: tuple[int, int] = (0, 1)) -> str | None:
+    """Says which of the files in a checkpoint folder is not whole, or None.
+
+    Contents are compared with the checksums that were saved beside them, if they were; else files of torch.save with
+    those that they hold, and the others are looked at for ends that a killed process left unwritten.
+
+    Args:
+        folder: The checkpoint.
+        share: Which part of the contents to compare with their checksums, and of how many.
+    """
+    weights = [path for pattern in ("*.safetensors", "pytorch_model*.bin") for path in folder.glob(pattern)]
     for index in folder.glob("*.index.json"):
         try:
             shards = set(json.loads(index.read_text())["weight_map"].values())
@@ -137,23 +202,23 @@ def find_problem(folder: Path, *, model_only: bool = False) -> str | None:
     for part in (*folder.glob("optimizer_[0-9]*"), *folder.glob("pytorch_model_fsdp_[0-9]*")):
         if part.is_dir() and not (part / ".metadata").is_file():  # written last
             return f"{part.name} has no .metadata"
-    saved = [*weights]
-    if not model_only:
-        # A missing random state is the Trainer's to warn about, half of one stops it.
-        saved += [folder / "scheduler.pt", *folder.glob("rng_state*.pth"), *folder.glob("scaler.pt")]
-        whole = [folder / name for name in (PLAIN, FULL) if (folder / name).is_file()]
-        saved += whole if whole or any(folder.glob("optimizer_*")) else [folder / PLAIN]
-    return next((f"{path.name} is {problem}" for path in saved if (problem := _damage(path))), None)
+    saved = [*weights, *(folder / name for name in (PLAIN, FULL, "scheduler.pt", "scaler.pt"))]
+    saved += sorted(
+        folder.glob("rng_state*.pth")
+    )  # a missing one is the Trainer's to warn about, half of one stops it
+    noted = checksums.exist(folder)
+    for path in saved:
+        if path.is_file() and (problem := _damage(path, contents=not noted)):
+            return f"{path.name} is {problem}"
+    return checksums.find_problem(folder, share=share)
 
 
 _NUMBER = re.compile(r"^checkpoint-(\d+)$")
 
 
-def _damage(path: Path) -> str | None:
-    if not path.is_file():
-        return "missing"
+def _damage(path: Path, *, contents: bool) -> str | None:
     if path.suffix != ".safetensors":
-        return None if zipfile.is_zipfile(path) else "cut off"
+        return _damage_of_zip(path, contents=contents)
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -165,3 +230,16 @@ def _damage(path: Path) -> str | None:
             return "unreadable"
     end = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
     return None if size == 8 + length + end else "cut off"
+
+
+def _damage_of_zip(path: Path, *, contents: bool) -> str | None:
+    if not zipfile.is_zipfile(path):
+        return "cut off"
+    if not contents:
+        return None
+    try:
+        with zipfile.ZipFile(path) as file:
+            member = file.testzip()  # torch.load reads tensors without it
+    except Exception as error:  # whatever a wrong length or flag leads to
+        return f"unreadable ({error})"
+    return f"damaged ({member} has another checksum than when it was written)" if member else None

@@ -200,6 +200,15 @@ def rank() -> int:
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
+def from_all(value: Any) -> list[Any]:
+    """Returns what each rank has, a small object that pickles; all ranks must call this."""
+    if ranks() == 1:
+        return [value]
+    values: list[Any] = [None] * ranks()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
 def wire_device(param: Tensor) -> torch.device:
     """Returns the device whose tensors the ranks of a parameter exchange; offloaded parts lie on another."""
     if not is_sharded(param) or param.device_mesh.device_type == "cpu":

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_soap import cards, metrics, preflight, registry, resume, schema
+from hf_soap import cards, metrics, preflight, registry, schema
 from hf_soap.callbacks import unwrapped
 from hf_soap.optimizers import MARS
 from hf_soap.stepping import BlockOptimizer
@@ -27,7 +27,7 @@ else:
 
 
 class SoapTrainerMixin(_Base):
-    """Adds to a Trainer: typed config, early checks, diagnostics, exact MARS, careful resume, recipes in model cards.
+    """Adds to a Trainer: typed config, early checks, diagnostics, exact MARS, recipes in model cards.
 
     Put it first: ``class MyTrainer(SoapTrainerMixin, SFTTrainer): ...``.
 
@@ -77,23 +77,10 @@ class SoapTrainerMixin(_Base):
             optimizer.consolidate()  # on all ranks: the Trainer asks rank 0 alone
         super()._save_optimizer_and_scheduler(output_dir)
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """Trains as the Trainer does. ``resume_from_checkpoint=True`` passes over incomplete checkpoints.
-
-        Raises:
-            ValueError: If no checkpoint is complete.
-        """
-        if resume_from_checkpoint is True:
-            folder = self.args.output_dir or "."
-            found = resume.last_complete_checkpoint(folder, model_only=self.args.save_only_model)
-            if found is None:
-                raise ValueError(
-                    f"got resume_from_checkpoint=True, wanted a complete checkpoint in {folder}, found none; "
-                    "pass the folder of one, or start without resume_from_checkpoint"
-                )
-            resume_from_checkpoint = str(found)
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trains as the Trainer does."""
         self._window.clear()
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+        return super().train(*args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Writes the card of the Trainer, with optimizer, loss curve, results and recipe; ``push_to_hub`` calls it."""

@@ -24,10 +24,12 @@ LAYERS = [
     "recipes",
     "preflight",
     "planning",
+    "extension",
     "registry",
     "callbacks",
     "metrics",
     "resume",
+    "checksums",
     "hooks",
     "grouping",
     "costs",
@@ -59,9 +61,9 @@ PEERS = {"heavyball", "pytorch-optimizer"}
 """Optimizer packages that a benchmark times where it finds them."""
 
 USERS = {
-    "transformers": {"cli", "trainer", "cards", "recipes", "callbacks", "registry", "grouping"},
-    "accelerate": {"cli", "trainer", "cards", "recipes", "callbacks", "registry", "grouping"},
-    "peft": {"cli", "trainer", "cards", "recipes", "callbacks", "registry", "grouping"},
+    "transformers": {"cli", "trainer", "cards", "recipes", "callbacks", "extension", "registry", "grouping"},
+    "accelerate": {"cli", "trainer", "cards", "recipes", "callbacks", "extension", "registry", "grouping"},
+    "peft": {"cli", "trainer", "cards", "recipes", "callbacks", "extension", "registry", "grouping"},
     "torch.distributed": {"sharding", "owners", "checkpoint"},
     "datasets": {"cli"},
     "matplotlib": {"cli", "cards"},

@@ -1,0 +1,118 @@
+"""What the Trainer learns: names of optimizers, and saving and resuming them with care."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from hf_soap import checksums, registry, resume
+from hf_soap.hooks import after_import
+from hf_soap.stepping import BlockOptimizer
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import TrainingArguments
+
+
+def install() -> None:
+    """Extends transformers, now or as soon as it is imported. Calling it again changes nothing."""
+    after_import("transformers.training_args", registry.add_names)
+    after_import("transformers.trainer", _extend_trainer)
+
+
+def _extend_trainer(trainer: ModuleType) -> None:
+    cls = trainer.Trainer
+    if not hasattr(cls.get_optimizer_cls_and_kwargs, "hf_soap"):
+        _extend_making(cls)
+        _extend_saving(cls)
+        _extend_loading(cls)
+
+
+def _ours(trainer: Any) -> bool:
+    """Whether a Trainer trains by an optimizer of this package; before it is made, its name says so."""
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    if optimizer is None:
+        return registry.optimizer_name(trainer.args) in registry.ENTRIES
+    return isinstance(optimizer, BlockOptimizer)
+
+
+def _extend_making(cls: Any) -> None:
+    original: Callable[..., Any] = cls.get_optimizer_cls_and_kwargs
+
+    def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None = None) -> tuple[Any, Any]:
+        # Before the original, not as one of its handlers: it splits optim_args in a way that breaks on brackets.
+        if registry.optimizer_name(args) in registry.ENTRIES:
+            return registry.class_and_kwargs(args, model)
+        found: tuple[Any, Any] = original(args, model)
+        return found
+
+    creates = cls.create_optimizer
+
+    @wraps(creates)
+    def create_optimizer(self: Any, *args: Any, **kwargs: Any) -> Any:
+        from hf_soap import callbacks  # here: it takes transformers, and names must be registered without
+
+        # An optimizer cannot log by itself, and every run of any trainer comes by here before its first step.
+        callbacks.attach(self, every=registry.log_every(self.args))
+        return creates(self, *args, **kwargs)
+
+    get_optimizer_cls_and_kwargs.hf_soap = True  # type: ignore[attr-defined]
+    get_optimizer_cls_and_kwargs.__doc__ = original.__doc__
+    cls.get_optimizer_cls_and_kwargs = staticmethod(get_optimizer_cls_and_kwargs)
+    cls.create_optimizer = create_optimizer
+
+
+def _extend_saving(cls: Any) -> None:
+    saves, saves_random_state = cls._save_checkpoint, cls._save_rng_state
+
+    @wraps(saves)
+    def save_checkpoint(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if _ours(self):
+            folder = Path(self._get_output_dir(trial=kwargs.get("trial", (*args, None, None)[1])))
+            checksums.begin(folder / f"checkpoint-{self.state.global_step}", **_writing(self.args))
+        return saves(self, *args, **kwargs)
+
+    @wraps(saves_random_state)
+    def save_rng_state(self: Any, output_dir: str) -> None:
+        saves_random_state(self, output_dir)  # the last of what all ranks save
+        if _ours(self):
+            checksums.write(Path(output_dir), **_writing(self.args))
+            self.accelerator.wait_for_everyone()  # only then does the first rank write what makes it complete
+
+    cls._save_checkpoint = save_checkpoint
+    cls._save_rng_state = save_rng_state
+
+
+def _writing(args: TrainingArguments) -> dict[str, Any]:
+    rank, first, number = args.process_index, 0, args.world_size
+    if args.save_on_each_node:
+        first, number = rank - args.local_process_index, int(os.environ.get("LOCAL_WORLD_SIZE", number))
+    return {"rank": rank, "writers": range(first, first + number), "common": args.should_save}
+
+
+def _extend_loading(cls: Any) -> None:
+    trains, loads, loads_model = cls.train, cls._load_optimizer_and_scheduler, cls._load_from_checkpoint
+
+    @wraps(trains)
+    def train(self: Any, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        if _ours(self):
+            resume_from_checkpoint = resume.choose(self, resume_from_checkpoint)
+        return trains(self, resume_from_checkpoint, *args, **kwargs)
+
+    @wraps(loads)
+    def load_optimizer_and_scheduler(self: Any, checkpoint: str | None) -> None:
+        if checkpoint is None or not resume.load_optimizer(self, Path(checkpoint)):
+            loads(self, checkpoint)
+
+    @wraps(loads_model)
+    def load_from_checkpoint(self: Any, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if not (_ours(self) and resume.load_model(self, Path(resume_from_checkpoint), model or self.model)):
+            loads_model(self, resume_from_checkpoint, model)
+
+    cls.train = train
+    cls._load_optimizer_and_scheduler = load_optimizer_and_scheduler
+    cls._load_from_checkpoint = load_from_checkpoint
