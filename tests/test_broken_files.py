@@ -1,0 +1,228 @@
+"""Checkpoints whose files were cut, changed or forged."""
+
+import json
+import logging
+import pickle
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from crashing import Run
+from helpers import assert_same
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import Trainer
+
+from hf_soap import SoapTrainer
+from hf_soap.registry import ENTRIES
+from hf_soap.resume import find_damage, find_problem, last_complete_checkpoint
+
+FILES = ["optimizer.pt", "model.safetensors", "scheduler.pt", "rng_state.pth"]
+
+
+def run(folder: Path, cls: type[Trainer] = Trainer, resume: Any = None, **changes: Any) -> Trainer:
+    args = tiny.arguments(folder, save_strategy="steps", **{"save_steps": 2, "max_steps": 4, **changes})
+    trainer = cls(tiny.gpt2(n_layer=1), args, train_dataset=tiny.Counting())
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with the checkpoints 2 and 4."""
+    folder = tmp_path_factory.mktemp("run")
+    run(folder)
+    return folder
+
+
+@pytest.fixture
+def copied(whole: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(whole, tmp_path / "run")
+
+
+@contextmanager
+def flipped(path: Path, place: float, bit: int) -> Iterator[None]:
+    """Has one bit of a file wrong; ``place`` is a share of its length, negative from the end in bytes."""
+    content = path.read_bytes()
+    changed = bytearray(content)
+    changed[int(place * (len(content) - 1)) if 0 <= place <= 1 else max(place, -len(content))] ^= 1 << bit
+    path.write_bytes(changed)
+    try:
+        yield
+    finally:
+        path.write_bytes(content)
+
+
+ANYWHERE = st.floats(0, 1) | st.integers(-2000, -1)
+"""The end holds the directory of a zip, which its tensors outweigh."""
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_flipped_bit_is_noticed(name: str, whole: Path) -> None:
+    """One in a tensor loaded without a word: torch.load reads tensors without the checksums that the file holds."""
+    folder = whole / "checkpoint-4"
+    assert find_problem(folder) is None
+
+    @settings(max_examples=100, deadline=None)
+    @given(ANYWHERE, st.integers(0, 7))
+    def holds(place: float, bit: int) -> None:
+        with flipped(folder / name, place, bit):
+            assert find_problem(folder).startswith(f"{name} is ")
+
+    holds()
+    assert find_problem(folder) is None
+
+
+def test_without_checksums_a_flipped_bit_is_noticed_or_changes_nothing(copied: Path) -> None:
+    """In checkpoints of other trainers; some bytes of a zip mean nothing. A file in it could turn into a folder."""
+    folder = copied / "checkpoint-4"
+    (folder / "checksums_0.json").unlink()
+    path = folder / "optimizer.pt"
+    intact = torch.load(path, weights_only=True)
+    outcomes = []
+
+    @settings(max_examples=200, deadline=None)
+    @given(ANYWHERE, st.integers(0, 7))
+    def holds(place: float, bit: int) -> None:
+        with flipped(path, place, bit):
+            problem = find_problem(folder)
+            outcomes.append(problem)
+            if problem is None:
+                assert_same(torch.load(path, weights_only=True), intact)
+            else:
+                assert problem.startswith("optimizer.pt is ")
+
+    holds()
+    assert any(outcomes)
+
+
+@settings(max_examples=50, deadline=None)
+@given(name=st.sampled_from(FILES), length=st.floats(0, 1, exclude_max=True), noted=st.booleans())
+def test_a_file_that_was_cut_off_is_noticed(name: str, length: float, noted: bool, whole: Path) -> None:
+    folder = whole / "checkpoint-4"
+    content, checksums = (folder / name).read_bytes(), (folder / "checksums_0.json").read_bytes()
+    try:
+        (folder / name).write_bytes(content[: int(length * len(content))])
+        if not noted:
+            (folder / "checksums_0.json").unlink()
+        assert find_problem(folder).startswith(f"{name} is ")
+    finally:
+        (folder / name).write_bytes(content)
+        (folder / "checksums_0.json").write_bytes(checksums)
+
+
+@pytest.mark.parametrize("cls", [Trainer, SoapTrainer])
+def test_the_newest_whole_checkpoint_is_resumed(
+    cls: type[Trainer], whole: Path, copied: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The plain Trainer took the newest folder, whatever was in it."""
+    want = torch.load(whole / "checkpoint-4" / "optimizer.pt", weights_only=True)
+    with flipped(copied / "checkpoint-4" / "optimizer.pt", 0.5, 3), caplog.at_level(logging.INFO, "hf_soap"):
+        resumed = run(copied, cls, resume=True, log_level="info")
+    assert "checkpoint-4 is incomplete and is passed over: optimizer.pt is not what was written" in caplog.text
+    assert f"Resuming from {copied / 'checkpoint-2'}, the newest complete checkpoint" in caplog.text
+    assert_same(resumed.optimizer.optimizer.state_dict(), want)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_checkpoint_that_was_named_is_refused(name: str, copied: Path) -> None:
+    with flipped(copied / "checkpoint-4" / name, 0.5, 3), pytest.raises(ValueError) as error:
+        run(copied, resume=str(copied / "checkpoint-4"))
+    assert f"in {copied / 'checkpoint-4'}, {name} is " in str(error.value)
+    assert f"; resume from {copied / 'checkpoint-2'}, or" in str(error.value)
+
+
+def test_another_optimizers_checkpoints_are_left_to_the_trainer(tmp_path: Path) -> None:
+    run(tmp_path, optim="adamw_torch")
+    assert not list(tmp_path.glob("**/checksums_*"))
+    run(tmp_path, optim="adamw_torch", resume=True)
+
+
+def test_a_folder_that_is_written_once_more_is_incomplete_until_its_end(copied: Path) -> None:
+    """A run killed while it wrote over a whole checkpoint left new weights with the old optimizer."""
+
+    class Killed(Exception):
+        pass
+
+    class Dies(Trainer):
+        def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+            raise Killed
+
+    with pytest.raises(Killed):
+        run(copied, Dies, resume=str(copied / "checkpoint-2"))
+    assert find_problem(copied / "checkpoint-4").startswith("trainer_state.json")
+    assert last_complete_checkpoint(copied) == copied / "checkpoint-2"
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda text: text[:-9], "checksums_0.json is unreadable"),
+        (lambda text: "[]", "checksums_0.json is unreadable"),
+        (lambda text: text.replace('"files": {', '"files": {"gone": [1, 2],'), "gone is missing"),
+        (lambda text: json.dumps({**json.loads(text), "ranks": [0, 2]}), "checksums_1.json is missing"),
+    ],
+)
+def test_damaged_checksums_are_noticed(change: Any, problem: str, copied: Path) -> None:
+    path = copied / "checkpoint-4" / "checksums_0.json"
+    path.write_text(change(path.read_text()))
+    assert find_damage(path.parent).startswith(problem)
+
+
+def test_shards_of_several_ranks(tmp_path: Path) -> None:
+    """torch.distributed.checkpoint keeps no checksums; every rank notes those of what it wrote."""
+    shards = {"optim_args": "precondition_frequency=2", "fsdp": "SHARDED_STATE_DICT", "ranks": 2, "max_steps": 6}
+    sharded = Run(tmp_path / "run", **shards)
+    want = sharded.to_the_end()
+    last = sharded.folder / "checkpoint-6"
+    assert last_complete_checkpoint(sharded.folder) == last
+    listed = {name for path in last.glob("checksums_*") for name in json.loads(path.read_text())["files"]}
+    assert listed >= {"optimizer_0/.metadata", "optimizer_0/__1_0.distcp", "pytorch_model_fsdp_0/__0_0.distcp"}
+    for name in listed:
+        with flipped(last / name, 0.5, 6):
+            assert find_problem(last).startswith(f"{name.partition('/')[0]}")
+    with flipped(last / "optimizer_0" / "__1_0.distcp", 0.5, 6):
+        assert_same(sharded.to_the_end(), want)
+    assert "checkpoint-6 is incomplete and is passed over: optimizer_0/__1_0.distcp is not what" in sharded.log()
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_checkpoints_hold_nothing_but_data(name: str, tmp_path: Path) -> None:
+    cls = SoapTrainer if name.startswith("mars") else Trainer
+    run(tmp_path, cls, optim=name, max_steps=1, save_steps=1)
+    saved = torch.load(tmp_path / "checkpoint-1" / "optimizer.pt", weights_only=True)
+    assert len(saved["state"]) == sum(len(group["params"]) for group in saved["param_groups"])
+
+
+class Touches:
+    """A pickle that makes a file when it is loaded."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.file,)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "pytorch_model.bin"])
+def test_a_forged_file_is_refused_and_runs_nothing(name: str, zipped: bool, copied: Path, tmp_path: Path) -> None:
+    """With checksums that fit, as whoever forges a file would see to."""
+    folder, touched = copied / "checkpoint-4", tmp_path / "touched"
+    if name == "pytorch_model.bin":
+        (folder / "model.safetensors").unlink()
+    if zipped:
+        torch.save({"state": Touches(touched), "param_groups": []}, folder / name)
+    else:
+        (folder / name).write_bytes(pickle.dumps(Touches(touched)))
+    (folder / "checksums_0.json").unlink()
+    with pytest.raises((ValueError, pickle.UnpicklingError), match=rf"{name} is |[Ww]eights.only"):
+        run(copied, resume=str(folder))
+    assert not touched.exists()
+    torch.load(folder / name, weights_only=False) if zipped else pickle.loads((folder / name).read_bytes())
+    assert touched.exists()  # it would have

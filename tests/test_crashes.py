@@ -1,0 +1,42 @@
+"""Runs that die, and go on."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from crashing import Run
+from helpers import assert_same
+
+FREQUENT = "precondition_frequency=2"
+
+RUNS: dict[str, dict[str, Any]] = {
+    "soap": {"optim_args": f"{FREQUENT},state_dtype=bfloat16,stagger=true"},
+    "shampoo": {"optim": "shampoo", "optim_args": f"{FREQUENT},asynchronous=true,delay=1"},
+    "exact mars": {"optim": "mars", "optim_args": "exact=true", "soap_trainer": True},
+    "owners under DDP": {"optim_args": f"{FREQUENT},shard_mode=owner", "soap_trainer": True, "ranks": 2},
+    "FSDP2": {"optim_args": FREQUENT, "fsdp": "SHARDED_STATE_DICT", "ranks": 2},
+}
+
+
+def dies_and_goes_on(name: str, folder: Path, *, kills: int, steps: int) -> Run:
+    """Kills a run so often, every second time while it saves, and compares its end with that of an undisturbed run."""
+    undisturbed = Run(folder / "undisturbed", **RUNS[name], max_steps=steps).to_the_end()
+    run, rng = Run(folder / "killed", **RUNS[name], max_steps=steps), random.Random(name)
+    for number in range(kills):
+        run.killed(rng, saving=number % 2 == 0)
+    assert_same(run.to_the_end(), undisturbed)
+    return run
+
+
+@pytest.mark.parametrize("name", ["shampoo", "owners under DDP"])
+def test_a_run_that_is_killed_ends_like_one_that_is_not(name: str, tmp_path: Path) -> None:
+    """Bit for bit: weights and state."""
+    dies_and_goes_on(name, tmp_path, kills=2, steps=30)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_that_is_killed_twenty_times_ends_like_one_that_is_not(name: str, tmp_path: Path) -> None:
+    run = dies_and_goes_on(name, tmp_path, kills=20, steps=240)
+    assert "is incomplete and is passed over" in run.log()  # some of the kills came while it saved
