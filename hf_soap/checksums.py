@@ -14,6 +14,9 @@ _OF_RANK = re.compile(r"^(?:__|rng_state_)(\d+)(?:_\d+\.distcp|\.pth)$")
 _STATE = "trainer_state.json"
 """Written last, behind the checksums."""
 
+INCOMPLETE = "checkpoint-is-incomplete.txt"
+"""Lies in a checkpoint that the Trainer saves on SIGTERM until it is whole."""
+
 
 def begin(folder: Path, *, rank: int, writers: range, common: bool) -> None:
     """Marks a folder that is written once more as incomplete, so that old and new files never pass for one checkpoint.
@@ -24,7 +27,8 @@ def begin(folder: Path, *, rank: int, writers: range, common: bool) -> None:
         writers: The ranks that write into this folder.
         common: Whether this rank writes the files that are not of one rank alone.
     """
-    (folder / NAME.format(rank)).unlink(missing_ok=True)
+    for name in (NAME.format(rank), INCOMPLETE):  # of a save that ended too early; what is missing says so too
+        (folder / name).unlink(missing_ok=True)
     if common:
         (folder / _STATE).unlink(missing_ok=True)
         kept = {NAME.format(writer) for writer in writers}
@@ -46,7 +50,7 @@ def write(folder: Path, *, rank: int, writers: range, common: bool) -> None:
     for path in sorted(folder.rglob("*")):
         of_rank = _OF_RANK.match(path.name)
         mine = int(of_rank[1]) == rank if of_rank else common
-        if mine and path.is_file() and path.name != _STATE and not path.match(NAME.format("*")):
+        if mine and path.is_file() and path.name not in (_STATE, INCOMPLETE) and not path.match(NAME.format("*")):
             files[path.relative_to(folder).as_posix()] = [path.stat().st_size, _crc(path)]
     noted = {"ranks": [writers.start, writers.stop], "files": files}
     (folder / NAME.format(rank)).write_text(json.dumps(noted, indent=1))

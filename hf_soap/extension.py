@@ -9,6 +9,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from hf_soap import checksums, registry, resume
 from hf_soap.hooks import after_import
 from hf_soap.stepping import BlockOptimizer
@@ -22,6 +24,7 @@ def install() -> None:
     """Extends transformers, now or as soon as it is imported. Calling it again changes nothing."""
     after_import("transformers.training_args", registry.add_names)
     after_import("transformers.trainer", _extend_trainer)
+    after_import("transformers.trainer_jit_checkpoint", _extend_saving_on_sigterm)
 
 
 def _extend_trainer(trainer: ModuleType) -> None:
@@ -116,3 +119,34 @@ def _extend_loading(cls: Any) -> None:
     cls.train = train
     cls._load_optimizer_and_scheduler = load_optimizer_and_scheduler
     cls._load_from_checkpoint = load_from_checkpoint
+
+
+def _extend_saving_on_sigterm(module: ModuleType) -> None:
+    """Has ``enable_jit_checkpoint`` save between two steps, and on all ranks at the same one."""
+    cls = module.JITCheckpointCallback
+    if hasattr(cls, "hf_soap"):
+        return
+    ends_step = cls.on_step_end
+
+    def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        manager = self.jit_manager
+        if manager and args.world_size > 1 and _ours(self.trainer):
+            accelerator = self.trainer.accelerator
+            asked = torch.tensor(float(manager.is_checkpoint_requested), device=accelerator.device)
+            if accelerator.reduce(asked, "sum") > 0:  # never back to False: the signal may have come meanwhile
+                manager.is_checkpoint_requested = True
+        ends_step(self, args, state, control, **kwargs)
+
+    # Within a step the random numbers of its forward pass are used up, and the resumed run would draw others.
+    for name in ("on_step_begin", "on_pre_optimizer_step", "on_epoch_end"):
+        setattr(cls, name, _unless_ours(getattr(cls, name)))
+    cls.on_step_end, cls.hf_soap = on_step_end, True
+
+
+def _unless_ours(event: Callable[..., None]) -> Callable[..., None]:
+    @wraps(event)
+    def on_event(self: Any, *args: Any, **kwargs: Any) -> None:
+        if self.trainer is None or not _ours(self.trainer):
+            event(self, *args, **kwargs)
+
+    return on_event

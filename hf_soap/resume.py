@@ -166,7 +166,7 @@ def find_problem(folder: Path, *, model_only: bool = False, share: tuple[int, in
         model_only: Whether it was saved without optimizer.
         share: Which part of the contents to compare with their checksums, and of how many.
     """
-    if (folder / "checkpoint-is-incomplete.txt").exists():  # of the Trainer's saves on SIGTERM
+    if (folder / checksums.INCOMPLETE).exists():
         return "the process ended while it was saved"
     try:
         json.loads((folder / "trainer_state.json").read_text())

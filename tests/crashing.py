@@ -63,7 +63,11 @@ def trainer_for(folder: Path, ranks: int, *, soap_trainer: bool = False, fsdp: s
         settings |= {"ddp_backend": "gloo"}
     saving = {"save_strategy": "steps", "save_steps": SAVE_STEPS, "save_total_limit": 3}
     args = tiny.arguments(folder, **{**saving, "logging_strategy": "no", **settings})
-    return (SoapTrainer if soap_trainer else Trainer)(tiny.gpt2(), args, train_dataset=tiny.Counting())
+    trainer = (SoapTrainer if soap_trainer else Trainer)(tiny.gpt2(), args, train_dataset=tiny.Counting())
+    for callback in trainer.callback_handler.callbacks:
+        if manager := getattr(callback, "jit_manager", None):
+            manager.kill_wait = 0.05  # seconds; in its three a run as small as this comes to its end
+    return trainer
 
 
 def weights(trainer: Any) -> dict[str, Any]:
@@ -131,6 +135,19 @@ class Run:
             victim.kill()
             victim.join()
             assert victim.exitcode == -9, f"it ended before it was killed: {victim.exitcode}\n{self.log()}"
+
+    def terminated(self, rng: random.Random) -> int:
+        """Lets it live until it gets SIGTERM, and to the end that it then makes; returns the step it reached."""
+        before = self.saved()
+        with self.living() as ranks:
+            self.wait(ranks, lambda: self.saved() > before)
+            for process in rng.sample(ranks, len(ranks)):
+                time.sleep(rng.uniform(0, 0.05))
+                process.terminate()
+            for process in ranks:
+                process.join(timeout=120)
+            assert [process.exitcode for process in ranks] == [0] * self.ranks, self.log()
+        return self.saved()
 
     def wait(self, ranks: list[BaseProcess], done: Any) -> None:
         """Waits for something, at most two minutes, and no longer than all processes live."""

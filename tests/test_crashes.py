@@ -5,8 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from crashing import Run
+from crashing import SAVE_STEPS, Run
 from helpers import assert_same
+from transformers import TrainingArguments
+
+from hf_soap.resume import last_complete_checkpoint
 
 FREQUENT = "precondition_frequency=2"
 
@@ -40,3 +43,33 @@ def test_a_run_that_is_killed_ends_like_one_that_is_not(name: str, tmp_path: Pat
 def test_a_run_that_is_killed_twenty_times_ends_like_one_that_is_not(name: str, tmp_path: Path) -> None:
     run = dies_and_goes_on(name, tmp_path, kills=20, steps=240)
     assert "is incomplete and is passed over" in run.log()  # some of the kills came while it saved
+
+
+needs_saving_on_sigterm = pytest.mark.skipif(
+    "enable_jit_checkpoint" not in TrainingArguments.__dataclass_fields__, reason="this transformers does not have it"
+)
+
+
+def is_terminated_and_goes_on(name: str, folder: Path, *, times: int, steps: int) -> None:
+    """It saves where it stands each time, and ends like an undisturbed run."""
+    undisturbed = Run(folder / "undisturbed", **RUNS[name], max_steps=steps).to_the_end()
+    run, rng = Run(folder / "stopped", **RUNS[name], max_steps=steps, enable_jit_checkpoint=True), random.Random(name)
+    reached = [run.terminated(rng) for _ in range(times)]
+    assert all(last_complete_checkpoint(run.folder).name == f"checkpoint-{step}" for step in reached[-1:])
+    assert any(step % SAVE_STEPS for step in reached), reached
+    assert "passed over" not in run.log()
+    assert_same(run.to_the_end(), undisturbed)
+
+
+@needs_saving_on_sigterm
+def test_a_run_saves_on_sigterm(tmp_path: Path) -> None:
+    """It saved in the middle of a step, with the random numbers of its dropout drawn, and resumed with others."""
+    is_terminated_and_goes_on("soap", tmp_path, times=2, steps=120)
+
+
+@pytest.mark.slow
+@needs_saving_on_sigterm
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_saves_on_sigterm_again_and_again(name: str, tmp_path: Path) -> None:
+    """Under DDP each rank saved at the step that it had come to, and the others waited for it in vain."""
+    is_terminated_and_goes_on(name, tmp_path, times=4, steps=180)
