@@ -45,7 +45,8 @@ def load_optimizer(trainer: Trainer, folder: Path) -> bool:
     saved = [folder / name for name in (PLAIN, FULL, SHARDED) if (folder / name).exists()]
     native = folder / _format(trainer)
     if not saved or not (folder / "scheduler.pt").is_file():
-        return False  # the Trainer says what is missing, or starts afresh
+        logger.warning("%s holds no optimizer or no scheduler: both start afresh.", folder)  # the Trainer is silent
+        return False
     if native.name == PLAIN:  # state that owners spread must not come whole to every device, as with the Trainer
         fits = not optimizer.spreads_state()
     else:
@@ -120,7 +121,8 @@ def choose(trainer: Trainer, asked: str | bool | None) -> str | bool | None:
     if not asked or not Path(asked).is_dir():
         return asked
     named = Path(asked)
-    if problem := _said_by_any(find_damage(named, share=(sharding.rank(), sharding.ranks()))):
+    share = (sharding.rank(), sharding.ranks())
+    if problem := _said_by_any(_why_unfinished(named) or find_damage(named, share=share)):
         other = last_complete_checkpoint(named.parent, model_only=trainer.args.save_only_model, together=True)
         instead = f"resume from {other}" if other else "start without resume_from_checkpoint"
         raise ValueError(
@@ -166,12 +168,8 @@ def find_problem(folder: Path, *, model_only: bool = False, share: tuple[int, in
         model_only: Whether it was saved without optimizer.
         share: Which part of the contents to compare with their checksums, and of how many.
     """
-    if (folder / checksums.INCOMPLETE).exists():
-        return "the process ended while it was saved"
-    try:
-        json.loads((folder / "trainer_state.json").read_text())
-    except (OSError, ValueError) as error:
-        return f"trainer_state.json: {error}"
+    if unfinished := _why_unfinished(folder):
+        return unfinished
     if not any(folder.glob("*model*")):
         return "no model weights"
     wanted = [] if model_only else [folder / "scheduler.pt"]
@@ -179,6 +177,16 @@ def find_problem(folder: Path, *, model_only: bool = False, share: tuple[int, in
         wanted.append(folder / PLAIN)
     missing = next((f"{path.name} is missing" for path in wanted if not path.is_file()), None)
     return missing or find_damage(folder, share=share)
+
+
+def _why_unfinished(folder: Path) -> str | None:
+    if (folder / checksums.INCOMPLETE).exists():
+        return "the process ended while it was saved"
+    try:
+        json.loads((folder / "trainer_state.json").read_text())  # written last
+    except (OSError, ValueError) as error:
+        return f"trainer_state.json: {error}"
+    return None
 
 
 def find_damage(folder: Path, *, share: tuple[int, int] = (0, 1)) -> str | None:

@@ -137,6 +137,26 @@ def test_a_damaged_checkpoint_that_was_named_is_refused(name: str, copied: Path)
     assert f"; resume from {copied / 'checkpoint-2'}, or" in str(error.value)
 
 
+def test_a_named_checkpoint_that_was_never_finished_is_refused(copied: Path) -> None:
+    """Scripts that look for the last folder themselves name it, and died of a missing file on every restart."""
+    folder = copied / "checkpoint-4"
+    (folder / "trainer_state.json").unlink()
+    with pytest.raises(ValueError, match=r"trainer_state\.json: .*; resume from .*checkpoint-2, or"):
+        run(copied, resume=str(folder))
+    (folder / "trainer_state.json").write_text("{}")
+    (folder / "checkpoint-is-incomplete.txt").touch()
+    with pytest.raises(ValueError, match=r"ended while it was saved; resume from .*checkpoint-2, or"):
+        run(copied, resume=str(folder))
+
+
+def test_a_new_optimizer_in_place_of_a_missing_one_is_said(copied: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = copied / "checkpoint-4"
+    for name in ("optimizer.pt", "checksums_0.json"):
+        (folder / name).unlink()
+    run(copied, resume=str(folder), max_steps=5)
+    assert f"{folder} holds no optimizer or no scheduler: both start afresh" in caplog.text
+
+
 def test_another_optimizers_checkpoints_are_left_to_the_trainer(tmp_path: Path) -> None:
     run(tmp_path, optim="adamw_torch")
     assert not list(tmp_path.glob("**/checksums_*"))
