@@ -24,6 +24,7 @@ def life(folder: Path, rank: int, ranks: int, meeting: Path, settings: dict[str,
     log = os.open(folder / f"log-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     import torch
 
     torch.set_num_threads(1)
@@ -137,10 +138,10 @@ class Run:
             assert victim.exitcode == -9, f"it ended before it was killed: {victim.exitcode}\n{self.log()}"
 
     def terminated(self, rng: random.Random) -> int:
-        """Lets it live until it gets SIGTERM, and to the end that it then makes; returns the step it reached."""
-        before = self.saved()
+        """Lets it get SIGTERM behind some step that it logs, and make its end; returns the step it reached."""
+        before = self.log().count("'loss'")
         with self.living() as ranks:
-            self.wait(ranks, lambda: self.saved() > before)
+            self.wait(ranks, lambda: self.log().count("'loss'") > before)
             for process in rng.sample(ranks, len(ranks)):
                 time.sleep(rng.uniform(0, 0.05))
                 process.terminate()
