@@ -118,9 +118,9 @@ def choose(trainer: Trainer, asked: str | bool | None) -> str | bool | None:
             )
         logger.info("Resuming from %s, the newest complete checkpoint.", found)
         return str(found)
-    if not asked or not Path(asked).is_dir():
+    named = Path(asked or "")
+    if not asked or not all(sharding.from_all(named.is_dir())):
         return asked
-    named = Path(asked)
     share = (sharding.rank(), sharding.ranks())
     if problem := _said_by_any(_why_unfinished(named) or find_damage(named, share=share)):
         other = last_complete_checkpoint(named.parent, model_only=trainer.args.save_only_model, together=True)
