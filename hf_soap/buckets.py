@@ -116,6 +116,26 @@ class Bucket:
             if role.removesuffix(SCALE) in changed:
                 kept[role].copy_(torch.where(chunk.usable, kept[role], value))  # type: ignore[arg-type]
 
+    @contextmanager
+    def stepping(self) -> Iterator[list[int]]:
+        """Lets the tensors whose step fails start anew: their state may be half changed, and their step is counted.
+
+        Yields:
+            To be filled with the first of the tensors that are being stepped, and one after the last.
+        """
+        under_way = [0, 0]
+        try:
+            yield under_way
+        except BaseException as error:
+            first, last = under_way
+            for stack in self.rows(first, last).values():
+                stack.zero_()  # as allocated; memory may be what was missing
+            self.steps[first:last].zero_()
+            logger.warning(
+                "A step was broken off by %s: %d tensors start without state.", type(error).__name__, last - first
+            )
+            raise
+
     def intact(self, state: Mapping[Tensor, dict[str, Any]]) -> bool:
         """Whether every tensor's state is still the view that was handed out."""
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -32,8 +33,17 @@ class SoapMetricsCallback(TrainerCallback):
         if every < 1:
             raise ValueError(f"every must be >= 1, got {every}; leave the callback out to log nothing")
         self.every = every
-        self.trainer: Trainer | None = None
+        self._trainer: weakref.ref[Trainer] | None = None
         self._warned = False
+
+    @property
+    def trainer(self) -> Trainer | None:
+        """The trainer that this logs for, which has the callback and not the reverse: a deleted one is freed."""
+        return None if self._trainer is None else self._trainer()
+
+    @trainer.setter
+    def trainer(self, trainer: Trainer) -> None:
+        self._trainer = weakref.ref(trainer)
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -56,13 +66,18 @@ class SoapMetricsCallback(TrainerCallback):
         """Logs the step, on all ranks."""
         optimizer = self._optimizer()
         measured = isinstance(optimizer, BlockOptimizer) and optimizer.probe is not None
-        if self.trainer is not None and measured and state.global_step % self.every == 0:
+        trainer = self.trainer
+        if trainer is not None and measured and state.global_step % self.every == 0:
             due = control.should_log
-            self.trainer.log(metrics.measurements(optimizer))
+            trainer.log(metrics.measurements(optimizer))
             control.should_log = due  # logging clears it, and the loss of this step would go unlogged
 
     def _optimizer(self) -> Any:
         return None if self.trainer is None else unwrapped(self.trainer.optimizer)
+
+
+class _ByOption(SoapMetricsCallback):
+    """The callback that ``log_every`` adds, which goes when the option does."""
 
 
 def attach(trainer: Trainer, *, every: int) -> None:
@@ -70,11 +85,14 @@ def attach(trainer: Trainer, *, every: int) -> None:
 
     Args:
         trainer: Any trainer that is about to train.
-        every: Steps between two entries of the one that is added; 0 adds none.
+        every: Steps between two entries of the one that is added; 0 adds none, and removes what another value added.
     """
     present = [one for one in trainer.callback_handler.callbacks if isinstance(one, SoapMetricsCallback)]
+    for outdated in [one for one in present if isinstance(one, _ByOption) and one.every != every]:
+        trainer.remove_callback(outdated)
+        present.remove(outdated)
     if every and not present:
-        present = [SoapMetricsCallback(every)]
+        present = [_ByOption(every)]
         trainer.add_callback(present[0])
     for callback in present:
         callback.trainer = trainer

@@ -53,20 +53,21 @@ def _extend_making(cls: Any) -> None:
         found: tuple[Any, Any] = original(args, model)
         return found
 
-    creates = cls.create_optimizer
+    def attaching(method: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(method)
+        def attach_and_call(self: Any, *args: Any, **kwargs: Any) -> Any:
+            from hf_soap import callbacks  # here: it takes transformers, and names must be registered without
 
-    @wraps(creates)
-    def create_optimizer(self: Any, *args: Any, **kwargs: Any) -> Any:
-        from hf_soap import callbacks  # here: it takes transformers, and names must be registered without
+            callbacks.attach(self, every=registry.log_every(self.args))
+            return method(self, *args, **kwargs)
 
-        # An optimizer cannot log by itself, and every run of any trainer comes by here before its first step.
-        callbacks.attach(self, every=registry.log_every(self.args))
-        return creates(self, *args, **kwargs)
+        return attach_and_call
 
     get_optimizer_cls_and_kwargs.hf_soap = True  # type: ignore[attr-defined]
     get_optimizer_cls_and_kwargs.__doc__ = original.__doc__
     cls.get_optimizer_cls_and_kwargs = staticmethod(get_optimizer_cls_and_kwargs)
-    cls.create_optimizer = create_optimizer
+    # An optimizer cannot log by itself, and every run comes by one of these, also where a subclass has its own other.
+    cls.create_optimizer, cls.create_scheduler = attaching(cls.create_optimizer), attaching(cls.create_scheduler)
 
 
 def _extend_saving(cls: Any) -> None:

@@ -129,7 +129,7 @@ def _listed(params: Any) -> list[Tensor]:
 def _names(model: nn.Module) -> dict[Tensor, list[str]]:
     names: defaultdict[Tensor, list[str]] = defaultdict(list)
     for name, param in model.named_parameters(remove_duplicate=False):
-        names[param].append(name)
+        names[param].append(name.replace("_orig_mod.", ""))  # which a compiled model puts in front
     return dict(names)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable
+import weakref
+from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
@@ -114,6 +115,8 @@ def class_and_kwargs(args: TrainingArguments, model: nn.Module | None) -> tuple[
         _warn_learning_rate_once(
             config.name, config.lr, "published with" if config.lr_is_published else "best started from"
         )
+    if args.optim_target_modules:
+        _warn_target_modules_once(config.name, str(args.optim_target_modules))
     return _grouping_class(entry.optimizer, config, model), kwargs
 
 
@@ -130,10 +133,12 @@ def _grouping_class(
     The Trainer takes an optimizer class and calls it with its decay groups, which subclasses may have changed. Groups
     of our own in their place, or a factory, would bypass those.
     """
+    # Weakly: a class is part of a cycle, and a model that it held would stay until the collector comes by.
+    named: Callable[[], nn.Module | None] = (lambda: None) if model is None else weakref.ref(model)
 
     class FromTrainerGroups(optimizer):  # type: ignore[misc, valid-type]
         def __new__(cls, params: Iterable[Any], **kwargs: Any) -> Any:
-            made = optimizer(grouping.split_groups(params, model, config), **kwargs)
+            made = optimizer(grouping.split_groups(params, named(), config), **kwargs)
             logger.info("%s routes parameters as follows\n%s", config.name, grouping.routing_table(made))
             _report_sharding(made, config.name)
             return made
@@ -240,4 +245,14 @@ def _warn_learning_rate_once(name: str, usual: float, how: str) -> None:
         name,
         how,
         usual,
+    )
+
+
+@cache
+def _warn_target_modules_once(name: str, modules: str) -> None:
+    logger.warning(
+        "optim_target_modules=%s is for GaLore and its relatives, and optim=%s does not read it; what shall follow "
+        "Adam is named by adam_modules in optim_args.",
+        modules,
+        name,
     )

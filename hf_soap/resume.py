@@ -45,8 +45,13 @@ def load_optimizer(trainer: Trainer, folder: Path) -> bool:
     saved = [folder / name for name in (PLAIN, FULL, SHARDED) if (folder / name).exists()]
     native = folder / _format(trainer)
     if not saved or not (folder / "scheduler.pt").is_file():
-        logger.warning("%s holds no optimizer or no scheduler: both start afresh.", folder)  # the Trainer is silent
-        return False
+        logger.warning(
+            "%s has no optimizer or no scheduler (save_only_model=True?): %s starts without state, and the learning "
+            "rate from the beginning of its schedule, while steps are counted on.",
+            folder,
+            type(optimizer).__name__,
+        )
+        return False  # the Trainer starts afresh too
     if native.name == PLAIN:  # state that owners spread must not come whole to every device, as with the Trainer
         fits = not optimizer.spreads_state()
     else:

@@ -218,12 +218,11 @@ class BlockOptimizer(PlannedOptimizer):
         alike = outcomes is None and not sharding.is_sharded(bucket.params[0])
         usable = None if self._verdict is None else self._verdict.usable
         team = sharding.Team() if group["distributed_refresh"] and alike and sharding.ranks() > 1 else None
-        with self._exact_arithmetic(bucket):
+        with self._exact_arithmetic(bucket), bucket.stepping() as under_way:
             for seeding, flags in ((True, fresh), (False, ready)):
                 for first, last in adjacent(flags, size):
+                    under_way[:] = first, last
                     count = bucket.steps[first:last].add_(1)
-                    if self._verdict is not None:
-                        self._verdict.counted.append(count)
                     t = tuple(int(step) + 1 - plan.rule.seeds for step in steps[first:last])
                     index = tuple(bucket.index[first:last])
                     chunk = Chunk(plan.layout, t, index, self._background, team, usable, gauge, self._failures)
@@ -241,6 +240,8 @@ class BlockOptimizer(PlannedOptimizer):
                     if outcomes is not None:
                         for place, param in enumerate(bucket.params[first:last]):
                             outcomes[param] = (SEEDED, None) if seeding else (UPDATED, directions[place])
+                    if self._verdict is not None:
+                        self._verdict.counted.append(count)
 
     def _gauge(self, plan: Plan) -> Gauge:
         return IDLE if self.probe is None else self.probe.of(plan.rule.describe(plan.layout))

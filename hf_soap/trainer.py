@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import copy
 import logging
-from contextlib import nullcontext
+import random
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -92,22 +96,26 @@ class SoapTrainerMixin(_Base):
         """Computes the gradients of one batch; for exact MARS those of the accumulated batches are then corrected.
 
         The correction happens behind the last batch of an accumulation window and before clipping. The window is
-        replayed at the previous weights with the random numbers that it had, so that dropout drops the same units.
+        replayed at the previous weights with the random numbers that it had, so that dropout drops the same units, and
+        leaves no other trace.
         """
         optimizer = unwrapped(self.optimizer)
         if not (isinstance(optimizer, MARS) and optimizer.exact):
             return super().training_step(model, inputs, *args, **kwargs)
         self._window.append((_random_state(), copy.copy(inputs)))
-        loss = super().training_step(model, inputs, *args, **kwargs)
+        try:
+            loss = super().training_step(model, inputs, *args, **kwargs)
+        except BaseException:
+            self._window.clear()  # out of memory: the Trainer begins anew, with smaller batches
+            raise
         if self.accelerator.sync_gradients:
-            window, behind, after = self._window[:], optimizer.has_previous_weights, _random_state()
+            window, behind = self._window[:], optimizer.has_previous_weights
             self._window.clear()
-            with optimizer.at_previous_weights():
+            with _untraced(self, model), optimizer.at_previous_weights():
                 for number, (before, batch) in enumerate(window if behind else [], start=1):
                     _set_random_state(before)
                     with nullcontext() if number == len(window) else self.accelerator.no_sync(model):
                         super().training_step(model, batch, *args, **kwargs)
-            _set_random_state(after)
         return loss
 
     def optimizer_diagnostics(self) -> dict[str, float]:
@@ -116,18 +124,38 @@ class SoapTrainerMixin(_Base):
         return metrics.diagnostics(optimizer) if isinstance(optimizer, BlockOptimizer) else {}
 
 
-RandomState = tuple[Tensor, list[Tensor]]
+RandomState = tuple[Any, Any, Tensor, list[Tensor]]
 
 
 def _random_state() -> RandomState:
-    return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    # Speech models mask with numpy's numbers, some layer drops with Python's.
+    return random.getstate(), numpy.random.get_state(), torch.get_rng_state(), cuda  # noqa: NPY002
 
 
 def _set_random_state(state: RandomState) -> None:
-    cpu, cuda = state
+    python, array, cpu, cuda = state
+    random.setstate(python)
+    numpy.random.set_state(array)  # noqa: NPY002
     torch.set_rng_state(cpu)
     if cuda:
         torch.cuda.set_rng_state_all(cuda)
+
+
+@contextmanager
+def _untraced(trainer: Trainer, model: nn.Module) -> Iterator[None]:
+    """Puts back what a second pass over a batch would count twice: random numbers, buffers, and the notes of TRL."""
+    after, notes = _random_state(), ("_metrics", "_total_train_tokens")
+    taken = {name: copy.deepcopy(getattr(trainer, name)) for name in notes if hasattr(trainer, name)}
+    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]  # running means of batch norms
+    try:
+        yield
+    finally:
+        _set_random_state(after)
+        vars(trainer).update(taken)
+        with torch.no_grad():
+            for buffer, value in buffers:
+                buffer.copy_(value)
 
 
 class SoapTrainer(SoapTrainerMixin, Trainer):
@@ -138,15 +166,16 @@ class _Preflight(TrainerCallback):
     """Looks when training begins: only then are parameters sharded, and those who own state known."""
 
     def __init__(self, trainer: SoapTrainerMixin) -> None:
-        self.trainer = trainer
+        self._trainer = weakref.ref(trainer)  # which has this callback: a deleted one is freed at once
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        optimizer = unwrapped(self.trainer.optimizer)
-        if isinstance(optimizer, BlockOptimizer) and self.trainer.model is not None:
+        trainer = self._trainer()
+        optimizer = None if trainer is None else unwrapped(trainer.optimizer)
+        if trainer is not None and isinstance(optimizer, BlockOptimizer) and trainer.model is not None:
             config = registry.resolve(args)
-            for warning in preflight.check(self.trainer.model, optimizer, config):
+            for warning in preflight.check(trainer.model, optimizer, config):
                 logger.warning("optim=%s: %s", config.name, warning)
 
 
