@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import sys
+
+if __name__ == "__main__" and not sys.flags.safe_path:
+    # `python -m` puts the working folder there, where what lies beside a recipe would be taken for a library.
+    del sys.path[0]
+
 from collections.abc import Callable
 from typing import Any
 

@@ -69,6 +69,8 @@ class Layout:
 
     def fitted(self, shape: Sequence[int], part: Sequence[int]) -> Layout:
         """Returns this layout of a tensor of ``shape`` for a smaller ``part``, which is padded to the same blocks."""
+        if not math.prod(shape):
+            return self  # and no smaller part has more than nothing
         view, sizes = [], iter(zip(shape, part, strict=True))
         for extent in self.view:
             covered, size = 1, 1
@@ -131,7 +133,7 @@ def merge_shape(shape: Sequence[int], limit: int) -> tuple[int, ...]:
         else:
             merged.append(running)
             running = size
-    if running > 1 or not merged:
+    if running != 1 or not merged:
         merged.append(running)
     return tuple(merged)
 

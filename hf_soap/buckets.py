@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -83,6 +83,16 @@ class Bucket:
                     view.copy_(known[role] if isinstance(known[role], Tensor) else torch.tensor(known[role]))
                 known[role] = view
             self._pointers.append([view.data_ptr() for view in known.values()])
+
+    def takes(self, plan: Plan) -> bool:
+        """Whether the bucket as it is, state and all, would be built for another plan too."""
+        old = self.plan
+        if (old.layout, old.kept, old.decay_last) != (plan.layout, plan.kept, plan.decay_last):
+            return False
+        wanted = plan.allocate(len(self.params), dtype=self.dtype, device=torch.device("meta"))
+        form = {role: (value.shape, value.dtype) for role, value in wanted.items()}
+        same = form == {role: (value.shape, value.dtype) for role, value in self.stacks.items()}
+        return same and old.rule.fuses == plan.rule.fuses
 
     def rows(self, first: int, last: int) -> dict[str, Tensor]:
         """Views of the state of the tensors first..last-1, by role."""
@@ -218,10 +228,36 @@ class GroupCache:
     params: list[Tensor]
     buckets: list[Bucket]
 
+    def __post_init__(self) -> None:
+        self._kinds = [(param.dtype, param.device) for param in self.params]
+
     def fits(self, params: list[Tensor], state: Mapping[Tensor, dict[str, Any]]) -> bool:
         """Whether parameters and state are still those that the buckets were made from."""
         same = len(self.params) == len(params) and all(a is b for a, b in zip(self.params, params, strict=True))
+        same = same and self._kinds == [(param.dtype, param.device) for param in params]  # model.double() keeps them
         return same and all(bucket.intact(state) for bucket in self.buckets)
+
+    def replan(self, plan_of: Callable[[Tensor], Plan]) -> bool:
+        """Gives the buckets the plans of other settings, if they are cut alike and their state has the same form.
+
+        A scheduler that cycles betas changes them at every step, and state need not be copied each time for that.
+
+        Args:
+            plan_of: Says what now happens to a parameter.
+
+        Returns:
+            Whether that was possible; if not, nothing has changed.
+        """
+        found = [{plan_of(param) for param in bucket.params} for bucket in self.buckets]
+        kinds = {(plan, bucket.dtype) for plans, bucket in zip(found, self.buckets, strict=True) for plan in plans}
+        if not len(kinds) == len(self.buckets) == sum(map(len, found)):
+            return False
+        plans = [plan for (plan,) in found]
+        if not all(bucket.takes(plan) for bucket, plan in zip(self.buckets, plans, strict=True)):
+            return False
+        for bucket, plan in zip(self.buckets, plans, strict=True):
+            bucket.plan = plan
+        return True
 
 
 def warn_if_flattened(layout: Layout, param: Tensor) -> None:

@@ -2,10 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
+
+from hf_soap import configs, schema
+
+CONFIGS = (configs.SoapConfig, configs.ShampooConfig, configs.MarsSoapConfig)
+OTHERS = {name for config in CONFIGS for name in schema.option_fields(config)} | schema.ELSEWHERE.keys()
+"""Options of any optimizer of the family."""
+
+CHANGING = ("maximize", "amsgrad", "nesterov")
+"""Settings of torch's optimizers that change what an update is; others, such as foreach, only say how it is made."""
+
+
+def check_group_keys(group: Mapping[str, Any], settings: Collection[str]) -> None:
+    """Refuses keys of a param group that are meant as settings and would be passed over.
+
+    A name of the user's own may be there, and what schedulers put there: ``initial_lr``, ``max_momentum``.
+
+    Args:
+        group: The param group.
+        settings: Names of the optimizer's settings.
+
+    Raises:
+        ValueError: On a key that is an option of another kind, or close to the name of a setting.
+    """
+    for key, value in group.items():
+        if key in settings or key in ("params", "param_names") or not isinstance(key, str):
+            continue
+        derived = any(key.endswith(f"_{name}") or key.startswith(f"{name}_") for name in settings)
+        misspelt = not derived and (
+            difflib.get_close_matches(key, settings, n=1, cutoff=0.8)
+            or (len(key) > 3 and any(name.startswith(key) for name in settings))
+        )
+        if misspelt or key in OTHERS or (key in CHANGING and value):
+            remedy = {"beta1": "write betas", "beta2": "write betas", "learning_rate": "write lr"}.get(key, "")
+            raise ValueError(
+                f"got {schema.shown(key)} in a param group, wanted a setting that a group may have: "
+                f"{remedy and remedy + '; '}{schema.nearest(key, settings)}They are {', '.join(settings)}."
+            )
 
 
 def check_learning_rate(lr: Any) -> None:

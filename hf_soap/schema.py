@@ -11,6 +11,7 @@ import math
 import re
 import types
 import typing
+import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from typing import Any, ClassVar, Literal, TypeVar
@@ -93,17 +94,17 @@ def check_values(config: type[OptimizerConfig], values: Mapping[str, Any]) -> No
         if key not in known:
             raise ValueError(_unknown(config, key))
         if not _has_type(value, hints[key]):
-            raise ValueError(f"{key} must be {_type_name(hints[key])}, got {value!r}")
+            raise ValueError(f"{key} must be {_type_name(hints[key])}, got {shown(value)}")
         meta = known[key].metadata
         if meta["check"] is not None and value is not None:
             test, wording = meta["check"]
             if value != value or value in (math.inf, -math.inf) or not test(value):
-                raise ValueError(f"{key} must be {wording}, got {value!r}{_remedy(known[key])}")
+                raise ValueError(f"{key} must be {wording}, got {shown(value)}{_remedy(known[key])}")
         if key.endswith("_modules") and value is not None:
             try:
                 re.compile(value)
-            except re.error as error:
-                raise ValueError(f"{key} must be a regular expression, got {value!r}: {error}") from error
+            except (re.error, OverflowError, RecursionError) as error:  # a{99999999999}, and a thousand parentheses
+                raise ValueError(f"{key} must be a regular expression, got {shown(value)}: {error}") from error
 
 
 def parse_optim_args(text: str | None, config: type[ConfigT], defaults: Mapping[str, Any] | None = None) -> ConfigT:
@@ -152,13 +153,22 @@ def nearest(name: str, choices: Collection[str]) -> str:
     return f"did you mean {match[0]}? " if match else ""
 
 
+def shown(value: Any) -> str:
+    """Returns ``repr(value)`` for an error, cut where it would fill the screen."""
+    try:
+        text = repr(value)
+    except ValueError:  # a whole number of more digits than Python writes
+        return f"a number of {value.bit_length()} bits"
+    return text if len(text) <= 200 else f"{text[:100]}... ({len(text)} characters)"
+
+
 def option_fields(config: type[OptimizerConfig]) -> dict[str, Field[Any]]:
     return {f.name: f for f in fields(config)}
 
 
 def _unknown(config: type[OptimizerConfig], key: str) -> str:
     choices = option_fields(config)
-    return f"unknown option {key!r} of {config.name}: {nearest(key, choices)}It takes {', '.join(choices)}."
+    return f"unknown option {shown(key)} of {config.name}: {nearest(key, choices)}It takes {', '.join(choices)}."
 
 
 def _remedy(entry: Field[Any]) -> str:
@@ -170,12 +180,14 @@ def _pairs(text: str, config: type[OptimizerConfig]) -> Iterable[tuple[str, str]
     for item in _split(text):
         key, equals, raw = (part.strip() for part in item.partition("="))
         if not equals or not key or not raw:
-            raise ValueError(f"optim_args wants key=value pairs split by commas, got {item!r}; for example eps=1e-8")
+            raise ValueError(
+                f"optim_args wants key=value pairs split by commas, got {shown(item)}; for example eps=1e-8"
+            )
         if key == "betas":
             betas = [beta.strip() for beta in raw.strip("()[]").split(",")]
             if len(betas) != 2:
                 raise ValueError(
-                    f"betas wants two numbers, got {raw!r}; write betas=(0.95,0.95), or beta1= and beta2="
+                    f"betas wants two numbers, got {shown(raw)}; write betas=(0.95,0.95), or beta1= and beta2="
                 )
             yield from zip(("beta1", "beta2"), betas, strict=True)
         elif key in ELSEWHERE:
@@ -221,17 +233,28 @@ def _from_text(key: str, raw: str, hint: Any) -> Any:
         return None
     kind = next(arg for arg in args if arg is not type(None))
     if typing.get_origin(kind) is Literal or kind is str:
-        return ast.literal_eval(raw) if len(raw) > 1 and raw[0] == raw[-1] and raw[0] in "'\"" else raw
+        return _unquoted(key, raw) if len(raw) > 1 and raw[0] == raw[-1] and raw[0] in "'\"" else raw
     if kind is bool:
         if raw.lower() in ("true", "1", "yes", "on"):
             return True
         if raw.lower() in ("false", "0", "no", "off"):
             return False
-        raise ValueError(f"{key} must be true or false, got {raw!r}")
+        raise ValueError(f"{key} must be true or false, got {shown(raw)}")
     try:
         return kind(raw)
     except ValueError:
-        raise ValueError(f"{key} must be {_type_name(hint)}, got {raw!r}") from None
+        raise ValueError(f"{key} must be {_type_name(hint)}, got {shown(raw)}") from None
+
+
+def _unquoted(key: str, raw: str) -> str:
+    """Reads a value in quotes as Python does, if it is one piece of text."""
+    try:
+        if re.fullmatch(r"(['\"])(?:(?!\1)[^\\]|\\.)*\1", raw, re.DOTALL):
+            with warnings.catch_warnings(action="ignore"):  # of \d, which a regular expression may have
+                return str(ast.literal_eval(raw))
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"{key} got {shown(raw)}, wanted text in quotes that Python can read: {error}") from None
+    raise ValueError(f"{key} got {shown(raw)}, wanted one text in quotes; write a quote within it as \\' or \\\"")
 
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:
@@ -244,6 +267,13 @@ def _to_text(value: Any) -> str:
         plain = _split(f"k={value},k") == [f"k={value}", "k"] and value.lower() not in ("", "none", "null")
         return value if plain and value == value.strip() and value[0] not in "'\"" else repr(value)
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that no float holds
+        return False
 
 
 def _has_type(value: Any, hint: Any) -> bool:

@@ -17,7 +17,7 @@ from hf_soap import checkpoint, schema, sharding
 from hf_soap.background import Background
 from hf_soap.blocks import Layout, Plan
 from hf_soap.buckets import GroupCache, state_dtype
-from hf_soap.checks import check_learning_rate, check_number, check_pair
+from hf_soap.checks import check_group_keys, check_learning_rate, check_number, check_pair
 from hf_soap.failures import Failures
 from hf_soap.owners import Ownership
 from hf_soap.probe import Probe
@@ -131,6 +131,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
         self._made_for[len(self.param_groups) - 1] = [param.shape for param in group["params"]]
 
     def _check_group(self, group: dict[str, Any]) -> None:
+        check_group_keys(group, self.defaults)
         check_learning_rate(group["lr"])
         check_number("weight_decay", group["weight_decay"])
         beta1, beta2 = check_pair("betas", group["betas"])

@@ -169,9 +169,15 @@ class BlockOptimizer(PlannedOptimizer):
             places: Parameters by their place in the optimizer.
             whole: Whether whole parameters are stepped, as their owner does, or this rank's parts.
         """
-        settings = _settings(group)
+        settings = {
+            key: group[key] for key in self.defaults.keys() & group.keys() if key not in ("lr", "weight_decay")
+        }
         cached, params = self._buckets.get(key), list(places.values())
-        if cached is not None and cached.settings == settings and cached.fits(params, self.state):
+        fits = cached is not None and cached.fits(params, self.state)
+        if cached is not None and fits and cached.settings != settings:
+            fits = cached.replan(lambda param: self.plan_of(group, param))
+            cached.settings = settings
+        if cached is not None and fits:
             return cached.buckets
         self._check_shapes(key[0], group)
         members: dict[tuple[Plan, torch.dtype, torch.device], list[tuple[int, Tensor, torch.Size]]] = {}
@@ -301,8 +307,3 @@ class BlockOptimizer(PlannedOptimizer):
                 weights, directions = ([pair[i] for pair in pairs] for i in (0, 1))
                 with gauge.watching(weights):
                     apply_(weights, directions, lr=group["lr"] * scale, weight_decay=decay, decay_last=last)
-
-
-def _settings(group: dict[str, Any]) -> dict[str, Any]:
-    """The settings of a group that buckets are made from."""
-    return {key: value for key, value in group.items() if key not in ("params", "lr", "weight_decay")}

@@ -19,11 +19,31 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 # Tiny matrices are fastest on one thread, and sums come out the same on every machine. Child processes inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import hypothesis
 import pytest
 import torch
+from generated import CASES
 from hub import Hub, serve
 
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+# The fast tests generate the same cases everywhere; the slow ones draw new ones each time, and say how to repeat one.
+_every = {"deadline": None, "database": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
+hypothesis.settings.register_profile("fast", **_every, derandomize=True, max_examples=60, stateful_step_count=12)
+hypothesis.settings.register_profile("full", **_every, max_examples=2500, stateful_step_count=20, print_blob=True)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    hypothesis.settings.load_profile("full" if config.getoption("--slow") else "fast")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if CASES:
+        terminalreporter.section("generated cases")
+        for name, number in sorted(CASES.items()):
+            terminalreporter.line(f"{number:7d} {name}")
+        terminalreporter.line(f"{sum(CASES.values()):7d} together")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -152,7 +152,7 @@ def compare(
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    console = Console()
+    console = Console(markup=False, emoji=False)  # options of an optimizer hold brackets
     if horizons and steps:
         raise typer.BadParameter("got --horizons and --steps, wanted one of them; the horizons are the steps")
     if widen and lr_sweep == 1:

@@ -66,7 +66,7 @@ def plan(
     if as_json:
         typer.echo(json.dumps(asdict(report), indent=2))
     else:
-        _show(Console(), report, memory)
+        _show(Console(markup=False, emoji=False), report, memory)
 
 
 def _config(optim: str, optim_args: str, shard_mode: str | None) -> OptimizerConfig:

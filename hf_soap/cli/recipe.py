@@ -68,7 +68,7 @@ def diff(one: Source, other: Source) -> None:
     table = Table("key", one, other, box=SIMPLE_HEAD, pad_edge=False)
     for key, *values in rows:
         table.add_row(Text(key), *map(_cell, values))
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)
     raise typer.Exit(1)
 
 

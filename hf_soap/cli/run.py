@@ -83,11 +83,12 @@ def prepare(program: list[str]) -> Launch:
             "options of the program go behind its name"
         )
     sys.argv = program
-    if Path(name).exists():
-        sys.path.insert(0, str(Path(name).resolve().parent))
-        return partial(runpy.run_path, name, run_name="__main__")
+    # First, since a file of that name in the working folder is not what `trl sft` starts either.
     if command := _installed_command(name):
         return partial(_run_command, command)
+    if Path(name).exists():
+        _put_on_path(Path(name).resolve().parent)
+        return partial(runpy.run_path, name, run_name="__main__")
     raise typer.BadParameter(
         f"got {name!r}, wanted an existing script or an installed Python command; "
         f"check the path (the working folder is {Path.cwd()}), or use -m for a module"
@@ -148,7 +149,7 @@ def _take_recipe(arguments: list[str]) -> tuple[str | None, list[str]]:
 
 def _prepare_module(name: str, *arguments: str) -> Launch:
     sys.argv = [name, *arguments]
-    sys.path.insert(0, str(Path.cwd()))
+    _put_on_path(Path.cwd())
     if _is_runnable(name):
         return partial(runpy.run_module, name, run_name="__main__", alter_sys=True)
     # TRL is a package without __main__ whose command line is a console script of the same name.
@@ -158,6 +159,12 @@ def _prepare_module(name: str, *arguments: str) -> Launch:
         f"got -m {name}, wanted a module, or a package with a __main__, that this Python can import; "
         f"check the spelling, or install it into {sys.prefix}"
     )
+
+
+def _put_on_path(folder: Path) -> None:
+    """Does what Python does for a script or a module, unless it was told not to."""
+    if not sys.flags.safe_path:
+        sys.path.insert(0, str(folder))
 
 
 def _is_runnable(name: str) -> bool:

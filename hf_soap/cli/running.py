@@ -43,7 +43,7 @@ def run_cases(
     log = RunLog(output_dir / "runs.jsonl", data=corpus.digest, model=bases[0].model)
     if len(log):
         console.print(f"{log.path} holds runs of this code on this text: {len(log)}. They are not made again.")
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn()
     cases = []
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
 

@@ -15,7 +15,7 @@ from hf_soap.blocks import PREV_PARAM, Plan, plan_layout
 from hf_soap.checks import check_choice, check_pair
 from hf_soap.optimizers.soap import plan_factors, soap_rule, storage_of
 from hf_soap.rules import AdamW, Lion, Mars, Orthogonal, Rule
-from hf_soap.sharding import local, local_grad, settle_gradient_
+from hf_soap.sharding import is_sharded, local, local_grad, settle_gradient_
 from hf_soap.stepping import BlockOptimizer
 
 
@@ -221,6 +221,8 @@ class MARS(BlockOptimizer):
         grad = local_grad(param)
         if grad is None or not group["exact"] or not isinstance(self.plan_of(group, param).rule, Mars):
             return
+        if 0 in grad.stride() and not is_sharded(param):  # expanded: several entries are one place in memory
+            grad = param.grad = grad.clone(memory_format=torch.contiguous_format)
         other = torch.zeros_like(grad) if behind is None else behind
         grad.copy_(updates.mars_correction(grad, other, beta1=group["betas"][0], gamma=group["gamma"]))
 

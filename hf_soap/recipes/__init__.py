@@ -26,8 +26,11 @@ Recipe = dict[str, Any]
 NAME = "recipe.yaml"
 """The recipe's file in a repository and in an output folder."""
 
+MOST_SHOWN = 50
+"""Refused keys that an error names."""
+
 _MARK = "<!-- hf_soap recipe -->"
-_EMBEDDED = re.compile(rf"^{_MARK}\n+```yaml\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+_EMBEDDED = re.compile(rf"^{_MARK}\n+```yaml\n(.*?)^```$".encode(), re.MULTILINE | re.DOTALL)
 
 _NOT_PORTABLE = re.compile(
     r"output_dir|logging_dir|run_name|report_to|project|disable_tqdm|debug|log_level.*|log_on_each_node|ddp_.*|fsdp.*"
@@ -119,10 +122,10 @@ def embedded(card: bytes) -> bytes:
     Raises:
         ValueError: If the card holds none or several.
     """
-    found: list[str] = _EMBEDDED.findall(card.decode("utf-8", errors="replace").replace("\r\n", "\n"))
+    found: list[bytes] = _EMBEDDED.findall(card.replace(b"\r\n", b"\n"))
     if len(found) != 1:
         raise ValueError(f"got a model card with {len(found)} recipes, wanted one, below the line {_MARK}")
-    return found[0].encode()
+    return found[0]
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
@@ -145,7 +148,9 @@ def _flat(value: Mapping[str, Any], prefix: str = "") -> Recipe:
 
 def _raise(source: str, problems: Sequence[str]) -> None:
     if problems:
-        raise ValueError("\n".join([f"{source} is refused", *(f"- {problem}" for problem in problems)]))
+        more = [f"... and {len(problems) - MOST_SHOWN} more"] if len(problems) > MOST_SHOWN else []
+        lines = [f"{source} is refused", *(f"- {problem}" for problem in problems[:MOST_SHOWN]), *more]
+        raise ValueError("\n".join(lines))
 
 
 # Command lines

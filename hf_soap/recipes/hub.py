@@ -11,6 +11,7 @@ from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalE
 
 from hf_soap.recipes import NAME, Recipe, embedded, read
 from hf_soap.recipes.plain_yaml import MAX_BYTES
+from hf_soap.schema import shown
 
 CARD = "README.md"
 
@@ -34,13 +35,17 @@ def load(source: str) -> Recipe:
 def fetch(source: str) -> bytes:
     """Returns the YAML of a recipe as it stands; see :func:`load`."""
     path = Path(source)
-    if path.is_dir():
-        path = next((path / name for name in (NAME, CARD) if (path / name).is_file()), path / NAME)
-    if path.is_file():
-        _refuse_large(source, path.stat().st_size)
-        return _extract(source, path)
-    if path.exists() or path.suffix in (".yaml", ".yml", ".md") or source.startswith((".", "/", "~")):
-        raise ValueError(f"got {source!r}, wanted a recipe, found no file {path}; check the path")
+    try:
+        if path.is_dir():
+            path = next((path / name for name in (NAME, CARD) if (path / name).is_file()), path / NAME)
+        found = _read(source, path) if path.is_file() else None
+        other = path.exists()
+    except OSError as error:  # a name that is too long, a file of somebody else
+        raise ValueError(f"got {shown(source)}, wanted a recipe that can be read: {error.strerror}") from error
+    if found is not None:
+        return _extract(source, path, found)
+    if other or path.suffix in (".yaml", ".yml", ".md") or source.startswith((".", "/", "~")):
+        raise ValueError(f"got {shown(source)}, wanted a recipe, found no file {path}; check the path")
     return _download(source)
 
 
@@ -87,6 +92,8 @@ def pull(source: str, folder: Path, *, overwrite: bool = False) -> Path:
     data = fetch(source)
     read(data, source=source)
     path = folder / NAME
+    if path.is_symlink():
+        raise ValueError(f"got {path}, a link to {path.readlink()}, wanted a file or none; remove the link")
     if path.exists() and path.read_bytes() != data and not overwrite:
         raise ValueError(
             f"got {folder} with another {NAME} in it, wanted none there; name another folder, or --overwrite"
@@ -102,9 +109,9 @@ def _download(source: str) -> bytes:
         with _failures(source):
             path = _download_file(source, repo, name, revision or None)
         if path is not None:
-            return _extract(source, path)
+            return _extract(source, path, _read(source, path))
     where = "in the cache, the only place while HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "there"
-    raise ValueError(f"got {source!r}, wanted a repository with {NAME} or a model card, found neither {where}")
+    raise ValueError(f"got {shown(source)}, wanted a repository with {NAME} or a model card, found neither {where}")
 
 
 def _download_file(source: str, repo: str, name: str, revision: str | None) -> Path | None:
@@ -122,21 +129,30 @@ def _failures(source: str) -> Iterator[None]:
     try:
         yield
     except HFValidationError as error:
-        raise ValueError(f"got {source!r}, wanted a file, or a repository such as user/name: {error}") from error
+        raise ValueError(f"got {shown(source)}, wanted a file, or a repository such as user/name: {error}") from error
     # Which exception a lost connection raises differs between versions of the client.
     except Exception as error:
         if type(error) is ValueError:
             raise
-        raise ValueError(f"got {source!r}, wanted a repository that can be reached: {error}") from error
+        raise ValueError(f"got {shown(source)}, wanted a repository that can be reached: {error}") from error
 
 
-def _extract(source: str, path: Path) -> bytes:
+def _read(source: str, path: Path) -> bytes:
+    with path.open("rb") as file:
+        data = file.read(MAX_BYTES + 1)
+    _refuse_large(source, max(len(data), path.stat().st_size))
+    return data
+
+
+def _extract(source: str, path: Path, data: bytes) -> bytes:
     try:
-        return embedded(path.read_bytes()) if path.suffix == ".md" else path.read_bytes()
+        return embedded(data) if path.suffix == ".md" else data
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
 
 
 def _refuse_large(source: str, size: int) -> None:
     if size > MAX_BYTES:
-        raise ValueError(f"got {source!r} with {size} bytes, wanted at most {MAX_BYTES}; a recipe needs a few hundred")
+        raise ValueError(
+            f"got {shown(source)} with {size} bytes, wanted at most {MAX_BYTES}; a recipe needs a few hundred"
+        )

@@ -167,10 +167,11 @@ def _misfit(value: Any, hint: Any) -> str:
         return ""
     choices = [str(member.value) for kind in alternatives if _is_enum(kind) for member in kind]
     if choices:
-        return f"got {value!r}, wanted one of {', '.join(choices)}; {schema.nearest(str(value), choices)}".rstrip("; ")
+        near = schema.nearest(str(value), choices)
+        return f"got {schema.shown(value)}, wanted one of {', '.join(choices)}; {near}".rstrip("; ")
     wanted = " or ".join(dict.fromkeys(_type_name(kind) for kind in alternatives if kind is not type(None)))
     quote = "; put it in quotes" if "text" in wanted and not isinstance(value, (str, list)) else ""
-    return f"got {value!r}, wanted {wanted}{quote}"
+    return f"got {schema.shown(value)}, wanted {wanted}{quote}"
 
 
 def _alternatives(hint: Any) -> list[Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-MAX_BYTES = 256 * 1024
+MAX_BYTES = 64 * 1024
 MAX_DEPTH = 8
 
 # A number with a leading zero stays text: it is a revision or an identifier.
@@ -38,7 +38,7 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
         if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
             raise _refusal("an anchor or alias", "every value written out", event.start_mark)
         if event.tag is not None:
-            raise _refusal(f"the tag {event.tag!r}", "plain values without tags", event.start_mark)
+            raise _refusal(f"the tag {event.tag!r:.80}", "plain values without tags", event.start_mark)
         if self.nesting == MAX_DEPTH:
             raise _refusal("deeper nesting", f"at most {MAX_DEPTH} levels", event.start_mark)
         self.nesting += 1
@@ -50,9 +50,9 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
         seen = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode) or not key.tag.endswith(":str"):
-                raise _refusal(f"the key {key.value!r}", "text as key", key.start_mark)
+                raise _refusal(f"the key {key.value!r:.80}", "text as key", key.start_mark)
             if key.value in seen:
-                raise _refusal(f"the key {key.value!r} twice", "it once", key.start_mark)
+                raise _refusal(f"the key {key.value!r:.80} twice", "it once", key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep=deep)
 
@@ -71,7 +71,7 @@ def load(data: bytes) -> Any:
     """Reads one document.
 
     Args:
-        data: UTF-8 text of at most 256 KiB.
+        data: UTF-8 text of at most 64 KiB.
 
     Returns:
         Mappings with text as keys, lists, text, numbers, booleans and None.
@@ -88,15 +88,24 @@ def load(data: bytes) -> Any:
             return loader.get_single_data()
         finally:
             loader.dispose()
-    # The constructors raise ValueError for an integer of thousands of digits.
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"wanted plain YAML: {error}") from error
+    # Integers of thousands of digits and escapes such as \UFFFFFFFF fail in Python, not in PyYAML.
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
+        raise ValueError(f"wanted plain YAML: {_explained(error)}") from error
 
 
 def dump(data: Any) -> str:
     """Writes plain data in the order it has, so that :func:`load` gets it back."""
     text: str = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=float("inf"))
     return text
+
+
+def _explained(error: Exception) -> str:
+    """Says what is wrong and where, without the line itself, which may be long and hold what turns text around."""
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    if mark is None:
+        return str(error)
+    words = ", ".join(filter(None, (error.context, error.problem)))  # type: ignore[attr-defined]
+    return f"{words} (line {mark.line + 1}, column {mark.column + 1})"
 
 
 def _refusal(got: str, wanted: str, mark: Any) -> yaml.YAMLError:

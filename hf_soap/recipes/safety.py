@@ -8,6 +8,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from hf_soap.schema import shown
+
 PROVENANCE = "provenance"
 """The one key with a nested value: how a run went. It is shown and never run."""
 
@@ -24,8 +26,15 @@ REFUSED = {
 """Patterns of refused names, and what such a key names."""
 
 LARGEST = 1e12
+"""The largest number."""
+MAX_ENTRIES = 1000
+"""Keys, and entries of a list: each costs time to be checked."""
+MAX_TEXT = 4096
+"""Characters of one value."""
 
-_TOKEN = re.compile(r"\b(hf|sk|ghp)_[A-Za-z0-9]{20,}")
+_TOKEN = re.compile(r"\b((hf|sk|gh[a-z]|github_pat)_|sk-)[A-Za-z0-9_-]{20,}")
+_PATTERN = re.compile(r"optim_args|.*_(modules|parameters)")
+_REPEATS = 5  # what n of them cost on a name of k letters grows as k to the power of n
 _PICKLE = re.compile(r"\.(pkl|pickle|pt|pth|bin|ckpt|joblib|npy)$", re.IGNORECASE)
 _OPENED = re.compile(r"(.*_)?(files?|path|dir|folder)")
 _OVERRIDE = r"[A-Za-z]\w*=[\w.+-]*"
@@ -41,13 +50,15 @@ def refusals(recipe: Mapping[str, Any]) -> list[str]:
         One line per key: what it got, what is wanted and what to do.
     """
     found = []
+    if len(recipe) > MAX_ENTRIES:
+        return [f"got {len(recipe)} keys, wanted at most {MAX_ENTRIES}"]
     for key, value in recipe.items():
         if key == PROVENANCE:
             problem = _in_provenance(value)
         else:
             problem = problem_of_key(key) or _in_option(key, value)
         if problem:
-            found.append(f"{key if key.isprintable() else repr(key)}: {problem}")
+            found.append(f"{key if key.isprintable() and len(key) < 100 else shown(key)}: {problem}")
     return found
 
 
@@ -64,9 +75,11 @@ def _in_option(key: str, value: Any) -> str:
         return _in_scalar(key, value)
     if not value:
         return "got an empty list, wanted an entry; leave the key out to have the default"
+    if len(value) > MAX_ENTRIES:
+        return f"got {len(value)} entries, wanted at most {MAX_ENTRIES}"
     dashed = next((item for item in value if isinstance(item, str) and item.startswith("-")), None)
     if dashed is not None:
-        return f"got {dashed!r}, which a program takes for an option; wanted it without the dash"
+        return f"got {shown(dashed)}, which a program takes for an option; wanted it without the dash"
     return next(filter(None, (_in_scalar(key, item) for item in value)), "")
 
 
@@ -82,12 +95,14 @@ def _in_scalar(key: str, value: Any) -> str:
 
 def _in_number(value: float) -> str:
     # NaN is on neither side of a bound.
-    return "" if -LARGEST <= value <= LARGEST else f"got {value!r}, wanted a number between ±{LARGEST:g}"
+    return "" if -LARGEST <= value <= LARGEST else f"got {shown(value)}, wanted a number between ±{LARGEST:g}"
 
 
 def _in_text(text: str) -> str:
+    if len(text) > MAX_TEXT:
+        return f"got text of {len(text)} characters, wanted at most {MAX_TEXT}"
     if not text.isprintable():
-        return f"got {text!r}, wanted printable characters on one line"
+        return f"got {shown(text)}, wanted printable characters on one line"
     if _TOKEN.search(text):
         return "got what looks like an access token, wanted none; revoke it if it is yours, and log in instead"
     return ""
@@ -98,17 +113,44 @@ def _in_value(key: str, text: str) -> str:
     if key != "optim_args":
         parts = re.split(r"[/\\:]", text)  # package:NAME/PATTERN is a path too
         if text.startswith(("/", "\\", "~")) or re.match("[A-Za-z]:", text) or ".." in parts:
-            return f"got {text!r}, wanted a path below the working folder; give it on the command line"
+            return f"got {shown(text)}, wanted a path below the working folder; give it on the command line"
+        if "://" in text:
+            return f"got {shown(text)}, wanted no address, which may lead anywhere; give it on the command line"
         if _OPENED.fullmatch(key) and any(part.startswith(".") and part != "." for part in parts):
-            return f"got {text!r}, wanted no hidden file or folder; give it on the command line"
+            return f"got {shown(text)}, wanted no hidden file or folder; give it on the command line"
         if _OPENED.fullmatch(key) and _PICKLE.search(text):
-            return f"got {text!r}, wanted no pickle, which can run code when it is read; use safetensors or text"
+            return f"got {shown(text)}, wanted no pickle, which can run code when it is read; use safetensors or text"
     # What is no name of its own is fetched from the Hub as a kernel and run.
     if key.endswith("_implementation") and not re.fullmatch(r"\w+", text):
-        return f"got {text!r}, wanted the name of a built-in implementation, such as sdpa"
+        return f"got {shown(text)}, wanted the name of a built-in implementation, such as sdpa"
+    if key == "report_to" and text not in ("none", "tensorboard"):
+        return f"got {shown(text)}, wanted none or tensorboard; what sends a run to an account is for the command line"
+    if _PATTERN.fullmatch(key) and _takes_forever(text):
+        return (
+            f"got {shown(text)}, wanted regular expressions without repeats within repeats, such as (a+)+, and at "
+            f"most {_REPEATS} repeats: others may take forever"
+        )
     if key == "config_overrides" and not re.fullmatch(rf"{_OVERRIDE}(,{_OVERRIDE})*", text):
-        return f"got {text!r}, wanted name=value pairs split by commas, such as n_layer=4,n_embd=256"
+        return f"got {shown(text)}, wanted name=value pairs split by commas, such as n_layer=4,n_embd=256"
     return _in_json(text) if text.startswith("{") else ""
+
+
+def _takes_forever(pattern: str) -> bool:
+    """Whether a search may try exponentially many ways: a repeated group that repeats or chooses, or many repeats."""
+    groups, closed, repeats = [False], False, 0
+    for token in re.findall(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|.", pattern):
+        repeated = token in ("*", "+", "{")
+        if closed and repeated:
+            return True
+        closed, repeats = False, repeats + repeated
+        if token == "(":
+            groups.append(False)
+        elif token == ")" and len(groups) > 1:
+            closed = groups.pop()
+            groups[-1] |= closed
+        else:
+            groups[-1] |= repeated or token == "|"
+    return repeats > _REPEATS
 
 
 def _in_json(text: str) -> str:
@@ -117,13 +159,13 @@ def _in_json(text: str) -> str:
     try:
         return _in_tree("", json.loads(text))
     except ValueError as error:
-        return f"got {text!r}, wanted a JSON object: {error}"
+        return f"got {shown(text)}, wanted a JSON object: {error}"
 
 
 def _in_tree(key: str, value: Any) -> str:
     if isinstance(value, dict):
         pairs = [(name, problem_of_key(name) or _in_tree(name, inner)) for name, inner in value.items()]
-        return next((f"{name!r}: {problem}" for name, problem in pairs if problem), "")
+        return next((f"{shown(name)}: {problem}" for name, problem in pairs if problem), "")
     if isinstance(value, list):
         return next(filter(None, (_in_tree(key, inner) for inner in value)), "")
     return "" if value is None else _in_scalar(key, value)
@@ -137,4 +179,4 @@ def _in_provenance(value: Any) -> str:
     if isinstance(value, str):
         return _in_text(value)
     finite = not isinstance(value, float) or math.isfinite(value)
-    return "" if finite else f"got {value!r}, wanted a finite number or text"
+    return "" if finite else f"got {shown(value)}, wanted a finite number or text"

@@ -1,0 +1,107 @@
+"""What may stand in a param group, and schedulers that change it at every step."""
+
+from typing import Any
+
+import pytest
+import torch
+from family import STEPS, TABLE, Row, parameters_and, rows
+from generated import cases
+from helpers import assert_same, parameters, snapshot, train
+from hypothesis import given
+from hypothesis import strategies as st
+from torch.nn import Parameter
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
+
+from hf_soap import MARS, SOAP, Shampoo
+
+
+@rows
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("weight_dacay", "did you mean weight_decay"),
+        ("beta", "did you mean betas"),
+        ("beta1", "write betas"),
+        ("learning_rate", "write lr"),
+        ("maximize", "a setting that a group may have"),
+        ("adam_modules", "a setting that a group may have"),
+        ("state_dtyp", "did you mean state_dtype"),
+    ],
+)
+def test_a_key_that_would_be_passed_over_is_refused(row: Row, key: str, message: str) -> None:
+    """{"params": ..., "precondition_frequencyy": 5} trained with the default, and nobody heard of it."""
+    with pytest.raises(ValueError, match=rf"got {key!r} in a param group, wanted .*{message}"):
+        row([{"params": parameters(), key: 1}])
+    params, optimizer = parameters_and(row)
+    with pytest.raises(ValueError, match=rf"got {key!r} in a param group"):
+        optimizer.add_param_group({"params": [Parameter(torch.ones(2))], key: 1})
+    train(optimizer, params, range(2))
+    assert len(optimizer.param_groups) == 1
+
+
+@given(st.sampled_from([SOAP, Shampoo, MARS]), st.data())
+@cases(0.5)
+def test_any_slip_of_the_hand_is_refused(make: Any, data: st.DataObject) -> None:
+    """A letter left out, doubled or exchanged in the name of a setting of eight letters or more."""
+    settings = make([Parameter(torch.ones(2, 2))]).defaults
+    key = data.draw(st.sampled_from(sorted(name for name in settings if len(name) > 7)))
+    at = data.draw(st.integers(0, len(key) - 2))
+    slips = [key[:at] + key[at + 1 :], key[: at + 1] + key[at:], key[:at] + key[at + 1] + key[at] + key[at + 2 :]]
+    slip = data.draw(st.sampled_from(slips))
+    if slip not in settings:
+        with pytest.raises(ValueError, match="in a param group, wanted a setting that a group may have"):
+            make([{"params": [Parameter(torch.ones(2, 2))], slip: settings[key]}])
+
+
+def test_keys_that_others_put_there_are_left_alone() -> None:
+    """Names of groups, layer-wise rates, what schedulers, GaLore and other optimizers of torch write."""
+    others = {"name": "backbone", "lr_scale": 0.5, "initial_lr": 1.0, "max_lr": 1.0, "min_lr": 0.0, "swa_lr": 0.1}
+    others |= {"base_momentum": 0.8, "max_momentum": 0.9, "rank": 8, "scale": 0.25, "is_expert": True, "group_id": 3}
+    others |= {"initial_weight_decay": 0.1, "weight_decay_end": 0.0, "module_name": "attn", "layer": 3, "fix_step": 1}
+    adamw = {key: value for key, value in AdamW(parameters(), fused=True).param_groups[0].items() if key != "params"}
+    for make in (SOAP, Shampoo, MARS):
+        params = parameters()
+        optimizer = make([{"params": params, **adamw, **others}])
+        train(optimizer, params, range(2))
+        assert optimizer.param_groups[0]["name"] == "backbone"
+        make(optimizer.param_groups)  # groups of another of its kind, MARS's base_lr among them
+
+
+SCHEDULES = {
+    "one cycle": lambda optimizer: OneCycleLR(optimizer, max_lr=0.1, total_steps=STEPS),
+    "cyclic": lambda optimizer: CyclicLR(optimizer, 0.01, 0.1, step_size_up=3, cycle_momentum=True),
+}
+
+
+@rows
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("tensor", [False, True], ids=["number", "tensor"])
+def test_cycled_betas_are_those_of_each_step(row: Row, schedule: str, tensor: bool) -> None:
+    """A copy whose buckets are built anew at every step goes the same way as one that keeps them."""
+    sides = []
+    for anew in (False, True):
+        params = parameters()
+        lr = torch.tensor(0.01, dtype=torch.float64) if tensor else 0.01
+        optimizer = row([{"params": params[:4], "betas": (0.7, 0.9)}, {"params": params[4:]}], lr=lr)
+        scheduler, seen = SCHEDULES[schedule](optimizer), set()
+        for step in range(STEPS - 1):
+            if anew:
+                optimizer._buckets.clear()
+            train(optimizer, params, [step])
+            scheduler.step()
+            seen.add(optimizer.param_groups[0]["betas"])
+        assert len(seen) > 3
+        sides.append(snapshot(optimizer, params)[0])
+    assert_same(*sides)
+
+
+@pytest.mark.parametrize("name", ["soap", "shampoo", "mars", "mars-soap"])
+def test_cycled_betas_copy_no_state(name: str) -> None:
+    """All state was copied at every step of a scheduler that cycles betas, which took longer than many a step."""
+    params, optimizer = parameters_and(TABLE[name])
+    train(optimizer, params, range(3))
+    before = {id(param): [value.data_ptr() for value in optimizer.state[param].values()] for param in params}
+    optimizer.param_groups[0]["betas"] = (0.8, 0.85)
+    train(optimizer, params, range(3, 4))
+    assert before == {id(param): [value.data_ptr() for value in optimizer.state[param].values()] for param in params}
