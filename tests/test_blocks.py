@@ -5,15 +5,14 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from generated import cases
+from hypothesis import given
 from hypothesis import strategies as st
 from reference import block_grid, merged_shape, zero_padded
 from torch import Tensor
 
 from hf_soap.blocks import Chunk, Layout, adjacent, merge_shape, plan_layout
 
-# The same examples at every run, and none kept on disk.
-steady = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 shapes = st.lists(st.integers(1, 7), max_size=5).map(tuple)
 
 
@@ -43,7 +42,7 @@ def test_merge_shape(shape: tuple[int, ...], limit: int, merged: tuple[int, ...]
 
 
 @given(shape=shapes.filter(lambda shape: len(shape) > 2), limit=st.integers(1, 60))
-@steady
+@cases()
 def test_merge_shape_is_the_textbooks(shape: tuple[int, ...], limit: int) -> None:
     merged = merge_shape(shape, limit)
     assert merged == merged_shape(shape, limit)
@@ -118,7 +117,7 @@ def test_factor_numel_counts_what_is_factored() -> None:
 
 
 @given(shape=shapes, block_size=st.none() | st.integers(1, 8), merge_dims=st.booleans(), vectors=st.booleans())
-@steady
+@cases()
 def test_blocks_are_the_textbooks_and_go_back(
     shape: tuple[int, ...], block_size: int | None, merge_dims: bool, vectors: bool
 ) -> None:
@@ -155,7 +154,7 @@ def test_blocks_do_not_depend_on_memory_order(memory_format: torch.memory_format
 
 
 @given(flags=st.lists(st.booleans(), max_size=12), longest=st.none() | st.integers(1, 5))
-@steady
+@cases()
 def test_adjacent_covers_the_set_flags_in_order(flags: list[bool], longest: int | None) -> None:
     runs = list(adjacent(flags, longest))
     assert [i for first, end in runs for i in range(first, end)] == [i for i, flag in enumerate(flags) if flag]

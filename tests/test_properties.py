@@ -39,7 +39,7 @@ def steps(row: Row, params: list[Parameter], grad_order: str, *, count: int = 4,
 
 
 @given(st.sampled_from(sorted(TABLE)), st.lists(st.tuples(shapes, dtypes), min_size=1, max_size=4), orders, orders)
-@cases(0.6)
+@cases(0.12)
 def test_any_shape_in_any_memory_order(name: str, members: Any, weights: str, grads: str) -> None:
     """Where entries lie in memory changes no more than rounding, and every entry moves and stays finite."""
     plain, ordered = (
@@ -275,7 +275,7 @@ texts = st.one_of(st.text(max_size=40), st.lists(words, max_size=12).map("".join
 @example(ENTRIES["soap"], "adam_modules=a{99999999999}")
 @example(ENTRIES["soap"], "adam_modules=" + "(" * 3000 + ")" * 3000)
 @example(ENTRIES["soap"], "precondition_frequency=" + "9" * 5000)
-@cases(1.6)
+@cases(2.0)
 def test_any_optim_args_are_read_or_refused_in_words(entry: Any, text: str) -> None:
     """Some texts ended in a SyntaxError, an OverflowError or a RecursionError, with pages of what had come."""
     config, said = answer(lambda: parse_optim_args(text, entry.config))

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import tiny
 import typer
-from hypothesis import given, settings
+from generated import cases
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import HfArgumentParser, TrainingArguments
 from typer.testing import CliRunner
@@ -69,7 +70,7 @@ flat = st.dictionaries(names, st.one_of(scalars, st.lists(scalars, min_size=1, m
 
 
 @given(flat, st.recursive(scalars, lambda inner: st.dictionaries(names, inner, max_size=3), max_leaves=5))
-@settings(deadline=None)
+@cases()
 def test_yaml_round_trip(options: dict[str, Any], provenance: Any) -> None:
     recipe = {**options, "provenance": {"ran": provenance}}
     back = plain_yaml.load(recipes.dump(recipe).encode())
@@ -79,7 +80,7 @@ def test_yaml_round_trip(options: dict[str, Any], provenance: Any) -> None:
 
 
 @given(flat)
-@settings(deadline=None)
+@cases()
 def test_command_line_round_trip(options: dict[str, Any]) -> None:
     """What was read from a command line gives the same command line."""
     named = {key: value for key, value in options.items() if key not in keys.SCRIPT_KEYS}
