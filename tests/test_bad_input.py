@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 from torch.nn import Parameter
 
 from hf_soap import MARS, SOAP, Shampoo
+from hf_soap.blocks import plan_layout
 
 
 @rows
@@ -262,3 +263,48 @@ def test_the_surroundings_do_not_matter(row: Row) -> None:
     finally:
         torch.set_default_dtype(previous)
     assert_same(snapshot(optimizer, params), snapshot(other, again))
+
+
+def test_an_expanded_gradient_is_corrected() -> None:
+    """Its entries share one place in memory, which torch refuses to write to: exact MARS corrects in place."""
+    weights = []
+    for expanded in (False, True):
+        param = Parameter(torch.ones(3, 4))
+        optimizer = MARS([param], exact=True)
+        for step in range(1, 4):
+            grad = torch.tensor(0.1 * step).expand(3, 4)
+            param.grad = grad if expanded else grad.clone()
+            with optimizer.at_previous_weights():
+                param.grad = torch.full((3, 4), 0.2 * step)
+            optimizer.step()
+        weights.append(param.detach())
+    assert_same(*weights)
+
+
+def test_a_first_moment_cannot_come_later() -> None:
+    params = parameters()
+    optimizer = Shampoo(params, betas=(0.0, 0.9), start_step=1)
+    train(optimizer, params, range(2))
+    optimizer.param_groups[0]["betas"] = (0.9, 0.9)
+    with pytest.raises(ValueError, match="exp_avg got nothing, wanted"):
+        train(optimizer, params, range(2, 3))
+
+
+@pytest.mark.parametrize("shape", [(3, 0, 2), (0, 5), (2, 0, 3, 1)])
+def test_empty_tensors_are_cut_and_fitted(shape: tuple[int, ...]) -> None:
+    """merge_dims dropped the dimension of size 0, and a part of an empty shard ended in a StopIteration."""
+    layout = plan_layout(shape, max_precond_dim=0, merge_dims=True)
+    empty = torch.zeros(shape)
+    assert layout.from_blocks(layout.to_blocks(empty), shape).shape == shape
+    assert layout.fitted(shape, shape) == layout
+
+
+@rows
+def test_state_follows_a_model_to_another_dtype(row: Row) -> None:
+    """It stayed in float32 until something was loaded, and was in float64 from there on."""
+    params, optimizer = trained(row, steps=3)
+    for param in params:
+        param.grad, param.data = None, param.data.double()
+    train(optimizer, params, range(3, 5))
+    for param in params:
+        assert {value.dtype for role, value in optimizer.state[param].items() if role != "step"} <= {torch.float64}

@@ -244,7 +244,7 @@ def sing(folder: Path) -> None:
 def test_nothing_beside_a_recipe_is_run(start: list[str], tmp_path: Path) -> None:
     """`python -m` puts the working folder in front of all libraries, and a folder with a recipe in it may hold others.
 
-    What Python itself imports to find hf_soap, it takes from there before any line of ours runs.
+    To find hf_soap, Python itself looks there, and then for what that imports at once; `hf-soap` has no such start.
     """
     program = tmp_path / "program"
     program.mkdir()
@@ -253,7 +253,9 @@ def test_nothing_beside_a_recipe_is_run(start: list[str], tmp_path: Path) -> Non
     here.mkdir()
     sing(here)
     if start[0] == "-m":
-        (here / "typing.py").unlink()
+        for early in ("typing.py", "torch/__init__.py"):
+            (here / early).unlink()
+        (here / "torch").rmdir()
     options = ["-P"] if start[0] == "-c" else []  # or Python itself puts the working folder there
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CANARY": str(tmp_path / "sung")}
     done = subprocess.run(

@@ -187,6 +187,8 @@ class AnyOrder(RuleBasedStateMachine):
         size=st.sampled_from([0.5, 0.9]),
     )
     def schedule(self, number: int, key: str, size: float) -> None:
+        if key == "betas" and self.stays.optimizer.defaults["betas"][0] == 0:
+            return  # without a first moment there is no state for one, which the error says
         for side in self.both():
             for group in side.optimizer.param_groups[number : number + 1]:
                 group[key] = (size, 0.9) if key == "betas" else size / 10
