@@ -98,7 +98,7 @@ def check_values(config: type[OptimizerConfig], values: Mapping[str, Any]) -> No
         meta = known[key].metadata
         if meta["check"] is not None and value is not None:
             test, wording = meta["check"]
-            if value != value or value in (math.inf, -math.inf) or not test(value):
+            if not _is_finite(value) or not test(value):
                 raise ValueError(f"{key} must be {wording}, got {shown(value)}{_remedy(known[key])}")
         if key.endswith("_modules") and value is not None:
             try:

@@ -61,6 +61,7 @@ def is_plain(value: Any, depth: int = 0) -> bool:
 @given(documents)
 @example(r'a: "\UFFFFFFFF"')  # an OverflowError
 @example("? " * 30_000)
+@example(b"\r")
 @example("a: !" + "k" * 60_000 + " 1")  # answered in 60,000 characters
 @example(("k" * 900 + ": 1\n") * 2)
 @example("train_files: /" + "x" * 60_000)
@@ -79,7 +80,7 @@ def test_any_text_is_plain_data_or_refused_in_a_few_lines(document: bytes | str)
         assert not safety.refusals(recipe)
     card = b"# Mine\n\n" + recipes._MARK.encode() + b"\n```yaml\n"
     body = document if isinstance(document, bytes) else document.encode("utf-8", "surrogatepass")
-    assert read_card(card + body + b"\n```\n") in (body + b"\n", None)
+    assert read_card(card + body + b"\n```\n") in ((body + b"\n").replace(b"\r\n", b"\n"), None)
 
 
 def read_card(card: bytes) -> bytes | None:

@@ -72,6 +72,7 @@ def test_wrong_optim_args(text: str, message: str) -> None:
         ({"precondition_frequency": "10"}, r"precondition_frequency must be int, got '10'"),
         ({"max_precond_dim": None}, r"max_precond_dim must be int, got None"),
         ({"eps": "1e-8"}, r"eps must be float, got '1e-8'"),
+        ({"eps": 10**400}, r"eps must be >= 0, got 10{99}\.\.\. \(401 characters\)"),
         ({"eps": True}, r"eps must be float, got True"),
         ({"merge_dims": 1}, r"merge_dims must be true or false, got 1"),
         ({"nonfinite": "raise"}, r"nonfinite must be skip or off, got 'raise'"),
