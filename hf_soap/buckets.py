@@ -249,7 +249,8 @@ class GroupCache:
             Whether that was possible; if not, nothing has changed.
         """
         found = [{plan_of(param) for param in bucket.params} for bucket in self.buckets]
-        kinds = {(plan, bucket.dtype) for plans, bucket in zip(found, self.buckets, strict=True) for plan in plans}
+        pairs = zip(found, self.buckets, strict=True)
+        kinds = {(plan, bucket.dtype, bucket.params[0].device) for plans, bucket in pairs for plan in plans}
         if not len(kinds) == len(self.buckets) == sum(map(len, found)):
             return False
         plans = [plan for (plan,) in found]

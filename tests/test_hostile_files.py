@@ -241,7 +241,10 @@ def sing(folder: Path) -> None:
     (folder / "recipe.yaml").write_text("optim: soap\nlearning_rate: 3e-3\nprovenance: {program: run_clm.py}\n")
 
 
-@pytest.mark.parametrize("start", [["-m", "hf_soap"], ["-c", "from hf_soap.__main__ import main; main()"]])
+INSTALLED = ["-c", "from hf_soap.__main__ import main; main()"]
+
+
+@pytest.mark.parametrize("start", [["-m", "hf_soap"], pytest.param(INSTALLED, marks=pytest.mark.slow)])
 def test_nothing_beside_a_recipe_is_run(start: list[str], tmp_path: Path) -> None:
     """`python -m` puts the working folder in front of all libraries, and a folder with a recipe in it may hold others.
 
