@@ -37,7 +37,8 @@ def check_group_keys(group: Mapping[str, Any], settings: Collection[str]) -> Non
         # weight_decay_end may be somebody's own; weight_decay_d is none.
         misspelt = difflib.get_close_matches(key, settings, n=1, cutoff=0.92 if derived else 0.8)
         shortened = len(key) > 3 and any(name.startswith(key) for name in settings)
-        if misspelt or shortened or key in OTHERS or (key in CHANGING and value):
+        swapped = any(sorted(key) == sorted(name) for name in settings)
+        if misspelt or shortened or swapped or key in OTHERS or (key in CHANGING and value):
             remedy = {"beta1": "write betas", "beta2": "write betas", "learning_rate": "write lr"}.get(key, "")
             raise ValueError(
                 f"got {schema.shown(key)} in a param group, wanted a setting that a group may have: "
