@@ -13,18 +13,8 @@ from torch import Tensor
 
 from hf_soap import sharding
 from hf_soap.blocks import Chunk, Plan, adjacent
-from hf_soap.buckets import (
-    Bucket,
-    GroupCache,
-    apply_,
-    directions_of,
-    norms_are_sane,
-    stack_gradients,
-    stages,
-    state_dtype,
-    step_tensors,
-    warn_if_flattened,
-)
+from hf_soap.buckets import Bucket, GroupCache, state_dtype, warn_if_flattened
+from hf_soap.chunks import apply_, directions_of, norms_are_sane, stack_gradients, stages, step_tensors
 from hf_soap.owners import SEEDED, UPDATED, Outcome, Ownership
 from hf_soap.precision import float32_products
 from hf_soap.probe import IDLE, Gauge

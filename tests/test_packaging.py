@@ -40,6 +40,7 @@ LAYERS = [
     "checkpoint",
     "configs",
     "schema",
+    "chunks",
     "buckets",
     "recut",
     "owners",
