@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hf_soap import checkpoint, checksums, sharding
@@ -216,9 +217,7 @@ def find_damage(folder: Path, *, share: tuple[int, int] = (0, 1)) -> str | None:
         if part.is_dir() and not (part / ".metadata").is_file():  # written last
             return f"{part.name} has no .metadata"
     saved = [*weights, *(folder / name for name in (PLAIN, FULL, "scheduler.pt", "scaler.pt"))]
-    saved += sorted(
-        folder.glob("rng_state*.pth")
-    )  # a missing one is the Trainer's to warn about, half of one stops it
+    saved += sorted(folder.glob("rng_state*.pth"))  # half of one stops the Trainer, which warns of a missing one
     noted = checksums.exist(folder)
     for path in saved:
         if path.is_file() and (problem := _damage(path, contents=not noted)):
@@ -230,19 +229,15 @@ _NUMBER = re.compile(r"^checkpoint-(\d+)$")
 
 
 def _damage(path: Path, *, contents: bool) -> str | None:
-    if path.suffix != ".safetensors":
-        return _damage_of_zip(path, contents=contents)
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > size - 8:
-            return "cut off"
-        try:
-            header = json.loads(file.read(length))
-        except ValueError:  # a file system that lost the content may leave zeros
-            return "unreadable"
-    end = max((entry["data_offsets"][1] for key, entry in header.items() if key != "__metadata__"), default=0)
-    return None if size == 8 + length + end else "cut off"
+    return _damage_of_safetensors(path) if path.suffix == ".safetensors" else _damage_of_zip(path, contents=contents)
+
+
+def _damage_of_safetensors(path: Path) -> str | None:
+    try:
+        with safe_open(path, framework="pt"):  # reads the header, which must fit the length of the file
+            return None
+    except (SafetensorError, OSError, ValueError) as error:
+        return f"cut off or unreadable ({error})"
 
 
 def _damage_of_zip(path: Path, *, contents: bool) -> str | None:

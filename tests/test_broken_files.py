@@ -78,6 +78,13 @@ def test_a_flipped_bit_is_noticed(name: str, whole: Path) -> None:
     assert find_problem(folder) is None
 
 
+def test_a_misspelt_header_is_noticed(copied: Path) -> None:
+    """A flipped bit in a word of the header stopped the search for a whole checkpoint by a KeyError."""
+    path = copied / "checkpoint-4" / "model.safetensors"
+    path.write_bytes(path.read_bytes().replace(b"data_offsets", b"data_offsetr", 1))
+    assert find_problem(path.parent).startswith("model.safetensors is cut off or unreadable")
+
+
 def test_without_checksums_a_flipped_bit_is_noticed_or_changes_nothing(copied: Path) -> None:
     """In checkpoints of other trainers; some bytes of a zip mean nothing. A file in it could turn into a folder."""
     folder = copied / "checkpoint-4"
