@@ -129,7 +129,7 @@ class Shampoo(Rule):
         """Sets factors to multiples of the identity, whose product is the mean square of the first gradient.
 
         The factors that one gradient makes are singular: their roots would send what lies outside of its directions a
-        thousand times too far on either side. The authors' implementation starts from equal eigenvalues, too.
+        thousand times too far on either side.
         """
         mean = chunk.tensor_square_sum(grad).div_(chunk.layout.numel).view(-1, 1, 1)
         for side in chunk.layout.sides:
