@@ -8,6 +8,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Read at import time by the libraries, hence up here. Nothing may reach the network or the user's caches.
 _caches = tempfile.TemporaryDirectory(prefix="hf_soap-tests-", ignore_cleanup_errors=True)
@@ -38,7 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
     hypothesis.settings.load_profile("full" if config.getoption("--slow") else "fast")
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+def pytest_terminal_summary(terminalreporter: Any) -> None:
     if CASES:
         terminalreporter.section("generated cases")
         for name, number in sorted(CASES.items()):
