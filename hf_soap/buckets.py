@@ -137,12 +137,13 @@ class Bucket:
             yield under_way
         except BaseException as error:
             first, last = under_way
-            for stack in self.rows(first, last).values():
-                stack.zero_()  # as allocated; memory may be what was missing
-            self.steps[first:last].zero_()
-            logger.warning(
-                "A step was broken off by %s: %d tensors start without state.", type(error).__name__, last - first
-            )
+            if last > first:
+                for stack in self.rows(first, last).values():
+                    stack.zero_()  # as allocated; memory may be what was missing
+                self.steps[first:last].zero_()
+                logger.warning(
+                    "A step was broken off by %s: %d tensors start without state.", type(error).__name__, last - first
+                )
             raise
 
     def intact(self, state: Mapping[Tensor, dict[str, Any]]) -> bool:

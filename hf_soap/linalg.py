@@ -17,6 +17,11 @@ def symmetrize(matrix: Tensor) -> Tensor:
     return (matrix + matrix.mT).mul_(0.5)
 
 
+def eye_like(matrix: Tensor) -> Tensor:
+    """Returns the identity (n, n) in dtype and on the device of ``matrix`` (..., n, n)."""
+    return torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+
+
 def pack(matrix: Tensor) -> Tensor:
     """Folds symmetric matrices (..., n, n) to (..., n // 2 + 1, n), which holds one triangle.
 
@@ -270,7 +275,7 @@ def qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
         t = torch.linalg.solve_triangular(coupling, torch.diag_embed(tau), upper=True, unitriangular=True)
         rest[:, :, PANEL:].baddbmm_(v, t.mT @ (v.mT @ rest[:, :, PANEL:]), alpha=-1)
         reflectors.append((first, v, t))
-    basis = torch.eye(n, dtype=matrix.dtype).repeat(matrix.shape[0], 1, 1)
+    basis = eye_like(matrix).repeat(matrix.shape[0], 1, 1)
     for first, v, t in reversed(reflectors):
         rest = basis[:, first:, first:]
         rest.baddbmm_(v, t @ (v.mT @ rest), alpha=-1)
@@ -395,7 +400,7 @@ def coupled_newton(
     """
     tolerance = tolerance or (1e-10 if matrix.dtype == torch.float64 else 1e-5)
     largest = spectral_norm(matrix)[..., None, None]
-    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    eye = eye_like(matrix)
     damped = matrix + ridge * largest * eye
     z = (order + 1) / (2 * largest.clamp(min=torch.finfo(matrix.dtype).tiny) * (1 + ridge))
     m = damped * z

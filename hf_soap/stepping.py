@@ -79,7 +79,10 @@ class BlockOptimizer(PlannedOptimizer):
         for param in params:
             if sharding.is_sharded(param) and param.numel() and not sharding.local(param).numel():
                 self.state[param].setdefault("step", torch.zeros((), dtype=COUNT))
-                self.state[param]["step"] += param.grad is not None
+                if param.grad is not None:
+                    self.state[param]["step"] += 1
+                    if self._verdict is not None:
+                        self._verdict.counted.append(self.state[param]["step"])
 
     def _is_synthetic(self) -> bool:
         """Whether this step is taken to make the state alone, as torch.distributed.checkpoint does before a load."""
@@ -212,7 +215,7 @@ class BlockOptimizer(PlannedOptimizer):
         gauge = self._gauge(plan)
         steps, size = bucket.steps.tolist(), bucket.tensors_per_chunk(watched=gauge.watches)
         alike = outcomes is None and not sharding.is_sharded(bucket.params[0])
-        usable = None if self._verdict is None else self._verdict.usable
+        usable = None if self._verdict is None else self._verdict.on(bucket.params[0].device)
         team = sharding.Team() if group["distributed_refresh"] and alike and sharding.ranks() > 1 else None
         with self._exact_arithmetic(bucket), bucket.stepping() as under_way:
             for seeding, flags in ((True, fresh), (False, ready)):
@@ -238,6 +241,7 @@ class BlockOptimizer(PlannedOptimizer):
                             outcomes[param] = (SEEDED, None) if seeding else (UPDATED, directions[place])
                     if self._verdict is not None:
                         self._verdict.counted.append(count)
+                    under_way[:] = 0, 0
 
     def _gauge(self, plan: Plan) -> Gauge:
         return IDLE if self.probe is None else self.probe.of(plan.rule.describe(plan.layout))

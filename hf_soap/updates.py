@@ -81,7 +81,7 @@ def changed_by_kernel(tensors: Sequence[Tensor]) -> None:
 @lru_cache(maxsize=64)
 def step_count(number: float, device: torch.device) -> Tensor:
     """Returns a number of updates as torch's fused kernels take it; the tensors of a model mostly share theirs."""
-    return torch.full((), float(number), device=device)
+    return torch.full((), float(number), dtype=torch.float32, device=device)
 
 
 def bias_correction(t: int, *, beta1: float, beta2: float) -> float:

@@ -33,6 +33,10 @@ class Verdict:
         else:
             self._read = self.usable.clone()
 
+    def on(self, device: torch.device) -> Tensor:
+        """Returns :attr:`usable` on one of the devices that a model is spread over."""
+        return self.usable.to(device, non_blocking=True)
+
     def settle(self) -> bool:
         """Returns the verdict, and takes the counts back if the step was left out."""
         if self._event is not None:

@@ -294,8 +294,10 @@ class ReferenceKLShampoo:
           its squares, the nearest in KL divergence among those. Factors of one gradient alone are singular.
         - A direction is at most as long as fresh factors can make it: its mean square is at most 1/(beta (1 - beta)),
           with a beta for each further mode.
+        - A statistic that would more than double a factor's trace enters by the k-th root of that, with k modes: all
+          factors take part in one leap of the gradients.
         - Both factors see the other one as it was before this step. The current gradient enters the factors, then
-          the eigendecompositions (if t is a multiple of `precondition_frequency`), then the direction.
+          the eigendecompositions (if t is a multiple of `precondition_frequency` or not above it), then the direction.
         - The inverses in the statistics and the inverse square roots in the direction come from the same, last
           computed eigendecompositions, whose eigenvalues are raised to at least `eps_kl` times the largest.
         - For a tensor of any order, every other mode is whitened, and its size divided by.
@@ -348,11 +350,11 @@ class ReferenceKLShampoo:
                         whitened = mode_product(whitened, self._power(state, other, -1.0), other)
                 others = grad.numel() // grad.shape[mode]
                 statistics.append(unfold(grad, mode) @ unfold(whitened, mode).T / others)
-            state.factors = [
-                self.beta * factor + (1 - self.beta) * statistic
-                for factor, statistic in zip(state.factors, statistics, strict=True)
-            ]
-            if state.t % self.precondition_frequency == 0:
+            for factor, statistic in zip(state.factors, statistics, strict=True):
+                growth = (1 - self.beta) * statistic.trace() / factor.trace()
+                leap = max(1.0, growth.item()) ** (1 / len(modes) - 1)
+                factor.mul_(self.beta).add_(statistic, alpha=(1 - self.beta) * leap)
+            if state.t <= self.precondition_frequency or state.t % self.precondition_frequency == 0:
                 self._decompose(state)
 
             direction = grad

@@ -10,7 +10,9 @@ import torch.distributed as dist
 from sharded import OPTIMIZERS, assert_equal, network, owned, same_gradients, shard, whole
 from torch import Tensor, nn
 
+from hf_soap import SOAP
 from hf_soap.stepping import BlockOptimizer
+from hf_soap.verdict import DEFERS
 
 
 def made(mode: str, name: str) -> tuple[nn.Sequential, BlockOptimizer]:
@@ -89,3 +91,17 @@ def a_decomposition_that_fails_on_one_rank(names: list[str]) -> None:
                 for other in everyones:
                     assert_equal(other, weights, name)
     assert (torch.linalg.eigh, torch.linalg.qr) == (eigh, qr)
+
+
+def a_refused_step_counts_nowhere_under_a_late_verdict() -> None:
+    """Ranks without a part of a parameter kept the count of a step that the device had refused."""
+    torch.manual_seed(0)
+    model = shard(nn.Sequential(nn.Linear(32, 1, bias=False), nn.Linear(32, 8, bias=False)))
+    optimizer = SOAP(model.parameters(), lr=1e-3)
+    DEFERS.add("cpu")
+    for step in range(4):
+        for param in model.parameters():
+            param.grad = torch.full_like(param, float("nan") if step == 2 else 1.0 + step)
+        optimizer.step()
+    assert optimizer.skipped_steps == 1
+    assert [float(optimizer.state[param]["step"]) for param in model.parameters()] == [3.0, 3.0]

@@ -100,6 +100,10 @@ def test_a_failure_on_one_rank_holds_up_nobody(count: int, tmp_path: Path) -> No
     ranks.run("sharded_numbers.a_decomposition_that_fails_on_one_rank", count, tmp_path, names=names)
 
 
+def test_a_refused_step_counts_on_no_rank(tmp_path: Path) -> None:
+    ranks.run("sharded_numbers.a_refused_step_counts_nowhere_under_a_late_verdict", 2, tmp_path)
+
+
 # Gradients of any size
 
 SIZES = [(6, 6), (4, 9), (5,), (4, 4, 4)]
@@ -208,16 +212,45 @@ def test_kl_shampoo_does_not_leap_at_its_start() -> None:
             assert (param - before).square().mean().sqrt() <= (0.95 * 0.05) ** -0.5
 
 
-def test_a_block_without_a_first_gradient_is_trained_later() -> None:
+def moves_of_kl_shampoo(shape: tuple[int, ...], scales: list[float], **settings: Any) -> list[float]:
+    """Root mean square of each step at a learning rate of 1, of gradients of these sizes."""
+    torch.manual_seed(0)
+    param, moves = Parameter(torch.zeros(shape)), []
+    optimizer = Shampoo([param], lr=1.0, betas=(0.0, 0.95), kl=True, graft=None, weight_decay=0.0, **settings)
+    for scale in scales:
+        before, param.grad = param.detach().clone(), scale * torch.randn(shape)
+        optimizer.step()
+        moves.append(float((param.detach() - before).square().mean().sqrt()))
+    return moves
+
+
+@pytest.mark.parametrize(("shape", "one_sided"), [((32, 64), False), ((32, 64), True), ((8, 8, 8), False)])
+def test_kl_shampoo_moves_as_far_whatever_the_size_of_gradients(shape: tuple[int, ...], one_sided: bool) -> None:
+    """With one factor ε stopped what gradients below 1e-4 would do: a factor is their square there."""
+    moves = [moves_of_kl_shampoo(shape, [scale] * 5, one_sided=one_sided)[-1] for scale in (1e-3, 1e-6, 1e-7)]
+    assert moves[1] == pytest.approx(moves[0], rel=0.1)
+    assert moves[2] > 0.5 * moves[0]
+
+
+@pytest.mark.parametrize("first", [1e-6, 1e-4])
+def test_kl_shampoo_recovers_from_a_tiny_first_gradient(first: float) -> None:
+    """Both factors overshot by the square of the change while they whitened each other by stale roots."""
+    usual = moves_of_kl_shampoo((32, 64), [1e-3] * 21)
+    moves = moves_of_kl_shampoo((32, 64), [first] + [1e-3] * 20)
+    assert all(0.5 * u < m < 2 * u for u, m in zip(usual[5:], moves[5:], strict=True))
+
+
+@pytest.mark.parametrize("eps", [1e-8, 0.0])
+def test_a_block_without_a_first_gradient_is_trained_later(eps: float) -> None:
     """Rows of an embedding that the first batch did not touch had factors of zero for good."""
     param = Parameter(torch.ones(8, 4))
-    optimizer = Shampoo([param], kl=True, graft=None, block_size=4, weight_decay=0.0)
+    optimizer = Shampoo([param], lr=1e-3, eps=eps, kl=True, graft=None, block_size=4, weight_decay=0.0)
     for step in range(30):
-        param.grad = torch.randn(8, 4)
+        param.grad = torch.randn(8, 4) if step else 1e-25 * torch.randn(8, 4)
         if not step:
             param.grad[4:] = 0
         optimizer.step()
-    assert (param[4:] != 1).all()
+    assert ((param - 1).view(2, 16).square().mean(1).sqrt() > 1e-3).all()
 
 
 # Decompositions that fail

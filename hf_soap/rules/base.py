@@ -92,7 +92,7 @@ class Rule:
         """Takes the whole step of :meth:`update` and the weights, where the rule :attr:`fuses` them.
 
         Args:
-            params: list[Tensor] of one block each, of the block's shape and the state's dtype, changed in place.
+            params: Tensors of one block each, of the block's shape and the state's dtype, changed in place.
             grads: Their gradients; used up where there are divisors.
             state: Their state by role, one tensor each, changed in place.
             t: 1-based number of the update of each.

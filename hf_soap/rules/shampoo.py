@@ -105,7 +105,7 @@ class Shampoo(Rule):
 
     def rebuild(self, state: State, chunk: Chunk) -> None:
         """Computes the roots anew, where they are in use already."""
-        for blocks, part in chunk.runs(t >= self._first for t in chunk.t):
+        for blocks, part in chunk.runs(self.kl or t >= self._first for t in chunk.t):
             self._compute_roots({role: value[blocks] for role, value in state.items()}, part)
 
     def describe(self, layout: Layout) -> str:
@@ -132,10 +132,10 @@ class Shampoo(Rule):
         thousand times too far on either side.
         """
         mean = chunk.tensor_square_sum(grad).div_(chunk.layout.numel).view(-1, 1, 1)
+        mean.clamp_(min=torch.finfo(mean.dtype).tiny)
         for side in chunk.layout.sides:
             factor = state[f"factor_{side}"]
-            eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-            factor.copy_(mean ** (1 / len(chunk.layout.sides)) * eye)
+            factor.copy_(mean ** (1 / len(chunk.layout.sides)) * linalg.eye_like(factor))
         self._compute_roots(state, chunk)
 
     def update(self, grad: Tensor, state: State, chunk: Chunk) -> Tensor:
@@ -161,7 +161,7 @@ class Shampoo(Rule):
             wanted = chunk.tensor_square_sum(layout.trim(grafted))
             got = chunk.tensor_square_sum(layout.trim(direction))
             # Roots of factors that were zero, or of gradients 1e19 times smaller, point nowhere.
-            points = (got > 0) & got.isfinite()
+            points = (got > torch.finfo(got.dtype).tiny) & got.isfinite()
             direction = torch.where(points, direction * (wanted.sqrt_() / got.sqrt()), grafted)
         for blocks, _ in chunk.runs(t < self.start_step for t in chunk.t):
             direction[blocks] = grafted[blocks]
@@ -208,9 +208,21 @@ class Shampoo(Rule):
                 for other, root in roots.items():
                     if other != side:
                         whitened = updates.squarable(linalg.mode_product(whitened, root, other))
+                whitened = self._without_overshoot(whitened, state[f"factor_{side}"], weight, len(roots))
             linalg.add_gram_(state[f"factor_{side}"], whitened, side, beta=beta, alpha=weight)
         for axis in self._diagonals(layout):
             state[f"diagonal_{axis}"].mul_(beta).add_(linalg.unfold(grad, axis).square().sum(-1), alpha=alpha)
+
+    def _without_overshoot(self, whitened: Tensor, factor: Tensor, weight: float, sides: int) -> Tensor:
+        """Shortens a whitened gradient that would more than double the factor which it enters.
+
+        All factors whiten with what the others were. Where gradients suddenly are a thousand times larger, each takes
+        the square of that, and their product a power of it, which is forgotten slowly: so each takes its root of it.
+        """
+        trace = factor.diagonal(dim1=-2, dim2=-1).sum(-1)
+        growth = whitened.square().flatten(1).sum(1).mul_(weight) / trace
+        scale = growth.clamp_(min=1.0) ** ((1 / sides - 1) / 2)
+        return whitened * scale.view(-1, *[1] * (whitened.dim() - 1))
 
     def _diagonals(self, layout: Layout) -> list[int]:
         """Axes that keep a diagonal: those too long for a factor, and a vector's only one if nothing is grafted."""
@@ -237,9 +249,9 @@ class Shampoo(Rule):
     def _snapshot(self, state: State, chunk: Chunk) -> Roots:
         factors = {f"root_{side}": self._debiased(state[f"factor_{side}"], chunk) for side in chunk.layout.sides}
         if self.kl:  # ε is to the product of the roots what it is to Adam's; a zero factor would stay zero for ever
+            damping = self.eps ** (2 / len(factors))
             for role, factor in factors.items():
-                eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
-                factors[role] = factor + self.eps * eye
+                factors[role] = factor + damping * linalg.eye_like(factor)
         return factors
 
     def _roots_of(self, factors: Roots, layout: Layout) -> Roots:
@@ -256,12 +268,18 @@ class Shampoo(Rule):
 
     @property
     def _first(self) -> int:
-        """The update at which roots are computed first; KL-Shampoo has them from its seed."""
-        return 0 if self.kl else max(1, self.start_step)
+        """The update at which roots are computed first, or to which KL-Shampoo computes them each time.
+
+        Its factors whiten each other: while they are far off, both overshoot until there are new roots.
+        """
+        return self.precondition_frequency if self.kl else max(1, self.start_step)
+
+    def _is_early(self, t: int) -> bool:
+        return t <= self._first if self.kl else t == self._first
 
     def _due(self, t: int, index: int) -> bool:
         offset = index if self.stagger else 0
-        return t == self._first or (t > self._first and (t + offset) % self.precondition_frequency == 0)
+        return self._is_early(t) or (t > self._first and (t + offset) % self.precondition_frequency == 0)
 
     def _last_due(self, t: int, index: int) -> int:
         """The last update before ``t`` whose number called for new roots, whatever the start step says."""
@@ -270,7 +288,7 @@ class Shampoo(Rule):
 
     def _refresh(self, state: State, chunk: Chunk) -> None:
         # The first roots of a tensor are computed in place: there are no stale ones to go on with.
-        first = [t == self._first for t in chunk.t]
+        first = [self._is_early(t) for t in chunk.t]
         if self.delay == 0 or chunk.background is None:
             first = [self._due(t, i) for t, i in zip(chunk.t, chunk.index, strict=True)]
         for blocks, part in chunk.runs(first):
@@ -317,9 +335,9 @@ class Shampoo(Rule):
     def _install(self, roots: Roots | None, state: State, chunk: Chunk) -> None:
         """Puts new roots in the place of the old ones, which stay where none could be computed."""
         for role, root in (roots or {}).items():
-            old, eye = state[role], torch.eye(root.shape[-1], dtype=root.dtype, device=root.device)
+            old = state[role]
             # A root of zeros is none yet; the gradient then passes through the identity.
-            kept = torch.where(old.flatten(1).any(1).view(-1, 1, 1), old, eye)
+            kept = torch.where(old.flatten(1).any(1).view(-1, 1, 1), old, linalg.eye_like(old))
             root = torch.where(chunk.sound(root), root, kept)
             chunk.gauge.replaced(old, root)
             old.copy_(root)

@@ -163,7 +163,7 @@ class Soap(Rule):
         values, basis = chunk.share(linalg.eigenbasis, factor)
         sound = chunk.sound(values, basis)
         factor.copy_(torch.where(sound, torch.diag_embed(values), factor))
-        return torch.where(sound, basis, torch.eye(basis.shape[-1], dtype=basis.dtype, device=basis.device))
+        return torch.where(sound, basis, linalg.eye_like(basis))
 
     def update(self, grad: Tensor, state: State, chunk: Chunk) -> Tensor:
         """Rotates, takes the Adam direction, rotates back; then accumulates, and refreshes the bases that are due."""
@@ -267,7 +267,7 @@ class Soap(Rule):
         order, rotation, refreshed = chunk.share(linalg.sorted_refresh, factor)
         sound, unmoved = chunk.sound(rotation, refreshed), torch.arange(order.shape[-1], device=order.device)
         order = torch.where(sound.squeeze(-1), order, unmoved)
-        rotation = torch.where(sound, rotation, torch.eye(len(unmoved), dtype=rotation.dtype, device=rotation.device))
+        rotation = torch.where(sound, rotation, linalg.eye_like(rotation))
         factor.copy_(torch.where(sound, refreshed, factor))
         chunk.gauge.rotated(rotation, factor)
         # Rows of the rotation go back to where the columns came from: the sort costs Q and M no pass of their own.
