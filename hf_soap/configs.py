@@ -123,7 +123,9 @@ class ShampooConfig(_Factors):
     beta1: float = option(0.9, "Decay rate of the gradient's moving average; 0 takes the gradient itself.", DECAY_RATE)
     beta2: float = option(0.95, "Decay rate of the grafted rule's second moment.", DECAY_RATE)
     eps: float = option(
-        1e-8, "Added to the root of the grafted rule's second moment; with kl to the root of the factors' product.", NON_NEGATIVE
+        1e-8,
+        "Added to the root of the grafted rule's second moment; with kl to the root of the factors' product.",
+        NON_NEGATIVE,
     )
     exponent: float | None = option(
         None, "Power of each factor; `none` takes -1/(2k) for k axes, -1/2 with kl.", (lambda x: x < 0, "< 0")
