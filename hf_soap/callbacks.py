@@ -10,7 +10,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from hf_soap import metrics
 from hf_soap.probe import Probe
-from hf_soap.stepping import BlockOptimizer
+from hf_soap.stepping import BlockOptimizer, unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +44,10 @@ class SoapMetricsCallback(TrainerCallback):
     @trainer.setter
     def trainer(self, trainer: Trainer) -> None:
         self._trainer = weakref.ref(trainer)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves the trainer out, to which :func:`attach` makes the callback known before it trains."""
+        return {**vars(self), "_trainer": None}
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -96,8 +100,3 @@ def attach(trainer: Trainer, *, every: int) -> None:
         trainer.add_callback(present[0])
     for callback in present:
         callback.trainer = trainer
-
-
-def unwrapped(optimizer: Any) -> Any:
-    """Returns the optimizer in accelerate's wrapper, or the optimizer itself."""
-    return getattr(optimizer, "optimizer", optimizer)

@@ -3,14 +3,30 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 NAME = "checksums_{}.json"
 """One per rank, for the files that it wrote, so that no rank reads all of a sharded checkpoint."""
 
 _OF_RANK = re.compile(r"^(?:__|rng_state_)(\d+)(?:_\d+\.distcp|\.pth)$")
+_DECIDING = (".safetensors", ".bin", ".pt", ".pth", ".distcp", ".metadata", ".index.json")
+"""Ends of the names of what decides how a run goes on; who edits a README or config.json knows it."""
+
+_REPLACED = re.compile(
+    r"(?:model|adapter_model|pytorch_model)(?:-\d+-of-\d+|_fsdp)?\.(?:safetensors|bin)(?:\.index\.json)?"
+    r"|optimizer\.(?:pt|bin)|(?:scheduler|scaler)\.pt|rng_state(?:_\d+)?\.pth"
+    r"|(?:optimizer|pytorch_model_fsdp)_\d+/(?:\.metadata|__\d+_\d+\.distcp)"
+)
+"""What the Trainer writes, in its places: a file of any other name may be the user's own."""
+
 _STATE = "trainer_state.json"
 """Written last, behind the checksums."""
 
@@ -19,7 +35,10 @@ INCOMPLETE = "checkpoint-is-incomplete.txt"
 
 
 def begin(folder: Path, *, rank: int, writers: range, common: bool) -> None:
-    """Marks a folder that is written once more as incomplete, so that old and new files never pass for one checkpoint.
+    """Empties a folder that is written once more, so that old and new files never pass for one checkpoint.
+
+    Not every save writes all that another left: ``save_only_model`` has no optimizer, and each format has names of its
+    own. What the Trainer does not write stays.
 
     Args:
         folder: The checkpoint, which need not exist.
@@ -35,10 +54,13 @@ def begin(folder: Path, *, rank: int, writers: range, common: bool) -> None:
         for path in folder.glob(NAME.format("*")):
             if path.name not in kept:  # of a run on more ranks
                 path.unlink()
+    for path in _deciding(folder, rank=rank, writers=writers, common=common):
+        if _REPLACED.fullmatch(path.relative_to(folder).as_posix()):
+            path.unlink()
 
 
 def write(folder: Path, *, rank: int, writers: range, common: bool) -> None:
-    """Notes size and CRC-32 of what this rank wrote into a checkpoint, at some gigabytes per second.
+    """Notes size and CRC-32 of what this rank wrote into a checkpoint and decides how a run goes on.
 
     Args:
         folder: The checkpoint.
@@ -46,12 +68,10 @@ def write(folder: Path, *, rank: int, writers: range, common: bool) -> None:
         writers: The ranks that write into this folder.
         common: As for :func:`begin`.
     """
-    files = {}
-    for path in sorted(folder.rglob("*")):
-        of_rank = _OF_RANK.match(path.name)
-        mine = int(of_rank[1]) == rank if of_rank else common
-        if mine and path.is_file() and path.name not in (_STATE, INCOMPLETE) and not path.match(NAME.format("*")):
-            files[path.relative_to(folder).as_posix()] = [path.stat().st_size, _crc(path)]
+    files = {
+        path.relative_to(folder).as_posix(): [path.stat().st_size, _crc(path)]
+        for path in _deciding(folder, rank=rank, writers=writers, common=common)
+    }
     noted = {"ranks": [writers.start, writers.stop], "files": files}
     (folder / NAME.format(rank)).write_text(json.dumps(noted, indent=1))
 
@@ -73,22 +93,42 @@ def find_problem(folder: Path, *, share: tuple[int, int] = (0, 1)) -> str | None
             content = json.loads(path.read_text())
             writers = range(*content["ranks"])
             noted |= {name: (int(size), int(crc)) for name, (size, crc) in content["files"].items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             return f"{path.name} is unreadable ({error})"
     if missing := [writer for writer in writers if not (folder / NAME.format(writer)).is_file()]:
         return f"{NAME.format(missing[0])} is missing"
     for name, (size, crc) in sorted(noted.items())[share[0] :: share[1]]:
         path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size or _crc(path) != crc:
-            return f"{name} is not what was written (its size or checksum differs from {NAME.format('*')})"
+        try:
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != size or _crc(path) != crc:
+                return f"{name} is not what was written (its size or checksum differs from {NAME.format('*')})"
+        except OSError as error:
+            return f"{name} is unreadable ({error})"
     return None
 
 
 def exist(folder: Path) -> bool:
     """Whether there are checksums in a folder."""
     return any(folder.glob(NAME.format("*")))
+
+
+def writers(args: TrainingArguments) -> range:
+    """Returns the ranks that write into the same folder as this one: all, or with ``save_on_each_node`` its node's."""
+    if not args.save_on_each_node:
+        return range(args.world_size)
+    first = args.process_index - args.local_process_index
+    return range(first, first + int(os.environ.get("LOCAL_WORLD_SIZE", args.world_size)))
+
+
+def _deciding(folder: Path, *, rank: int, writers: range, common: bool) -> Iterator[Path]:
+    """The files of this rank that decide how a run goes on; who writes the common ones has those of ranks now gone."""
+    for path in sorted(folder.rglob("*")):
+        of_rank = _OF_RANK.match(path.name)
+        mine = common if of_rank is None or int(of_rank[1]) not in writers else int(of_rank[1]) == rank
+        if mine and path.name.endswith(_DECIDING) and path.name != "training_args.bin" and path.is_file():
+            yield path
 
 
 def _crc(path: Path) -> int:

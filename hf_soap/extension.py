@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 
 from hf_soap import checksums, registry, resume
 from hf_soap.hooks import after_import
-from hf_soap.stepping import BlockOptimizer
+from hf_soap.stepping import BlockOptimizer, unwrapped
 
 if TYPE_CHECKING:
     from torch import nn
@@ -37,7 +36,7 @@ def _extend_trainer(trainer: ModuleType) -> None:
 
 def _ours(trainer: Any) -> bool:
     """Whether a Trainer trains by an optimizer of this package; before it is made, its name says so."""
-    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    optimizer = unwrapped(trainer.optimizer)
     if optimizer is None:
         return registry.optimizer_name(trainer.args) in registry.ENTRIES
     return isinstance(optimizer, BlockOptimizer)
@@ -74,11 +73,11 @@ def _extend_saving(cls: Any) -> None:
     saves, saves_random_state = cls._save_checkpoint, cls._save_rng_state
 
     @wraps(saves)
-    def save_checkpoint(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def save_checkpoint(self: Any, model: nn.Module, trial: Any = None) -> None:
         if _ours(self):
-            folder = Path(self._get_output_dir(trial=kwargs.get("trial", (*args, None, None)[1])))
+            folder = Path(self._get_output_dir(trial=trial))
             checksums.begin(folder / f"checkpoint-{self.state.global_step}", **_writing(self.args))
-        return saves(self, *args, **kwargs)
+        saves(self, model, trial)
 
     @wraps(saves_random_state)
     def save_rng_state(self: Any, output_dir: str) -> None:
@@ -92,10 +91,7 @@ def _extend_saving(cls: Any) -> None:
 
 
 def _writing(args: TrainingArguments) -> dict[str, Any]:
-    rank, first, number = args.process_index, 0, args.world_size
-    if args.save_on_each_node:
-        first, number = rank - args.local_process_index, int(os.environ.get("LOCAL_WORLD_SIZE", number))
-    return {"rank": rank, "writers": range(first, first + number), "common": args.should_save}
+    return {"rank": args.process_index, "writers": checksums.writers(args), "common": args.should_save}
 
 
 def _extend_loading(cls: Any) -> None:

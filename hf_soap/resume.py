@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import zipfile
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hf_soap import checkpoint, checksums, sharding
-from hf_soap.stepping import BlockOptimizer
+from hf_soap.stepping import BlockOptimizer, unwrapped
 
 if TYPE_CHECKING:
     from torch import nn
@@ -40,7 +43,7 @@ def load_optimizer(trainer: Trainer, folder: Path) -> bool:
     Raises:
         ValueError: If the saved state does not fit the parameters.
     """
-    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)
+    optimizer = unwrapped(trainer.optimizer)
     if not isinstance(optimizer, BlockOptimizer):
         return False
     saved = [folder / name for name in (PLAIN, FULL, SHARDED) if (folder / name).exists()]
@@ -114,9 +117,11 @@ def choose(trainer: Trainer, asked: str | bool | None) -> str | bool | None:
     Raises:
         ValueError: If no checkpoint is complete, or files of the one that was named are damaged.
     """
+    writers = checksums.writers(trainer.args)
+    share = (writers.index(trainer.args.process_index), len(writers))
     if asked is True:
         folder = trainer.args.output_dir or "."
-        found = last_complete_checkpoint(folder, model_only=trainer.args.save_only_model, together=True)
+        found = last_complete_checkpoint(folder, model_only=trainer.args.save_only_model, share=share)
         if found is None:
             raise ValueError(
                 f"got resume_from_checkpoint=True, wanted a complete checkpoint in {folder}, found none; "
@@ -125,11 +130,10 @@ def choose(trainer: Trainer, asked: str | bool | None) -> str | bool | None:
         logger.info("Resuming from %s, the newest complete checkpoint.", found)
         return str(found)
     named = Path(asked or "")
-    if not asked or not all(sharding.from_all(named.is_dir())):
+    if not asked or not all(sharding.from_all(os.path.isdir(named))):  # noqa: PTH112 - Path's raises on some errors
         return asked
-    share = (sharding.rank(), sharding.ranks())
     if problem := _said_by_any(_why_unfinished(named) or find_damage(named, share=share)):
-        other = last_complete_checkpoint(named.parent, model_only=trainer.args.save_only_model, together=True)
+        other = last_complete_checkpoint(named.parent, model_only=trainer.args.save_only_model, share=share)
         instead = f"resume from {other}" if other else "start without resume_from_checkpoint"
         raise ValueError(
             f"got a damaged checkpoint, wanted a whole one: in {named}, {problem}; {instead}, or remove "
@@ -138,23 +142,25 @@ def choose(trainer: Trainer, asked: str | bool | None) -> str | bool | None:
     return asked
 
 
-def last_complete_checkpoint(folder: str | Path, *, model_only: bool = False, together: bool = False) -> Path | None:
+def last_complete_checkpoint(
+    folder: str | Path, *, model_only: bool = False, share: tuple[int, int] | None = None
+) -> Path | None:
     """Finds the newest complete ``checkpoint-N`` folder, and warns about each newer one that it passes over.
 
     Args:
         folder: The Trainer's ``output_dir``.
         model_only: Whether checkpoints hold no optimizer (``save_only_model``).
-        together: All ranks call this: each reads a part of the files, and all get the same answer.
+        share: Which part of the contents this rank compares with their checksums, and of how many: all ranks call
+            this, and all get the same answer. None if one asks for itself.
 
     Returns:
         The folder, or None if there is no complete one.
     """
-    numbers = [int(match[1]) for path in Path(folder).glob("checkpoint-*") if (match := _NUMBER.search(path.name))]
-    share = (sharding.rank(), sharding.ranks()) if together else (0, 1)
-    for number in sorted(sharding.from_all(numbers)[0] if together else numbers, reverse=True):
+    numbers = _numbers_in(folder)
+    for number in sorted(sharding.from_all(numbers)[0] if share else numbers, reverse=True):
         path = Path(folder) / f"checkpoint-{number}"
-        problem = find_problem(path, model_only=model_only, share=share)
-        if together:
+        problem = find_problem(path, model_only=model_only, share=share or (0, 1))
+        if share:
             problem = _said_by_any(problem)
         if problem is None:
             return path
@@ -162,10 +168,38 @@ def last_complete_checkpoint(folder: str | Path, *, model_only: bool = False, to
     return None
 
 
+def _numbers_in(folder: str | Path) -> list[int]:
+    try:
+        names = [path.name for path in Path(folder).iterdir()]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        logger.warning("%s cannot be listed: %s", folder, error)
+        return []
+    return [int(match[1]) for name in names if (match := _NUMBER.search(name))]
+
+
 def _said_by_any(problem: str | None) -> str | None:
     return next((said for said in sharding.from_all(problem) if said), None)
 
 
+P = ParamSpec("P")
+
+
+def _errors_said(check: Callable[P, str | None]) -> Callable[P, str | None]:
+    """Makes an error of the disk a problem of the folder: raised on one rank, it leaves the others waiting for it."""
+
+    @wraps(check)
+    def checked(*args: P.args, **kwargs: P.kwargs) -> str | None:
+        try:
+            return check(*args, **kwargs)
+        except OSError as error:
+            return f"it is unreadable ({error})"
+
+    return checked
+
+
+@_errors_said
 def find_problem(folder: Path, *, model_only: bool = False, share: tuple[int, int] = (0, 1)) -> str | None:
     """Says what keeps a checkpoint folder from being resumed, or None if all of its files are there and whole.
 
@@ -185,6 +219,7 @@ def find_problem(folder: Path, *, model_only: bool = False, share: tuple[int, in
     return missing or find_damage(folder, share=share)
 
 
+@_errors_said
 def _why_unfinished(folder: Path) -> str | None:
     if (folder / checksums.INCOMPLETE).exists():
         return "the process ended while it was saved"
@@ -195,6 +230,7 @@ def _why_unfinished(folder: Path) -> str | None:
     return None
 
 
+@_errors_said
 def find_damage(folder: Path, *, share: tuple[int, int] = (0, 1)) -> str | None:
     """Says which of the files in a checkpoint folder is not whole, or None.
 
@@ -209,8 +245,8 @@ def find_damage(folder: Path, *, share: tuple[int, int] = (0, 1)) -> str | None:
     for index in folder.glob("*.index.json"):
         try:
             shards = set(json.loads(index.read_text())["weight_map"].values())
-        except ValueError as error:
-            return f"{index.name}: {error}"
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+            return f"{index.name} is unreadable ({error})"
         if missing := sorted(shards - {path.name for path in weights}):
             return f"{missing[0]} is missing"
     for part in (*folder.glob("optimizer_[0-9]*"), *folder.glob("pytorch_model_fsdp_[0-9]*")):

@@ -25,6 +25,11 @@ from hf_soap.verdict import DEFERS, Verdict
 logger = logging.getLogger(__name__)
 
 
+def unwrapped(optimizer: Any) -> Any:
+    """Returns the optimizer in accelerate's wrapper, or the optimizer itself."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
 class BlockOptimizer(PlannedOptimizer):
     """The step loop: batches of same-shape blocks, each stepped by its rule."""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import random
-import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields
@@ -18,9 +17,8 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_soap import cards, metrics, preflight, registry, schema
-from hf_soap.callbacks import unwrapped
 from hf_soap.optimizers import MARS
-from hf_soap.stepping import BlockOptimizer
+from hf_soap.stepping import BlockOptimizer, unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -60,7 +58,7 @@ class SoapTrainerMixin(_Base):
         if registry.optimizer_name(self.args) in registry.ENTRIES:
             registry.resolve(self.args)  # refuses wrong options before training starts
             if preflight:
-                self.add_callback(_Preflight(self))
+                self.add_callback(_Preflight())
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         """Makes the optimizer as the Trainer does; one whose state is spread over ranks may be made here."""
@@ -147,15 +145,27 @@ def _untraced(trainer: Trainer, model: nn.Module) -> Iterator[None]:
     """Puts back what a second pass over a batch would count twice: random numbers, buffers, and the notes of TRL."""
     after, notes = _random_state(), ("_metrics", "_total_train_tokens")
     taken = {name: copy.deepcopy(getattr(trainer, name)) for name in notes if hasattr(trainer, name)}
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]  # running means of batch norms
+    held = [(module, dict(module._buffers)) for module in model.modules()]
+    # Batch norms write into theirs without a new version, so that what changed is only known by its values.
+    values = [(part, part.clone()) for part in map(_memory, model.buffers())]
     try:
         yield
     finally:
         _set_random_state(after)
         vars(trainer).update(taken)
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
+        for module, buffers in held:
+            module._buffers.update(buffers)  # those in whose place a forward pass put others
+        for part, value in values:
+            part.copy_(value)
+
+
+def _memory(buffer: Tensor) -> Tensor:
+    """Returns a view of a buffer that has no entry twice: torch copies nothing into an expanded one."""
+    part = buffer.detach()
+    for dim, stride in enumerate(part.stride()):
+        if stride == 0 and part.shape[dim] > 1:
+            part = part.narrow(dim, 0, 1)
+    return part
 
 
 class SoapTrainer(SoapTrainerMixin, Trainer):
@@ -165,17 +175,13 @@ class SoapTrainer(SoapTrainerMixin, Trainer):
 class _Preflight(TrainerCallback):
     """Looks when training begins: only then are parameters sharded, and those who own state known."""
 
-    def __init__(self, trainer: SoapTrainerMixin) -> None:
-        self._trainer = weakref.ref(trainer)  # which has this callback: a deleted one is freed at once
-
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        trainer = self._trainer()
-        optimizer = None if trainer is None else unwrapped(trainer.optimizer)
-        if trainer is not None and isinstance(optimizer, BlockOptimizer) and trainer.model is not None:
+        model, optimizer = kwargs["model"], unwrapped(kwargs["optimizer"])
+        if isinstance(optimizer, BlockOptimizer):
             config = registry.resolve(args)
-            for warning in preflight.check(trainer.model, optimizer, config):
+            for warning in preflight.check(model, optimizer, config):
                 logger.warning("optim=%s: %s", config.name, warning)
 
 

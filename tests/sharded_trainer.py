@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -136,3 +137,29 @@ def accelerate_alone() -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0], losses
+
+
+def nodes_read_their_own(folder: str) -> None:
+    """Each rank is a node with a folder of its own, and the newest checkpoint of the second is damaged."""
+    from hf_soap import resume
+
+    rank = dist.get_rank()
+    os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    own = Path(folder) / f"node-{rank}"
+    trainer = trainer_for(own, save_on_each_node=True)  # saves at the steps 4 and 8
+    trainer.train()
+    for weights in (Path(folder) / "node-0").glob(
+        "*/model.safetensors"
+    ):  # transformers 5 saves them on one node alone
+        if rank == 1:
+            shutil.copy(weights, own / weights.parent.name)
+    newest = own / "checkpoint-8"
+    for name in ("optimizer.pt", f"rng_state_{rank}.pth", "scheduler.pt"):
+        intact = (newest / name).read_bytes()
+        assert resume.choose(trainer, True) == str(newest)
+        if rank == 1:
+            damaged = bytearray(intact)
+            damaged[len(intact) // 2] ^= 1
+            (newest / name).write_bytes(damaged)
+        assert resume.choose(trainer, True) == str(own / "checkpoint-4"), name
+        (newest / name).write_bytes(intact)

@@ -3,6 +3,7 @@
 import json
 import logging
 import pickle
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ranks
 import tiny
 import torch
 from crashing import Run
@@ -23,6 +25,9 @@ from hf_soap.registry import ENTRIES
 from hf_soap.resume import find_damage, find_problem, last_complete_checkpoint
 
 FILES = ["optimizer.pt", "model.safetensors", "scheduler.pt", "rng_state.pth"]
+
+UNREADABLE = Path("/proc/self/mem")
+"""Reading it from its beginning is an input/output error, as on a bad disk, also for root."""
 
 
 def run(folder: Path, cls: type[Trainer] = Trainer, resume: Any = None, **changes: Any) -> Trainer:
@@ -199,6 +204,57 @@ def test_damaged_checksums_are_noticed(change: Any, problem: str, copied: Path) 
     path = copied / "checkpoint-4" / "checksums_0.json"
     path.write_text(change(path.read_text()))
     assert find_damage(path.parent).startswith(problem)
+
+
+@pytest.mark.parametrize("name", ["extra.bin", "checksums_0.json", "model.safetensors.index.json", "optimizer.pt"])
+@pytest.mark.skipif(not UNREADABLE.exists(), reason="needs a file that cannot be read, also by root")
+def test_a_file_that_the_disk_does_not_give_back_is_a_problem(name: str, copied: Path) -> None:
+    """Such an error stopped the run; raised on one of several ranks, it left the others waiting for its share."""
+    folder = copied / "checkpoint-4"
+    noted = json.loads((folder / "checksums_0.json").read_text())
+    noted["files"] |= {"extra.bin": [0, 0]}
+    (folder / "checksums_0.json").write_text(json.dumps(noted))
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to(UNREADABLE)
+    assert re.match(rf"{re.escape(name)} is .*(Input/output error|cut off)", find_problem(folder))
+    assert last_complete_checkpoint(copied) == copied / "checkpoint-2"
+
+
+def test_a_folder_that_the_disk_does_not_give_back_is_a_problem(tmp_path: Path) -> None:
+    assert "File name too long" in find_problem(tmp_path / ("x" * 300))  # for any file system
+
+
+def test_a_save_without_optimizer_leaves_none_of_another_run(copied: Path) -> None:
+    """The old optimizer stayed, and with the new weights passed for one checkpoint."""
+    folder = copied / "checkpoint-4"
+    (folder / "optimizer_0").mkdir()
+    for name in ("optimizer_0/__0_0.distcp", "optimizer_0/.metadata", "rng_state_3.pth", "adapter_model.safetensors"):
+        (folder / name).touch()
+    own = {"notes.txt", "mine.pt", "backup/optimizer.pt", "optimizer_0/notes.txt", "model.old.safetensors"}
+    for name in own:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
+    run(copied, save_only_model=True)
+    assert {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} == own | {
+        *("config.json", "generation_config.json", "model.safetensors", "trainer_state.json", "training_args.bin")
+    }
+    assert find_problem(folder) == "scheduler.pt is missing"
+
+
+def test_what_does_not_decide_about_the_run_may_be_edited(copied: Path) -> None:
+    """A word in a README made a checkpoint one that is refused."""
+    folder = copied / "checkpoint-4"
+    for name in ("config.json", "generation_config.json", "training_args.bin"):
+        with (folder / name).open("ab") as file:
+            file.write(b"\n")
+    (folder / "README.md").write_text("Mine.")
+    assert find_problem(folder) is None
+    assert set(json.loads((folder / "checksums_0.json").read_text())["files"]) == set(FILES)
+
+
+def test_each_node_reads_all_of_its_own_folder(tmp_path: Path) -> None:
+    """With save_on_each_node the ranks of other nodes read a part of other folders."""
+    ranks.run("sharded_trainer.nodes_read_their_own", 2, tmp_path / "meeting", folder=str(tmp_path))
 
 
 def test_shards_of_several_ranks(tmp_path: Path) -> None:

@@ -8,7 +8,14 @@ from typing import Any
 import pytest
 import torch
 from tiny import Counting, arguments, gpt2
-from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainingArguments,
+)
 
 from hf_soap import MARS, SoapTrainer, SoapTrainerMixin
 
@@ -106,3 +113,31 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path: Path) -> None:
     resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
     for got, wanted in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(got, wanted)
+
+
+class Buffered(GPT2LMHeadModel):
+    """Has buffers of all kinds: expanded, written into without and with a new version, and replaced."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__(config)
+        self.norm = torch.nn.BatchNorm1d(config.n_embd, affine=False)
+        self.register_buffer("mask", torch.ones(1, 5).expand(4, 5))
+        self.register_buffer("filled", torch.zeros(1, 5).expand(4, 5), persistent=False)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, input_ids: Any, labels: Any) -> Any:
+        if self.training:
+            self.norm(self.transformer.wte.weight.detach())
+            self.filled.fill_(self.filled[0, 0].item() + 1)
+            self.seen = self.seen + 1
+        return super().forward(input_ids, labels=labels)
+
+
+def test_a_second_pass_leaves_buffers_as_they_were(tmp_path: Path) -> None:
+    """A buffer that is expanded stopped the run, and one that the forward pass replaces was counted twice."""
+    torch.manual_seed(0)
+    model = Buffered(GPT2Config(vocab_size=64, n_positions=16, n_embd=32, n_layer=1, n_head=2))
+    SoapTrainer(model=model, args=arguments(tmp_path, max_steps=3, **EXACT), train_dataset=Counting()).train()
+    assert [float(model.norm.num_batches_tracked), float(model.seen), float(model.filled[3, 4])] == [3, 3, 3]
+    assert model.mask.stride() == (0, 1)
+    assert model.mask.eq(1).all()

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import GPT2LMHeadModel
 
 from hf_soap import SOAP, SoapTrainer, linalg
-from hf_soap.callbacks import unwrapped
+from hf_soap.stepping import unwrapped
 
 FREQUENT = "precondition_frequency=2"
 EXACT = {"optim": "mars", "optim_args": "exact=true"}

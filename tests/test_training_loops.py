@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import pickle
 import threading
 import weakref
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch.optim import lr_scheduler, swa_utils
 from transformers import Trainer
 
 from hf_soap import MARS, SOAP, Shampoo, SoapTrainer
-from hf_soap.callbacks import unwrapped
+from hf_soap.stepping import unwrapped
 
 FREQUENT = "precondition_frequency=2"
 
@@ -130,6 +131,16 @@ def test_a_deleted_trainer_is_freed_at_once(cls: type[Trainer], optim_args: str 
         gc.enable()
     gc.collect()  # torch's schedulers hold an optimizer in a cycle
     assert alive[2]() is None
+
+
+def test_callbacks_pickle(tmp_path: Path) -> None:
+    """Ray pickles the trainer of a search."""
+    args = tiny.arguments(tmp_path, optim_args="log_every=2", max_steps=2)
+    trainer = SoapTrainer(tiny.gpt2(), args, train_dataset=tiny.Counting())
+    for _ in range(2):
+        trainer.callback_handler.callbacks = pickle.loads(pickle.dumps(trainer.callback_handler.callbacks))
+        trainer.train()
+        assert sum("optimizer/step_ms" in entry for entry in trainer.state.log_history) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
