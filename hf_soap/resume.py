@@ -246,7 +246,7 @@ def find_damage(folder: Path, *, share: tuple[int, int] = (0, 1)) -> str | None:
         try:
             shards = set(json.loads(index.read_text())["weight_map"].values())
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            return f"{index.name} is unreadable ({error})"
+            return f"{index.name}: {error}"
         if missing := sorted(shards - {path.name for path in weights}):
             return f"{missing[0]} is missing"
     for part in (*folder.glob("optimizer_[0-9]*"), *folder.glob("pytorch_model_fsdp_[0-9]*")):

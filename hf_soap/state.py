@@ -63,7 +63,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
 
     @property
     def failed_refreshes(self) -> int:
-        """Factors of this rank whose basis or root could not be computed, since construction or load."""
+        """Factors that this rank has, whose basis or root could not be computed, since construction or load."""
         return self._failures.count()
 
     def _settle(self) -> None:
