@@ -132,6 +132,16 @@ def parse_optim_args(text: str | None, config: type[ConfigT], defaults: Mapping[
     return config(**{**(defaults or {}), **values})
 
 
+def patterns(text: str) -> list[str]:
+    """Returns the regular expressions in ``optim_args``, whichever optimizer that is for.
+
+    Raises:
+        ValueError: If one stands in quotes that cannot be read.
+    """
+    pairs = [[part.strip() for part in item.partition("=")] for item in _split(text)]
+    return [_from_text(key, raw, str) for key, _, raw in pairs if key.endswith("_modules")]
+
+
 def option_table(config: type[OptimizerConfig]) -> str:
     """Returns the options of an optimizer as a Markdown table: name, type, default, range and meaning."""
     hints = typing.get_type_hints(config)

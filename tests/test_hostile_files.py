@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -15,10 +16,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from hf_soap import recipes
+from hf_soap import recipes, schema
 from hf_soap.__main__ import app
 from hf_soap.cli.run import with_recipe
+from hf_soap.configs import SoapConfig
 from hf_soap.recipes import hub, keys, plain_yaml, safety
+from hf_soap.schema import parse_optim_args
 
 ROOT = Path(__file__).parents[1]
 
@@ -139,14 +142,29 @@ def test_any_content_is_a_recipe_or_refused_by_key(content: dict[str, Any], key:
         ("train_files: [a.txt, 'http://169.254.169.254/latest']", "wanted no address"),
         ("train_files: zip://a::https://host/x.zip", "wanted no address"),
         ("""dataset_kwargs: '{"data_files": "file:///etc/passwd"}'""", "wanted no address"),
+        # `file:` needs no slashes to lead anywhere, and fsspec has more such words.
+        ("train_files: file:/etc/passwd", "train_files: got 'file:/etc/passwd', wanted no address"),
+        ("train_files: ['local::/etc/passwd']", "wanted no address"),
+        ("train_files: simplecache::/etc/passwd", "wanted no address"),
+        ("train_files: ' file:/etc/passwd'", "wanted no address"),
+        ("train_files: 'data:,x'", "wanted no address"),
+        ("train_files: stdlib::/etc/passwd", "wanted no address"),
         # All of the run's figures went to an account that the recipe's author chose by a project's name.
         ("report_to: wandb", "report_to: got 'wandb', wanted none or tensorboard"),
         ("report_to: all", "wanted none or tensorboard"),
         ("report_to: [tensorboard, codecarbon]", "got 'codecarbon'"),
-        ("optim_target_modules: (a+)+$", "optim_target_modules: .*repeats within repeats"),
-        ("lora_target_modules: '((a|b)*c)*d'", "repeats within repeats"),
-        ("optim_args: adam_modules=(x*)*y", "optim_args: .*repeats within repeats"),
-        ("optim_args: 'adam_modules=.*.*.*.*.*.*z'", "at most 5 repeats"),
+        ("optim_target_modules: (a+)+$", "optim_target_modules: .*groups .* that are not repeated"),
+        ("lora_target_modules: '((a|b)*c)*d'", "groups .* that are not repeated"),
+        ("optim_args: adam_modules=(x*)*y", "optim_args: .*groups .* that are not repeated"),
+        ("optim_args: one_sided=true,one_sided_modules='(x*)*y'", "optim_args: .*groups .* that are not repeated"),
+        ("optim_args: 'adam_modules=.*a.*b.*c.*d$'", "optim_args: .*at most 3 of"),
+        # Neither was ? taken for a repeat, nor a group that chooses without one; peft reads this key as patterns too.
+        ("optim_target_modules: '(.?){26}.{26}!'", "groups .* that are not repeated"),
+        (f"optim_target_modules: '{'.?' * 22 + '.' * 22}!'", "at most 3 of"),
+        (f"optim_args: 'adam_modules={'(.|.)' * 26}!'", "few alternatives"),
+        ("lora_modules_to_save: [lm_head, (a+)+$]", "groups .* that are not repeated"),
+        (f"optim_target_modules: [{'.*a.*b.*c.*d,' * 2}]", "at most 3 of"),
+        ("optim_target_modules: [.*a.*b.*c, .*d.*e.*f]", "got '.*a.*b.*c|.*d.*e.*f', .*at most 3 of"),
         (f"run_name: {'x' * 5000}", "run_name: got text of 5000 characters"),
         ("\n".join(f"k{i}: 1" for i in range(1001)), "got 1001 keys"),
         (f"train_files: [{'a,' * 1001}]", "got 1001 entries"),
@@ -167,11 +185,72 @@ def test_harm_is_refused_by_key(text: str, why: str) -> None:
         r"optim_args: 'adam_modules=model\.layers\.\d+\.(self_attn|mlp)\.[a-z(+]+_proj,betas=(0.9,0.95)'",
         "report_to: [tensorboard]",
         "lora_target_modules: [q_proj, '.*attn.*']",
-        "train_files: [books/*.txt]",
+        "lora_target_modules: all-linear",
+        "optim_args: adam_modules=lm_head|embed",
+        r"optim_args: adam_modules='.*\.layers\.(0|1|2)\..*'",
+        r"optim_args: adam_modules=^model\.(q|k|v)_proj$,one_sided_modules=layers\.[0-9]+\.mlp",
+        r"optim_target_modules: .*layers\.\d+\.(self_attn|mlp)\.[a-z]+_proj\..*lora_[AB].*",
+        rf"optim_target_modules: (^|\.)layers\.({'|'.join(map(str, range(32)))})\.mlp\.(gate|up|down)_proj",
+        "optim_target_modules: [" + "a.b," * 999 + "]",
+        "train_files: [books/*.txt, stdlib:*.py, package:torch/*.py]",
+        "my_prompt: 'Question: why? Answer:'",
     ],
 )
 def test_what_recipes_do_hold_passes(text: str) -> None:
     assert read(text)[0] is not None
+
+
+pieces = st.sampled_from(
+    [".*", ".*?", ".+", ".?", ".", "[a-z._]*", r"\w*", "[^!]*", "[^.]+", ".{0,9}", ".{9}", "e*", "e"]
+)
+groups = st.sampled_from(
+    ["(.|.)", "(e|ex)", "(|.)", "(e|e)", "(.?)", "(a|b)?", "|", "$", "^", r"\b", r"\.", "layers", "!"]
+)
+NAME = "base_model.model.model.layers.31.block_sparse_moe.experts.127.down_proj.lora_A.default.weight"
+
+
+def give_up(*_: Any) -> None:
+    raise TimeoutError
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs a clock of the process's own time")
+@given(st.lists(st.one_of(pieces, groups), max_size=16).map("".join), st.sampled_from(["", "!", "[!]"]))
+@example("(.|.)" * 40, "!")
+@example("(.?){40}.{40}", "!")
+@example(".?" * 40 + "." * 40, "!")
+@example(r"\b?" * 40, "!")
+@example("^?" * 40, "!")
+@example("(e|em|emb|embe)" * 40, "!")
+@example("a?a" * 40, "!")
+@example(r"\x2e?\x2e", "!")
+@example("[^]|a]" * 20, "!")
+@example("|".join([".*?.*?.*?"] * 300), "!")
+@cases(1.5)
+def test_what_passes_as_a_pattern_is_searched_for_in_bounded_time(start: str, end: str) -> None:
+    """Ways through a pattern doubled with each of its groups; the slowest that is found now takes half a second."""
+    pattern = start + end
+    if safety.refusals({"optim_target_modules": pattern}):
+        return
+    previous = signal.signal(signal.SIGVTALRM, give_up)
+    signal.setitimer(signal.ITIMER_VIRTUAL, 30)
+    try:
+        re.search(pattern, NAME)
+        re.fullmatch(pattern, NAME)
+    except re.error:
+        pass  # which ends a run at its start
+    except TimeoutError:
+        pytest.fail(f"{pattern!r} took 30 seconds on one name")
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, previous)
+
+
+@pytest.mark.parametrize("key", ["adam_modules", "one_sided_modules"])
+def test_patterns_are_checked_as_the_optimizer_reads_them(key: str) -> None:
+    r"""Within quotes (a+)+ may be written as \x28a+)+."""
+    text = f"eps=1e-8, {key} = '\\x28a+)+'"
+    assert getattr(parse_optim_args(text, SoapConfig), key) == "(a+)+" == schema.patterns(text)[0]
+    assert safety.refusals({"optim_args": text})
 
 
 def test_the_largest_file_takes_seconds() -> None:

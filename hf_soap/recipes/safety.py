@@ -8,6 +8,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from hf_soap import schema
+from hf_soap.recipes import patterns
 from hf_soap.schema import shown
 
 PROVENANCE = "provenance"
@@ -25,6 +27,9 @@ REFUSED = {
 }
 """Patterns of refused names, and what such a key names."""
 
+PLACES = ("stdlib", "package")
+"""What may stand before a colon: ``stdlib:*.py`` and ``package:torch/*.py`` are files of the running Python."""
+
 LARGEST = 1e12
 """The largest number."""
 MAX_ENTRIES = 1000
@@ -33,8 +38,7 @@ MAX_TEXT = 4096
 """Characters of one value."""
 
 _TOKEN = re.compile(r"\b((hf|sk|gh[a-z]|github_pat)_|sk-)[A-Za-z0-9_-]{20,}")
-_PATTERN = re.compile(r"optim_args|.*_(modules|parameters)")
-_REPEATS = 5  # what n of them cost on a name of k letters grows as k to the power of n
+_PATTERN = re.compile(r"optim_args|(.*_)?(modules|parameters|modules_to_save|layers_pattern)")
 _PICKLE = re.compile(r"\.(pkl|pickle|pt|pth|bin|ckpt|joblib|npy)$", re.IGNORECASE)
 _OPENED = re.compile(r"(.*_)?(files?|path|dir|folder)")
 _OVERRIDE = r"[A-Za-z]\w*=[\w.+-]*"
@@ -80,7 +84,7 @@ def _in_option(key: str, value: Any) -> str:
     dashed = next((item for item in value if isinstance(item, str) and item.startswith("-")), None)
     if dashed is not None:
         return f"got {shown(dashed)}, which a program takes for an option; wanted it without the dash"
-    return next(filter(None, (_in_scalar(key, item) for item in value)), "")
+    return next(filter(None, (_in_scalar(key, item) for item in value)), "") or _in_patterns_together(key, value)
 
 
 def _in_scalar(key: str, value: Any) -> str:
@@ -112,9 +116,12 @@ def _in_value(key: str, text: str) -> str:
     # The options of an optimizer hold regular expressions, and no file is opened by them.
     if key != "optim_args":
         parts = re.split(r"[/\\:]", text)  # package:NAME/PATTERN is a path too
+        # Libraries open file:/x, local:x and simplecache::/x too; what a space follows is text, such as a prompt.
+        scheme = re.match(r"\s*([A-Za-z][\w+.-]*):(?!\s|$)", text)
+        addressed = "://" in text or "::" in text or (scheme and scheme[1] not in PLACES)
         if text.startswith(("/", "\\", "~")) or re.match("[A-Za-z]:", text) or ".." in parts:
             return f"got {shown(text)}, wanted a path below the working folder; give it on the command line"
-        if "://" in text:
+        if addressed:
             return f"got {shown(text)}, wanted no address, which may lead anywhere; give it on the command line"
         if _OPENED.fullmatch(key) and any(part.startswith(".") and part != "." for part in parts):
             return f"got {shown(text)}, wanted no hidden file or folder; give it on the command line"
@@ -125,32 +132,25 @@ def _in_value(key: str, text: str) -> str:
         return f"got {shown(text)}, wanted the name of a built-in implementation, such as sdpa"
     if key == "report_to" and text not in ("none", "tensorboard"):
         return f"got {shown(text)}, wanted none or tensorboard; what sends a run to an account is for the command line"
-    if _PATTERN.fullmatch(key) and _takes_forever(text):
-        return (
-            f"got {shown(text)}, wanted regular expressions without repeats within repeats, such as (a+)+, and at "
-            f"most {_REPEATS} repeats: others may take forever"
-        )
+    if _PATTERN.fullmatch(key) and (problem := _in_patterns(key, text)):
+        return problem
     if key == "config_overrides" and not re.fullmatch(rf"{_OVERRIDE}(,{_OVERRIDE})*", text):
         return f"got {shown(text)}, wanted name=value pairs split by commas, such as n_layer=4,n_embd=256"
     return _in_json(text) if text.startswith("{") else ""
 
 
-def _takes_forever(pattern: str) -> bool:
-    """Whether a search may try exponentially many ways: a repeated group that repeats or chooses, or many repeats."""
-    groups, closed, repeats = [False], False, 0
-    for token in re.findall(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|.", pattern):
-        repeated = token in ("*", "+", "{")
-        if closed and repeated:
-            return True
-        closed, repeats = False, repeats + repeated
-        if token == "(":
-            groups.append(False)
-        elif token == ")" and len(groups) > 1:
-            closed = groups.pop()
-            groups[-1] |= closed
-        else:
-            groups[-1] |= repeated or token == "|"
-    return repeats > _REPEATS
+def _in_patterns(key: str, text: str) -> str:
+    try:
+        found = schema.patterns(text) if key == "optim_args" else [text]
+    except ValueError as error:
+        return str(error)
+    problem = patterns.problem("|".join(found))  # each name is tried on all of them
+    return problem and f"got {shown(text)}, {problem}"
+
+
+def _in_patterns_together(key: str, entries: list[Any]) -> str:
+    texts = [entry for entry in entries if isinstance(entry, str)]
+    return _in_patterns(key, "|".join(texts)) if texts and _PATTERN.fullmatch(key) and key != "optim_args" else ""
 
 
 def _in_json(text: str) -> str:
@@ -167,7 +167,7 @@ def _in_tree(key: str, value: Any) -> str:
         pairs = [(name, problem_of_key(name) or _in_tree(name, inner)) for name, inner in value.items()]
         return next((f"{shown(name)}: {problem}" for name, problem in pairs if problem), "")
     if isinstance(value, list):
-        return next(filter(None, (_in_tree(key, inner) for inner in value)), "")
+        return next(filter(None, (_in_tree(key, inner) for inner in value)), "") or _in_patterns_together(key, value)
     return "" if value is None else _in_scalar(key, value)
 
 
