@@ -21,24 +21,29 @@ CHANGING = ("maximize", "amsgrad", "nesterov")
 def check_group_keys(group: Mapping[str, Any], settings: Collection[str]) -> None:
     """Refuses keys of a param group that are meant as settings and would be passed over.
 
-    A name of the user's own may be there, and what schedulers put there: ``initial_lr``, ``max_momentum``.
+    A name of the user's own may be there, such as a single word that no setting is close to, and what schedulers put
+    there: ``initial_lr``, ``max_momentum``.
 
     Args:
         group: The param group.
         settings: Names of the optimizer's settings.
 
     Raises:
-        ValueError: On a key that is an option of another kind, or close to the name of a setting.
+        ValueError: On a key that is close to the name of a setting, or of several words and the beginning of one, or
+            an option of another optimizer.
     """
     for key, value in group.items():
         if key in settings or key in ("params", "param_names") or not isinstance(key, str):
             continue
+        # block, norm or exact may be somebody's own; block_s, or normalize_grads where there is none, hardly is.
+        word = "_" not in key
         derived = any(key.endswith(f"_{name}") or key.startswith(f"{name}_") for name in settings)
-        # weight_decay_end may be somebody's own; weight_decay_d is none.
-        misspelt = difflib.get_close_matches(key, settings, n=1, cutoff=0.92 if derived else 0.8)
-        shortened = len(key) > 3 and any(name.startswith(key) for name in settings)
+        first = word and any(name.startswith(f"{key}_") for name in settings)
+        # weight_decay_end may be somebody's own too; weight_decay_d is none.
+        misspelt = difflib.get_close_matches(key, settings, n=1, cutoff=0.92 if derived or first else 0.8)
+        shortened = not word and any(name.startswith(key) for name in settings)
         swapped = any(sorted(key) == sorted(name) for name in settings)
-        if misspelt or shortened or swapped or key in OTHERS or (key in CHANGING and value):
+        if misspelt or shortened or swapped or (key in OTHERS and not word) or (key in CHANGING and value):
             remedy = {"beta1": "write betas", "beta2": "write betas", "learning_rate": "write lr"}.get(key, "")
             raise ValueError(
                 f"got {schema.shown(key)} in a param group, wanted a setting that a group may have: "

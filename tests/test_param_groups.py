@@ -28,6 +28,7 @@ from hf_soap import MARS, SOAP, Shampoo
         ("maximize", "a setting that a group may have"),
         ("adam_modules", "a setting that a group may have"),
         ("state_dtyp", "did you mean state_dtype"),
+        ("precondition_freq", "did you mean precondition_frequency"),
     ],
 )
 def test_a_key_that_would_be_passed_over_is_refused(row: Row, key: str, message: str) -> None:
@@ -56,10 +57,13 @@ def test_any_slip_of_the_hand_is_refused(make: Any, data: st.DataObject) -> None
 
 
 def test_keys_that_others_put_there_are_left_alone() -> None:
-    """Names of groups, layer-wise rates, what schedulers, GaLore and other optimizers of torch write."""
+    """Names of groups, single words, layer-wise rates, what schedulers, GaLore and other optimizers of torch write."""
     others = {"name": "backbone", "lr_scale": 0.5, "initial_lr": 1.0, "max_lr": 1.0, "min_lr": 0.0, "swa_lr": 0.1}
     others |= {"base_momentum": 0.8, "max_momentum": 0.9, "rank": 8, "scale": 0.25, "is_expert": True, "group_id": 3}
     others |= {"initial_weight_decay": 0.1, "weight_decay_end": 0.0, "module_name": "attn", "layer": 3, "fix_step": 1}
+    # Words that begin a setting, or are an option of another optimizer of the family, were refused.
+    words = "block norm normalize state weight shard merge correct matmul precondition refresh factor root"
+    others |= dict.fromkeys(words.split(), 1)
     adamw = {key: value for key, value in AdamW(parameters(), fused=True).param_groups[0].items() if key != "params"}
     for make in (SOAP, Shampoo, MARS):
         params = parameters()
