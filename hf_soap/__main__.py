@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
-if __name__ == "__main__" and not sys.flags.safe_path:
+if (
+    __name__ == "__main__"
+    and not sys.flags.safe_path
+    and globals() is vars(sys.modules["__main__"])  # under runpy, the first entry is that of the program around this
+    and sys.path[0] == os.getcwd()  # noqa: PTH109 - there may be a pathlib too
+):
     # `python -m` puts the working folder there, where what lies beside a recipe would be taken for a library.
     del sys.path[0]
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -102,6 +103,20 @@ def test_module_runs_as_main_with_its_own_options(tmp_path, monkeypatch, capsys)
     (tmp_path / "program.py").write_text("import sys; print(__name__, sys.argv[1:], sys.path[0])")
     prepare(["-m", "program", "--help"])()
     assert capsys.readouterr().out == f"__main__ ['--help'] {tmp_path}\n"
+
+
+@pytest.mark.usefixtures("interpreter")
+@pytest.mark.parametrize("first", ["/somewhere", ""], ids=["a folder", "the working folder"])
+def test_a_program_that_runs_this_one_keeps_its_path(first, monkeypatch, capsys):
+    """The first entry was taken out whoever had put it there: under runpy it is the caller's."""
+    monkeypatch.setattr(sys, "argv", ["caller.py", "--help"])
+    sys.path.insert(0, first or os.getcwd())  # noqa: PTH109
+    before = list(sys.path)
+    with pytest.raises(SystemExit) as end:
+        runpy.run_module("hf_soap", run_name="__main__")
+    assert end.value.code == 0
+    assert "compare" in capsys.readouterr().out
+    assert sys.path == before
 
 
 @pytest.mark.usefixtures("interpreter")
