@@ -225,7 +225,7 @@ def give_up(*_: Any) -> None:
 @example(r"\x2e?\x2e", "!")
 @example("[^]|a]" * 20, "!")
 @example("|".join([".*?.*?.*?"] * 300), "!")
-@cases(1.5)
+@cases(4)
 def test_what_passes_as_a_pattern_is_searched_for_in_bounded_time(start: str, end: str) -> None:
     """Ways through a pattern doubled with each of its groups; the slowest that is found now takes half a second."""
     pattern = start + end
