@@ -102,7 +102,7 @@ def step_tensors(
 
 def _are_plain(tensors: Sequence[Tensor], dtype: torch.dtype) -> bool:
     """Whether fused kernels take tensors: a model may have gone to another dtype or memory format since last time."""
-    return all(tensor.dtype == dtype and tensor.is_contiguous() for tensor in tensors)
+    return all(map(Tensor.is_contiguous, tensors)) and {tensor.dtype for tensor in tensors} == {dtype}
 
 
 def directions_of(bucket: Bucket, first: int, last: int, grads: Sequence[Tensor], chunk: Chunk) -> list[Tensor]:
