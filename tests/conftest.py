@@ -69,6 +69,18 @@ def usual_log_levels() -> None:
     logging.getLogger("transformers").setLevel(logging.WARNING)
 
 
+@pytest.fixture(autouse=True)
+def no_settings_of_other_tests() -> Iterator[None]:
+    """transformers 4 writes ``bf16=True`` and the like into the environment, where later tests would find it."""
+    before = dict(os.environ)
+    yield
+    for name in {name for name in os.environ if name.startswith(("ACCELERATE_", "FSDP_"))}:
+        if name in before:
+            os.environ[name] = before[name]
+        else:
+            del os.environ[name]
+
+
 @pytest.fixture(scope="session")
 def hub() -> Iterator[Hub]:
     """A Hub on this machine."""
