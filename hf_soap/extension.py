@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -23,7 +25,6 @@ def install() -> None:
     """Extends transformers, now or as soon as it is imported. Calling it again changes nothing."""
     after_import("transformers.training_args", registry.add_names)
     after_import("transformers.trainer", _extend_trainer)
-    after_import("transformers.trainer_jit_checkpoint", _extend_saving_on_sigterm)
 
 
 def _extend_trainer(trainer: ModuleType) -> None:
@@ -32,6 +33,8 @@ def _extend_trainer(trainer: ModuleType) -> None:
         _extend_making(cls)
         _extend_saving(cls)
         _extend_loading(cls)
+        if find_spec("transformers.trainer_jit_checkpoint"):  # not in transformers 4
+            _extend_saving_on_sigterm(import_module("transformers.trainer_jit_checkpoint"))
 
 
 def _ours(trainer: Any) -> bool:
@@ -121,8 +124,6 @@ def _extend_loading(cls: Any) -> None:
 def _extend_saving_on_sigterm(module: ModuleType) -> None:
     """Has ``enable_jit_checkpoint`` save between two steps, and on all ranks at the same one."""
     cls = module.JITCheckpointCallback
-    if hasattr(cls, "hf_soap"):
-        return
     ends_step = cls.on_step_end
 
     def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -130,14 +131,15 @@ def _extend_saving_on_sigterm(module: ModuleType) -> None:
         if manager and args.world_size > 1 and _ours(self.trainer):
             accelerator = self.trainer.accelerator
             asked = torch.tensor(float(manager.is_checkpoint_requested), device=accelerator.device)
-            if accelerator.reduce(asked, "sum") > 0:  # never back to False: the signal may have come meanwhile
-                manager.is_checkpoint_requested = True
+            if accelerator.reduce(asked, "sum") == 0:
+                return  # a signal that has come meanwhile waits for the next step: this rank would save alone
+            manager.is_checkpoint_requested = True
         ends_step(self, args, state, control, **kwargs)
 
     # Within a step the random numbers of its forward pass are used up, and the resumed run would draw others.
     for name in ("on_step_begin", "on_pre_optimizer_step", "on_epoch_end"):
         setattr(cls, name, _unless_ours(getattr(cls, name)))
-    cls.on_step_end, cls.hf_soap = on_step_end, True
+    cls.on_step_end = on_step_end
 
 
 def _unless_ours(event: Callable[..., None]) -> Callable[..., None]:
