@@ -288,6 +288,8 @@ def test_command_runs(command: str, place: Path, programs: Path, hub: Hub, reque
     assert key is not None
     if command.startswith("bash scripts/test") and f"mypy=={version('mypy')}" not in CONSTRAINTS:
         pytest.skip("code is checked with the versions of constraints.txt")
+    if "--fsdp --" in command and version("transformers").startswith("4."):
+        pytest.skip("transformers 4 wants a value for --fsdp")
     environment = hub.environment(place / "home") if "user/model" in command else {}
     first = []
     while (before := WAYS[way(first[0] if first else command) or ""].behind) is not None:
