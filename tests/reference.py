@@ -29,6 +29,10 @@ TINY = 1e-30
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def float64_copies(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [tensor.detach().to(torch.float64, copy=True) for tensor in tensors]
+
+
 def unfold(tensor: Tensor, mode: int) -> Tensor:
     """The matrix (d_mode, product of the other dimensions) whose rows run along `mode`."""
     return tensor.movedim(mode, 0).reshape(tensor.shape[mode], -1)

@@ -8,10 +8,9 @@ import pytest
 import torch
 from problems import Problem, largest_difference
 from reference import ReferenceSOAP
-from reference_family import (
+from reference_mars import ReferenceMARS, ReferenceMarsInFront
+from reference_shampoo import (
     ReferenceKLShampoo,
-    ReferenceMARS,
-    ReferenceMarsInFront,
     ReferenceShampoo,
     idealized_adafactor_in_eigenbasis,
     idealized_shampoo,

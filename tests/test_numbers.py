@@ -154,7 +154,7 @@ def test_gradients_may_vanish_and_come_back(name: str, small: float) -> None:
     run = descend(TABLE[name], lambda step: small if step < 15 else 1.0, 50)
     assert run["finite"]
     if name not in UNGRAFTED:
-        assert run["losses"][-1] < run["losses"][0]
+        assert run["losses"][-1] < run["losses"][15]  # what adapts descends on vanishing gradients too
         assert run["longest"] < 100
 
 

@@ -27,7 +27,8 @@ class Shampoo(BlockOptimizer):
         lr: Learning rate, a number or a tensor of one element.
         betas: Decay rates of the gradient's moving average (0 for none) and of the grafted rule's second moment.
         shampoo_beta: Decay rate of the factors; None takes ``betas[1]``.
-        eps: Added to the root of the grafted rule's second moment; with ``kl`` to the factors.
+        eps: Added to the root of the grafted rule's second moment; with ``kl`` to the root of the
+            factors' product.
         weight_decay: Decoupled weight decay.
         precondition_frequency: Updates between two computations of the inverse roots; factors accumulate at each.
         max_precond_dim: A side longer than that keeps only the diagonal of its factor.

@@ -28,7 +28,8 @@ class Shampoo(Rule):
         beta1: Decay rate of the gradient's moving average, which is what gets preconditioned; 0 takes the gradient.
         beta2: Decay rate of the grafted rule's second moment.
         shampoo_beta: Decay rate of the factors; None sums them.
-        eps: Added to the root of the grafted rule's second moment; with ``kl`` to the factors.
+        eps: Added to the root of the grafted rule's second moment; with ``kl`` to the root of the
+            factors' product.
         precondition_frequency: Updates between two computations of the roots.
         exponent: Power of each factor; None takes -1/(2k) for k axes, or -1/2 with ``kl``.
         graft: Rule whose step length each tensor gets.
