@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,10 @@ from torch import Tensor
 
 from hf_soap import sharding
 from hf_soap.blocks import Chunk, Layout, Plan
-from hf_soap.storage import COUNT, SCALE, step_keys
+from hf_soap.counts import Counts
+from hf_soap.graphs import refuse_in_graph
+from hf_soap.precision import float32_products
+from hf_soap.storage import SCALE, step_keys
 
 logger = logging.getLogger(__name__)
 
@@ -51,14 +54,16 @@ class Bucket:
             state: The optimizer's state, which gets the views.
             dtype: Dtype of the state.
         """
+        refuse_in_graph("makes its state")
         self.plan = plan
         self.dtype = dtype
         self.index = [index for index, _, _ in members]
         self.params = [param for _, param, _ in members]
         self.shapes = [shape for _, _, shape in members]
         self._cut = any(map(sharding.is_sharded, self.params))
-        self.stacks = plan.allocate(len(members), dtype=dtype, device=self.params[0].device)
-        self.steps = torch.zeros(len(members), dtype=COUNT, device="cpu")
+        device = self.params[0].device
+        self.stacks = plan.allocate(len(members), dtype=dtype, device=device)
+        self.counts = Counts(len(members), device, on_device=plan.capturable)
         self._bytes_of_step = max(1, temporary_bytes(plan, dtype))
         fuses = plan.rule.fuses and plan.kept.plain and not plan.decay_last
         parts = self.weights(0, len(members)) if fuses else []
@@ -69,7 +74,7 @@ class Bucket:
         self._pointers: list[list[int]] = []
         for place, param in enumerate(self.params):
             views = self.rows(place, place + 1)
-            views["step"] = self.steps[place]
+            views["step"] = self.counts.tensor[place]
             known = state[param]
             if known.keys() - {"step"} or known.get("step", 0) > 0:
                 known.update(plan.kept.converted(known, views))
@@ -85,13 +90,13 @@ class Bucket:
 
     def takes(self, plan: Plan) -> bool:
         """Whether the bucket as it is, state and all, would be built for another plan too."""
-        old = self.plan
-        if (old.layout, old.kept, old.decay_last) != (plan.layout, plan.kept, plan.decay_last):
+        old, same = self.plan, ("layout", "kept", "decay_last", "capturable")
+        if any(getattr(old, name) != getattr(plan, name) for name in same):
             return False
         wanted = plan.allocate(len(self.params), dtype=self.dtype, device=torch.device("meta"))
         form = {role: (value.shape, value.dtype) for role, value in wanted.items()}
-        same = form == {role: (value.shape, value.dtype) for role, value in self.stacks.items()}
-        return same and old.rule.fuses == plan.rule.fuses
+        fits = form == {role: (value.shape, value.dtype) for role, value in self.stacks.items()}
+        return fits and old.rule.fuses == plan.rule.fuses
 
     def rows(self, first: int, last: int) -> dict[str, Tensor]:
         """Views of the state of the tensors first..last-1, by role."""
@@ -125,6 +130,16 @@ class Bucket:
             if role.removesuffix(SCALE) in changed:
                 kept[role].copy_(torch.where(chunk.usable, kept[role], value))  # type: ignore[arg-type]
 
+    def exact_arithmetic(self) -> ExitStack:
+        """Keeps what the program has set for its model's arithmetic away from the step."""
+        contexts, device = ExitStack(), self.params[0].device
+        if torch.is_autocast_enabled(device.type):
+            contexts.enter_context(torch.autocast(device.type, enabled=False))
+        if not self.fuses:  # fused kernels multiply no matrices
+            layout = self.plan.layout
+            contexts.enter_context(float32_products(layout.block, device, sides=layout.sides))
+        return contexts
+
     @contextmanager
     def stepping(self) -> Iterator[list[int]]:
         """Lets the tensors whose step fails start anew: their state may be half changed, and their step is counted.
@@ -140,7 +155,7 @@ class Bucket:
             if last > first:
                 for stack in self.rows(first, last).values():
                     stack.zero_()  # as allocated; memory may be what was missing
-                self.steps[first:last].zero_()
+                self.counts.restart(first, last)
                 logger.warning(
                     "A step was broken off by %s: %d tensors start without state.", type(error).__name__, last - first
                 )

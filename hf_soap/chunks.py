@@ -11,6 +11,7 @@ from torch import Tensor
 from hf_soap import sharding, updates
 from hf_soap.blocks import PREV_PARAM, Chunk
 from hf_soap.buckets import Bucket, state_dtype
+from hf_soap.graphs import refuse_in_graph
 
 
 def norms_are_sane(grads: Sequence[Tensor]) -> Tensor:
@@ -29,14 +30,21 @@ def norms_are_sane(grads: Sequence[Tensor]) -> Tensor:
     return (norms < math.sqrt(torch.finfo(dtype).max / 100)).all()  # NaN compares false
 
 
-def stages(bucket: Bucket, grads: Sequence[Tensor | None]) -> tuple[list[bool], list[bool]]:
-    """Says which tensors of a bucket have the gradient that seeds them, and which have one to be updated with."""
+def stages(bucket: Bucket, grads: Sequence[Tensor | None], steps: Sequence[int]) -> tuple[list[bool], list[bool]]:
+    """Says which tensors of a bucket have the gradient that seeds them, and which have one to be updated with.
+
+    Args:
+        bucket: The tensors.
+        grads: Their gradients.
+        steps: How many gradients each has taken.
+    """
     rule = bucket.plan.rule
     present = [grad is not None for grad in grads]
     if not rule.waits:
         return [], present
-    new = [here and not step for here, step in zip(present, bucket.steps.tolist(), strict=True)]
+    new = [here and not step for here, step in zip(present, steps, strict=True)]
     if any(new):
+        refuse_in_graph("is the first of a parameter")
         # An all-zero gradient (a LoRA matrix behind a zero one, a synthetic step) shapes no preconditioner.
         unseen = [grad for grad, is_new in zip(grads, new, strict=True) if is_new and grad is not None]
         nonzero = iter(torch.stack([grad.count_nonzero() for grad in unseen]).tolist())
@@ -86,8 +94,8 @@ def step_tensors(
     if plan.keep_weights:
         before = torch.cat([plan.layout.to_blocks(weight) for weight in weights])
     if chunk.usable is not None:
-        lr = lr * chunk.usable  # and so nothing moves
-    if bucket.fuses and chunk.usable is None and _are_plain((*weights, *grads), bucket.dtype):
+        lr = lr * chunk.usable.to(bucket.dtype)  # and so nothing moves
+    if bucket.fuses and chunk.usable is None and chunk.counts is None and _are_plain((*weights, *grads), bucket.dtype):
         each = {role: tensors[first:last] for role, tensors in bucket.each.items()}
         with chunk.gauge.watching(weights):
             plan.rule.fused_step(weights, grads, each, chunk.t, lr=lr, weight_decay=weight_decay)

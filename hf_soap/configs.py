@@ -7,6 +7,9 @@ from typing import Any, ClassVar, Literal
 
 from hf_soap.schema import AT_LEAST_1, DECAY_RATE, NON_NEGATIVE, POSITIVE, OptimizerConfig, option
 
+OVERLAP_REFRESH = "On a GPU, refresh beside the next forward and backward pass."
+CAPTURABLE = "Keep step counts on the device, so that a CUDA graph may hold `step()`; see `refresh()`."
+
 
 @dataclass(frozen=True, kw_only=True)
 class _Guard(OptimizerConfig):
@@ -100,6 +103,8 @@ class SoapConfig(_Factors):
     matmul_dtype: Literal["float32", "tf32", "bfloat16"] = option(
         "float32", "Arithmetic of the rotations of gradient and direction; factors and bases stay exact."
     )
+    overlap_refresh: bool = option(False, OVERLAP_REFRESH)
+    capturable: bool = option(False, CAPTURABLE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,6 +193,7 @@ class MarsConfig(_Guard):
     weight_decay_1d: float | None = option(
         None, "Their weight decay; `none` takes the param group's, or 0.1 where the group sets none.", NON_NEGATIVE
     )
+    capturable: bool = option(False, CAPTURABLE)
 
     def constructor_kwargs(self) -> dict[str, Any]:
         """Returns the keyword arguments for the optimizer's constructor, the variant among them."""
@@ -239,3 +245,5 @@ class MarsSoapConfig(MarsConfig, _Factors):
     name: ClassVar[str] = "mars_soap"
     lr_is_published: ClassVar[bool] = False
     variant: ClassVar[str] = "soap"
+
+    overlap_refresh: bool = option(False, OVERLAP_REFRESH)

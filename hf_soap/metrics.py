@@ -37,7 +37,8 @@ def diagnostics(optimizer: BlockOptimizer) -> dict[str, float]:
         ``skipped_steps``: steps left out because of a non-finite gradient; ``failed_refreshes``: decompositions that
         failed, for which a previous basis or root stayed in use. Names carry the prefix ``optimizer/``.
     """
-    return _overall(_state_sums(optimizer, rules_of(optimizer)).values(), optimizer, optimizer.failed_refreshes)
+    failed = optimizer.failed_refreshes  # behind which no refresh is under way
+    return _overall(_state_sums(optimizer, rules_of(optimizer)).values(), optimizer, failed)
 
 
 @torch.no_grad()
@@ -56,11 +57,12 @@ def measurements(optimizer: BlockOptimizer) -> dict[str, float]:
     if optimizer.probe is None:
         raise ValueError("got an optimizer without a probe, wanted one that measures; set optimizer.probe = Probe()")
     rules = rules_of(optimizer)
+    failed_here = optimizer.failed_refreshes  # behind which no refresh is under way
     timing, measured = optimizer.probe.take()
     kept = _state_sums(optimizer, rules)
     # What the ranks add up is alike on all, also where one has no part of any tensor of a rule.
     labels = sorted(set(rules.values()))
-    numbers = [timing["steps"], timing["step"], optimizer.failed_refreshes]
+    numbers = [timing["steps"], timing["step"], failed_here]
     for label in labels:
         sums = {**measured.get(label, {}), **kept[label]}
         numbers += [sums.get(column, 0.0) for column in COLUMNS]

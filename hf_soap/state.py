@@ -19,10 +19,11 @@ from hf_soap.blocks import Layout, Plan
 from hf_soap.buckets import GroupCache, state_dtype
 from hf_soap.checks import check_group_keys, check_learning_rate, check_number, check_pair
 from hf_soap.failures import Failures
+from hf_soap.guard import Guard
 from hf_soap.owners import Ownership
 from hf_soap.probe import Probe
+from hf_soap.refreshes import Refreshes
 from hf_soap.storage import COUNT
-from hf_soap.verdict import Verdict
 
 logger = logging.getLogger(__name__)
 
@@ -52,37 +53,29 @@ class PlannedOptimizer(torch.optim.Optimizer):
         self._background = Background(self._failures)
         self._owners: Ownership | None = None
         self._consolidated: dict[str, Any] | None = None
-        self._skipped = self._skipped_in_a_row = 0
-        self._verdict: Verdict | None = None
+        self._guard = Guard()
+        self._refreshes = Refreshes()
 
     @property
     def skipped_steps(self) -> int:
         """Steps that were left out because a gradient was not finite, since construction or load."""
-        self._settle()
-        return self._skipped
+        return self._guard.skipped()
 
     @property
     def failed_refreshes(self) -> int:
         """Factors that this rank has, whose basis or root could not be computed, since construction or load."""
+        self._refreshes.join()
         return self._failures.count()
 
-    def _settle(self) -> None:
-        """Hears the verdict on the last step, where a device has kept it."""
-        verdict, self._verdict = self._verdict, None
-        if verdict is not None:
-            self._count(usable=verdict.settle())
+    @property
+    def capturable(self) -> bool:
+        """Whether steps may be captured in a CUDA graph; all param groups say the same."""
+        return any(group.get("capturable", False) for group in self.param_groups)
 
-    def _count(self, *, usable: bool) -> None:
-        if usable:
-            self._skipped_in_a_row = 0
-            return
-        if not self._skipped:
-            logger.warning(
-                "A gradient holds NaN, Inf or an entry too large to square: the whole step is skipped, parameters and "
-                "state stay as they are."
-            )
-        self._skipped += 1
-        self._skipped_in_a_row += 1
+    def _settle(self) -> None:
+        """Hears the verdict on the last step, where a device has kept it, and puts what follows behind refreshes."""
+        self._refreshes.join()
+        self._guard.settle()
 
     def plan(self, group: dict[str, Any], shape: Sequence[int], *, sharded: bool = False) -> Plan:
         """Returns rule and layout of a tensor in this param group, made from the current settings.

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import logging
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from typing import Any, overload
 
 import torch
@@ -14,15 +13,13 @@ from torch import Tensor
 from hf_soap import sharding
 from hf_soap.blocks import Chunk, Plan, adjacent
 from hf_soap.buckets import Bucket, GroupCache, state_dtype, warn_if_flattened
-from hf_soap.chunks import apply_, directions_of, norms_are_sane, stack_gradients, stages, step_tensors
+from hf_soap.chunks import apply_, directions_of, stack_gradients, stages, step_tensors
+from hf_soap.graphs import capturing
 from hf_soap.owners import SEEDED, UPDATED, Outcome, Ownership
-from hf_soap.precision import float32_products
-from hf_soap.probe import IDLE, Gauge
+from hf_soap.probe import IDLE, Gauge, Probe
+from hf_soap.refreshes import Updated
 from hf_soap.state import PlannedOptimizer
 from hf_soap.storage import COUNT
-from hf_soap.verdict import DEFERS, Verdict
-
-logger = logging.getLogger(__name__)
 
 
 def unwrapped(optimizer: Any) -> Any:
@@ -57,15 +54,62 @@ class BlockOptimizer(PlannedOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if capturing() and not self.capturable:
+            raise RuntimeError(
+                f"got a step of {type(self).__name__} to capture that the host takes part in, wanted one that it does "
+                "not; set capturable=True"
+            )
         self._settle()
-        self._refuse_to_skip_for_ever()  # a device's verdict on the step before
+        self._guard.refuse_to_skip_for_ever(self.param_groups)  # a device's verdict on the step before
         device = next((param.device for group in self.param_groups for param in group["params"]), torch.device("cpu"))
-        with nullcontext() if self.probe is None else self.probe.stepping(device):
+        with nullcontext() if self._measuring is None else self._measuring.stepping(device):
             if self._gradients_usable():
                 self._consolidated = None
+                self._refreshes.start()
                 self._step_all(allocate_only=self._is_synthetic())
-        self._refuse_to_skip_for_ever()
+                if self._refreshes.finish():
+                    self._guard.ask()
+        self._guard.refuse_to_skip_for_ever(self.param_groups)
         return loss
+
+    def _gradients_usable(self) -> bool:
+        return self._guard.admits(
+            self.param_groups,
+            defers=self._find_owners() is None,
+            counts_on_device=self.capturable,
+            name=type(self).__name__,
+        )
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Does behind a replay of a captured step what a CUDA graph cannot: refreshes, every so many replays.
+
+        With ``capturable=True``, after at least three steps outside of a graph::
+
+            with torch.cuda.graph(graph):
+                model(batch).loss.backward()
+                optimizer.step()
+            for batch.data in data:
+                graph.replay()
+                optimizer.refresh()
+
+        A learning rate that changes is a tensor on the device, and the gradients are those that were captured. Whoever
+        loads state, adds parameters or changes settings captures anew.
+
+        Raises:
+            RuntimeError: If no step was captured.
+            FloatingPointError: If ``max_skipped_in_a_row`` steps in a row were skipped; it is looked at when a
+                refresh is due.
+        """
+        self._refreshes.join()
+        if self._refreshes.replayed():
+            self._guard.ask()
+            self._guard.refuse_to_skip_for_ever(self.param_groups)
+
+    @property
+    def _measuring(self) -> Probe | None:
+        """Who measures this step; nobody does within a CUDA graph."""
+        return None if self.probe is None or capturing() else self.probe
 
     def _step_all(self, *, allocate_only: bool) -> None:
         owners = self._find_owners()
@@ -83,11 +127,12 @@ class BlockOptimizer(PlannedOptimizer):
         """Counts a step of the parameters of which this rank has nothing: a checkpoint may take any rank's count."""
         for param in params:
             if sharding.is_sharded(param) and param.numel() and not sharding.local(param).numel():
-                self.state[param].setdefault("step", torch.zeros((), dtype=COUNT))
-                if param.grad is not None:
-                    self.state[param]["step"] += 1
-                    if self._verdict is not None:
-                        self._verdict.counted.append(self.state[param]["step"])
+                step = self.state[param].setdefault("step", torch.zeros((), dtype=COUNT))
+                if param.grad is not None and self.capturable and self._guard.usable is not None:
+                    step.add_(self._guard.usable.to(step.device))
+                elif param.grad is not None:
+                    step += 1
+                    self._guard.counted(step)
 
     def _is_synthetic(self) -> bool:
         """Whether this step is taken to make the state alone, as torch.distributed.checkpoint does before a load."""
@@ -97,64 +142,6 @@ class BlockOptimizer(PlannedOptimizer):
         grads = [sharding.local_grad(param) for param in params]
         zero = not any(grad is not None and bool(grad.any()) for grad in grads)
         return sharding.agree(zero, params)  # a warmup starts at 0 too, and the gradient of one part may be zero
-
-    def _gradients_usable(self) -> bool:
-        """Refuses sparse gradients, and says whether all gradients are finite where a group wants to know.
-
-        Where only the device knows, the answer is yes, and the step goes on under a verdict.
-        """
-        checked: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-        guarded: list[Tensor] = []  # sharded parameters, with gradients or without: ranks must ask each other alike
-        for group in self.param_groups:
-            skips = group["nonfinite"] == "skip"
-            for param in group["params"]:
-                grad, cut = param.grad, sharding.is_sharded(param)
-                if cut and skips:
-                    guarded.append(param)
-                if grad is None or not param.requires_grad:
-                    continue
-                if grad.layout != torch.strided:
-                    raise ValueError(
-                        f"{type(self).__name__} needs dense gradients, got {grad.layout} for a parameter of "
-                        f"shape {tuple(param.shape)}; build the embedding with sparse=False"
-                    )
-                if cut:
-                    sharding.settle_gradient_(param)
-                    grad = sharding.local_grad(param)
-                if skips and grad is not None and grad.numel():
-                    checked.setdefault((grad.device, grad.dtype), []).append(grad)
-        flags = [norms_are_sane(grads) for grads in checked.values()]
-        if flags and all(flag.device.type in DEFERS for flag in flags) and self._find_owners() is None:
-            flag = torch.stack([flag.to(flags[0].device) for flag in flags]).all()
-            self._verdict = Verdict(sharding.agreed(flag, guarded))
-            return True
-        usable = sharding.agree(all(map(bool, flags)), guarded)
-        self._count(usable=usable)
-        return usable
-
-    def _refuse_to_skip_for_ever(self) -> None:
-        """Raises where too many steps in a row did not count; all ranks have counted alike."""
-        limits = [g["max_skipped_in_a_row"] for g in self.param_groups if g["nonfinite"] == "skip"]
-        limit = min((limit for limit in limits if limit), default=0)
-        if not limit or self._skipped_in_a_row < limit:
-            return
-        count, self._skipped_in_a_row = self._skipped_in_a_row, 0  # whoever catches this may go on
-        raise FloatingPointError(
-            f"{count} steps in a row had gradients with NaN, Inf or entries too large to square{self._first_bad()}, "
-            "wanted finite ones: parameters and state are as before them. Look at the loss and the data, lower the "
-            "learning rate, or clip gradients; max_skipped_in_a_row=0 skips without end"
-        )
-
-    def _first_bad(self) -> str:
-        """Names the first parameter whose gradient is not finite now: with a late verdict it may be gone."""
-        for number, group in enumerate(self.param_groups):
-            names = group.get("param_names") or group.get("names") or []
-            for place, param in enumerate(group["params"]):
-                grad = sharding.local_grad(param) if param.requires_grad else None
-                if grad is not None and grad.numel() and not bool(norms_are_sane([grad])):
-                    name = names[place] if place < len(names) else f"parameter {place} of group {number}"
-                    return f" (now in {name}, of shape {tuple(param.shape)})"
-        return ""
 
     def _group_buckets(
         self, key: tuple[int, int], group: dict[str, Any], places: dict[int, Tensor], *, whole: bool = False
@@ -215,21 +202,34 @@ class BlockOptimizer(PlannedOptimizer):
     ) -> None:
         """Steps the members of a bucket that have a gradient; with ``outcomes`` only says where they should go."""
         plan = bucket.plan
-        fresh, ready = stages(bucket, grads)
+        steps = bucket.counts.believed()
+        fresh, ready = stages(bucket, grads, steps)
         decay = group["weight_decay"] if plan.weight_decay is None else plan.weight_decay
         gauge = self._gauge(plan)
-        steps, size = bucket.steps.tolist(), bucket.tensors_per_chunk(watched=gauge.watches)
+        size = bucket.tensors_per_chunk(watched=gauge.watches)
         alike = outcomes is None and not sharding.is_sharded(bucket.params[0])
-        usable = None if self._verdict is None else self._verdict.on(bucket.params[0].device)
+        device = bucket.params[0].device
+        usable = None if self._guard.usable is None else self._guard.usable.to(device, non_blocking=True)
         team = sharding.Team() if group["distributed_refresh"] and alike and sharding.ranks() > 1 else None
-        with self._exact_arithmetic(bucket), bucket.stepping() as under_way:
+        with bucket.exact_arithmetic(), bucket.stepping() as under_way:
             for seeding, flags in ((True, fresh), (False, ready)):
                 for first, last in adjacent(flags, size):
                     under_way[:] = first, last
-                    count = bucket.steps[first:last].add_(1)
-                    t = tuple(int(step) + 1 - plan.rule.seeds for step in steps[first:last])
-                    index = tuple(bucket.index[first:last])
-                    chunk = Chunk(plan.layout, t, index, self._background, team, usable, gauge, self._failures)
+                    t = tuple(step + 1 - plan.rule.seeds for step in steps[first:last])
+                    counts = bucket.counts.tensor[first:last] + (1 - plan.rule.seeds) if plan.capturable else None
+                    count = bucket.counts.advance(first, last, usable)
+                    chunk = Chunk(
+                        plan.layout,
+                        t,
+                        tuple(bucket.index[first:last]),
+                        self._background,
+                        team,
+                        usable,
+                        gauge,
+                        self._failures,
+                        counts,
+                        plan.refreshes_later,
+                    )
                     given = [grad for grad in grads[first:last] if grad is not None]
                     if seeding:
                         grad = stack_gradients(given, bucket, chunk)
@@ -244,23 +244,13 @@ class BlockOptimizer(PlannedOptimizer):
                     if outcomes is not None:
                         for place, param in enumerate(bucket.params[first:last]):
                             outcomes[param] = (SEEDED, None) if seeding else (UPDATED, directions[place])
-                    if self._verdict is not None:
-                        self._verdict.counted.append(count)
+                    self._guard.counted(count)
+                    if not seeding and (plan.capturable or plan.refreshes_later):
+                        self._refreshes.note(Updated(bucket, first, last, chunk))
                     under_way[:] = 0, 0
 
     def _gauge(self, plan: Plan) -> Gauge:
-        return IDLE if self.probe is None else self.probe.of(plan.rule.describe(plan.layout))
-
-    @staticmethod
-    def _exact_arithmetic(bucket: Bucket) -> ExitStack:
-        """Keeps what the program has set for its model's arithmetic away from the step of a bucket."""
-        contexts, device = ExitStack(), bucket.params[0].device
-        if torch.is_autocast_enabled(device.type):
-            contexts.enter_context(torch.autocast(device.type, enabled=False))
-        if not bucket.fuses:  # fused kernels multiply no matrices
-            layout = bucket.plan.layout
-            contexts.enter_context(float32_products(layout.block, device, sides=layout.sides))
-        return contexts
+        return IDLE if self._measuring is None else self._measuring.of(plan.rule.describe(plan.layout))
 
     def _step_owned(self, owners: Ownership, *, allocate_only: bool) -> None:
         """Steps the parameters that have owners, round by round, with the next round's gradients under way."""

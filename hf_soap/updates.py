@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -84,9 +85,12 @@ def step_count(number: float, device: torch.device) -> Tensor:
     return torch.full((), float(number), dtype=torch.float32, device=device)
 
 
-def bias_correction(t: int, *, beta1: float, beta2: float) -> float:
+T = TypeVar("T", int, Tensor)
+
+
+def bias_correction(t: T, *, beta1: float, beta2: float) -> float | T:
     """Returns √(1-β₂ᵗ)/(1-β₁ᵗ), the factor on an uncorrected Adam direction at the 1-based update ``t``."""
-    scale: float = (1 - beta2**t) ** 0.5 / (1 - beta1**t)
+    scale: float | T = (1 - beta2**t) ** 0.5 / (1 - beta1**t)
     return scale
 
 

@@ -40,8 +40,11 @@ LAYERS = [
     "checkpoint",
     "configs",
     "schema",
+    "refreshes",
+    "guard",
     "chunks",
     "buckets",
+    "counts",
     "recut",
     "owners",
     "rules",
@@ -55,6 +58,7 @@ LAYERS = [
     "linalg",
     "precision",
     "sharding",
+    "graphs",
 ]
 """A module imports only from those listed after it, and within a folder from its siblings."""
 

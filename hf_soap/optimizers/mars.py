@@ -12,8 +12,8 @@ from torch.optim.optimizer import ParamsT
 
 from hf_soap import configs, schema, updates
 from hf_soap.blocks import PREV_PARAM, Plan, plan_layout
-from hf_soap.checks import check_choice, check_pair
-from hf_soap.optimizers.soap import plan_factors, soap_rule, storage_of
+from hf_soap.checks import check_capturable, check_choice, check_pair
+from hf_soap.optimizers.soap import plan_factors, soap_rule, state_options
 from hf_soap.rules import AdamW, Lion, Mars, Orthogonal, Rule
 from hf_soap.sharding import is_sharded, local, local_grad, settle_gradient_
 from hf_soap.stepping import BlockOptimizer
@@ -50,6 +50,7 @@ class MARS(BlockOptimizer):
         pack_factors: Keep one triangle of each symmetric matrix.
         distributed_refresh: Split decompositions among ranks that hold equal weights and gradients (DDP): each does
             its share and gives it to the others. All ranks must step together. None is False but for the Trainer.
+        capturable: Keep counts on the device, so that a CUDA graph may hold the step; see :meth:`refresh`.
         shampoo_beta: Here and below, settings of SOAP for ``variant="soap"``; see :class:`SOAP`.
 
     Raises:
@@ -82,6 +83,7 @@ class MARS(BlockOptimizer):
         state_dtype: Literal["float32", "bfloat16", "float8"] = "float32",
         pack_factors: bool = False,
         distributed_refresh: bool | None = None,
+        capturable: bool = False,
         shampoo_beta: float | None = None,
         precondition_frequency: int = 10,
         max_precond_dim: int = 10000,
@@ -90,6 +92,7 @@ class MARS(BlockOptimizer):
         stagger: bool = False,
         one_sided: bool = False,
         block_size: int | None = None,
+        overlap_refresh: bool = False,
     ) -> None:
         defaults = {key: value for key, value in locals().items() if key not in ("self", "params", "__class__")}
         self._corrected = False
@@ -112,6 +115,7 @@ class MARS(BlockOptimizer):
                 "got exact=True with shard_mode='owner', wanted one of them: the previous weights lie with the ranks "
                 "that have the weights; use shard_mode='local'"
             )
+        check_capturable(self.param_groups)
         if group["lr_1d"] is not None and group["base_lr"] == 0:
             raise ValueError("lr must be > 0 where lr_1d is set, got 0; lr_1d follows lr in proportion")
 
@@ -230,7 +234,7 @@ class MARS(BlockOptimizer):
         """Returns the variant's rule behind the correction, or AdamW for what is no matrix."""
         matrix = len(shape) == 2 or (group["rule"] == "soap" and len(shape) > 2)
         whole = plan_layout(shape, max_precond_dim=0)
-        kept: dict[str, Any] = {"keep_weights": group["exact"], "storage": storage_of(group)}
+        kept: dict[str, Any] = {"keep_weights": group["exact"], **state_options(group)}
         if group["rule"] == "adam" or not (matrix or group["optimize_1d"]):
             beta1, beta2 = group["betas_1d"]
             scale = 1.0 if group["lr_1d"] is None else group["lr_1d"] / group["base_lr"]

@@ -11,7 +11,7 @@ from torch.optim.optimizer import ParamsT
 from hf_soap import configs, rules, sharding
 from hf_soap.blocks import Plan
 from hf_soap.checks import check_choice
-from hf_soap.optimizers.soap import plan_factors, storage_of
+from hf_soap.optimizers.soap import plan_factors, state_options
 from hf_soap.stepping import BlockOptimizer
 
 
@@ -142,7 +142,7 @@ class Shampoo(BlockOptimizer):
         layout = plan_factors(group, shape, sharded=sharded)
         if not layout.sides and (group["kl"] or group["rule"] == "adam"):
             adamw = rules.AdamW(beta1=beta1, beta2=beta2, eps=group["eps"])
-            return Plan(adamw, layout, storage=storage_of(group))
+            return Plan(adamw, layout, **state_options(group))
         shampoo_beta = beta2 if group["shampoo_beta"] is None else group["shampoo_beta"]
         start = group["start_step"]
         if start is None:
@@ -157,7 +157,7 @@ class Shampoo(BlockOptimizer):
                 **{name: group[name] for name in PASSED_ON},
             ),
             layout,
-            storage=storage_of(group),
+            **state_options(group),
         )
 
 

@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 
 from hf_soap import configs
 from hf_soap.blocks import Layout, Plan, plan_layout
-from hf_soap.checks import check_choice
+from hf_soap.checks import check_capturable, check_choice
 from hf_soap.rules import Soap
 from hf_soap.rules.soap import ORTHONORMALIZE_EVERY
 from hf_soap.stepping import BlockOptimizer
@@ -56,6 +56,10 @@ class SOAP(BlockOptimizer):
         pack_factors: Keep one triangle of each symmetric matrix.
         distributed_refresh: Split decompositions among ranks that hold equal weights and gradients (DDP): each does
             its share and gives it to the others. All ranks must step together. None is False but for the Trainer.
+        overlap_refresh: On a GPU, refresh beside the next forward and backward pass, on a stream of its own; the next
+            step waits for it. The same numbers; of state that is rounded or packed, refreshes stay in the step. Read
+            ``state`` directly only behind :meth:`state_dict` or ``skipped_steps``, which wait too.
+        capturable: Keep counts on the device, so that a CUDA graph may hold the step; see :meth:`refresh`.
 
     Raises:
         ValueError: If a setting is of the wrong type or out of range, or a parameter is complex.
@@ -96,6 +100,8 @@ class SOAP(BlockOptimizer):
         state_dtype: Literal["float32", "bfloat16", "float8"] = "float32",
         pack_factors: bool = False,
         distributed_refresh: bool | None = None,
+        overlap_refresh: bool = False,
+        capturable: bool = False,
     ) -> None:
         defaults = {key: value for key, value in locals().items() if key not in ("self", "params", "__class__")}
         super().__init__(params, {**defaults, "rule": "soap"})
@@ -103,11 +109,12 @@ class SOAP(BlockOptimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         check_choice("rule", group["rule"], ("soap", "adam"))
+        check_capturable(self.param_groups)
 
     def plan(self, group: dict[str, Any], shape: Sequence[int], *, sharded: bool = False) -> Plan:
         """Returns the SOAP rule with the group's settings; Adam is SOAP without a factored side."""
         layout = plan_factors(group, shape, sharded=sharded)
-        return Plan(soap_rule(group), layout, decay_last=True, storage=storage_of(group))
+        return Plan(soap_rule(group), layout, decay_last=True, **state_options(group))
 
 
 def soap_rule(group: dict[str, Any]) -> Soap:
@@ -132,9 +139,10 @@ def soap_rule(group: dict[str, Any]) -> Soap:
     )
 
 
-def storage_of(group: dict[str, Any]) -> Storage:
-    """Says how the state of a param group is kept."""
-    return Storage(group["state_dtype"], group["pack_factors"])
+def state_options(group: dict[str, Any]) -> dict[str, Any]:
+    """Says how the state of a param group is kept, and who brings it up to date when."""
+    later = {"capturable": group.get("capturable", False), "overlaps": group.get("overlap_refresh", False)}
+    return {"storage": Storage(group["state_dtype"], group["pack_factors"]), **later}
 
 
 def plan_factors(group: dict[str, Any], shape: Sequence[int], *, sharded: bool) -> Layout:

@@ -30,6 +30,11 @@ class Rule:
         return self.seeds
 
     @property
+    def refreshes_last(self) -> bool:
+        """Whether a refresh is the last thing that :meth:`update` does, so that :meth:`refresh` may do it later."""
+        return False
+
+    @property
     def fuses(self) -> bool:
         """Whether :meth:`fused_step` takes a step in fewer passes over memory than :meth:`update` does."""
         return False
@@ -77,6 +82,13 @@ class Rule:
     def update(self, grad: Tensor, state: State, chunk: Chunk) -> Tensor:
         """Changes ``state`` in place and returns the direction (blocks, d_1, ..., d_k); ``grad`` stays as it is."""
         raise TypeError(f"{type(self).__name__} must define update")
+
+    def due(self, chunk: Chunk) -> list[bool]:
+        """Says of which tensors :meth:`refresh` has something to do behind the update ``chunk.t``."""
+        return [False] * len(chunk.t)
+
+    def refresh(self, state: State, chunk: Chunk) -> None:
+        """Refreshes in place what is due behind an update, if that was left for later."""
 
     def fused_step(
         self,

@@ -90,6 +90,19 @@ class Mars(Rule):
         return self.inner.update(self._corrected(grad, state, chunk), state, chunk)
 
     @property
+    def refreshes_last(self) -> bool:
+        """As the inner rule."""
+        return self.inner.refreshes_last
+
+    def due(self, chunk: Chunk) -> list[bool]:
+        """As the inner rule."""
+        return self.inner.due(chunk)
+
+    def refresh(self, state: State, chunk: Chunk) -> None:
+        """As the inner rule."""
+        self.inner.refresh(state, chunk)
+
+    @property
     def fuses(self) -> bool:
         """As the inner rule."""
         return self.inner.fuses

@@ -170,12 +170,9 @@ class Soap(Rule):
         rotated = self._rotate(grad, state, chunk.layout)
         if self.include_current:
             self._accumulate(rotated, state, chunk.layout)
-            for blocks, due in chunk.runs(self._due(chunk)):
-                part = {role: value[blocks] for role, value in state.items()}
-                with chunk.gauge.refreshing(grad.device):
-                    self._refresh(part, due)
-                if chunk.layout.sides:
-                    rotated[blocks] = self._rotate(grad[blocks], part, chunk.layout)
+            self.refresh(state, chunk)
+            for blocks, _ in chunk.runs(self.due(chunk)):
+                rotated[blocks] = self._rotate(grad[blocks], _part(state, blocks), chunk.layout)
 
         direction = self._adam_direction(rotated, state, chunk.layout)
         direction = self._rotate(direction, state, chunk.layout, back=True)
@@ -190,10 +187,25 @@ class Soap(Rule):
         if not self.include_current:
             # Accumulate after use: a gradient must not shape the basis it is rotated into.
             self._accumulate(rotated, state, chunk.layout)
-            for blocks, due in chunk.runs(self._due(chunk)):
-                with chunk.gauge.refreshing(grad.device):
-                    self._refresh({role: value[blocks] for role, value in state.items()}, due)
+            if not chunk.later:
+                self.refresh(state, chunk)
         return direction
+
+    @property
+    def refreshes_last(self) -> bool:
+        """Unless the gradient is rotated into bases that it has entered already."""
+        return not self.include_current
+
+    def due(self, chunk: Chunk) -> list[bool]:
+        """Every ``precondition_frequency`` updates, with factored sides."""
+        due = [self._age(t, i) % self.precondition_frequency == 0 for t, i in zip(chunk.t, chunk.index, strict=True)]
+        return due if chunk.layout.sides else [False] * len(due)
+
+    def refresh(self, state: State, chunk: Chunk) -> None:
+        """Refreshes the bases that are due, and brings factors and moments into them."""
+        for blocks, due in chunk.runs(self.due(chunk)):
+            with chunk.gauge.refreshing(state["exp_avg"].device):
+                self._refresh(_part(state, blocks), due)
 
     def _rotate(self, tensor: Tensor, state: State, layout: Layout, *, back: bool = False) -> Tensor:
         """Rotates into the eigenbases, or back."""
@@ -222,7 +234,7 @@ class Soap(Rule):
         adam_direction = updates.fused_adam_direction if fuses else updates.adam_direction
         return adam_direction(rotated, state["exp_avg"], state["exp_avg_sq"], eps=self.eps, **betas)
 
-    def _bias_correction(self, t: int) -> float:
+    def _bias_correction(self, t: updates.T) -> float | updates.T:
         return updates.bias_correction(t, beta1=self.beta1, beta2=self.beta2)
 
     def _accumulate(self, rotated: Tensor, state: State, layout: Layout) -> None:
@@ -242,10 +254,6 @@ class Soap(Rule):
         floor = values.amax(-1, keepdim=True).mul(KL_FLOOR).clamp_(min=torch.finfo(values.dtype).tiny)
         return values.maximum(floor).rsqrt()
 
-    def _due(self, chunk: Chunk) -> list[bool]:
-        due = [self._age(t, i) % self.precondition_frequency == 0 for t, i in zip(chunk.t, chunk.index, strict=True)]
-        return due if chunk.layout.sides else [False] * len(due)
-
     def _age(self, t: int, index: int) -> int:
         return t + index if self.stagger else t
 
@@ -255,7 +263,7 @@ class Soap(Rule):
             if self.refresh_tol:
                 stale = linalg.off_diagonal_share(state[f"factor_{side}"]) > self.refresh_tol
                 for first, last in adjacent(stale.tolist()):
-                    self._refresh_side({role: value[first:last] for role, value in state.items()}, side, chunk)
+                    self._refresh_side(_part(state, slice(first, last)), side, chunk)
             else:
                 self._refresh_side(state, side, chunk)
             basis = state[f"basis_{side}"]
@@ -283,3 +291,7 @@ class Soap(Rule):
 
 
 V_FACTORS = ("exp_avg_sq_row", "exp_avg_sq_col")
+
+
+def _part(state: State, blocks: slice) -> dict[str, Tensor]:
+    return {role: value[blocks] for role, value in state.items()}

@@ -1,0 +1,346 @@
+"""Steps that a CUDA graph holds, and refreshes that come behind the step; on a CPU a recording plays the graph."""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from family import close
+from graphs import HostWaits, Recording, capture
+from helpers import FULL_RANK, assert_same, gradient, parameters, snapshot, train
+from torch import Tensor
+from torch.nn import Parameter
+
+from hf_soap import MARS, SOAP
+from hf_soap.verdict import DEFERS
+
+FREQUENCY = 4
+soap = partial(SOAP, precondition_frequency=FREQUENCY)
+mars = partial(MARS, precondition_frequency=FREQUENCY)
+CAPTURABLE = {
+    "soap": soap,
+    "staggered": partial(soap, stagger=True),
+    "one-sided": partial(soap, one_sided=True, factorized=True),
+    "kl": partial(soap, kl=True, normalize_grads=True),
+    "padded blocks": partial(soap, block_size=4),
+    "tolerant": partial(soap, refresh_tol=0.3),
+    "uncorrected": partial(soap, correct_bias=False, nonfinite="off"),
+    "mars": mars,
+    "mars, unchecked": partial(mars, nonfinite="off"),
+    "mars-lion": partial(mars, variant="lion", optimize_1d=True),
+    "mars-shampoo": partial(mars, variant="shampoo"),
+    "mars-m": partial(mars, variant="m", lr_1d=0.05),
+    "mars-soap": partial(mars, variant="soap"),
+}
+makers = pytest.mark.parametrize("make", [pytest.param(make, id=name) for name, make in CAPTURABLE.items()])
+
+
+class Run:
+    """A run with one place for each gradient and for the learning rate, as graphs need."""
+
+    def __init__(self, make: Callable[..., Any], **options: Any) -> None:
+        self.params = parameters(FULL_RANK, torch.float64)
+        self.lr = torch.tensor(0.01, dtype=torch.float64)
+        self.optimizer = make(self.params, lr=self.lr, **options)
+        for param in self.params:
+            param.grad = torch.zeros_like(param)
+
+    def fill(self, step: int, *, bad: bool = False) -> None:
+        """Puts the gradients of a step in their place."""
+        self.lr.fill_(0.01 * (1 + step % 3))
+        for place, param in enumerate(self.params):
+            assert param.grad is not None
+            param.grad.copy_(gradient(param, place, step))
+        if bad:
+            assert self.params[1].grad is not None
+            self.params[1].grad.view(-1)[2] = torch.nan
+
+    def step(self, step: int, *, bad: bool = False) -> None:
+        self.fill(step, bad=bad)
+        self.optimizer.step()
+
+    def capture(self, monkeypatch: pytest.MonkeyPatch) -> Recording:
+        """Captures a step that, unlike in a graph, runs meanwhile; what it changed is put back."""
+        tensors: list[Tensor] = list(self.params)
+        for state in self.optimizer.state.values():
+            tensors += state.values()
+        guard = self.optimizer._guard
+        tensors += [] if guard._tally is None else [guard._tally._skipped, guard._tally._in_a_row]
+        before = [tensor.detach().clone() for tensor in tensors]
+        with capture(monkeypatch) as recording:
+            self.optimizer.step()
+        with torch.no_grad():
+            for tensor, value in zip(tensors, before, strict=True):
+                tensor.copy_(value)
+        return recording
+
+
+@makers
+@pytest.mark.parametrize("bad", [(), (9, 14, 15, 20)], ids=["finite", "bad"])
+def test_replays_are_steps(make: Callable[..., Any], bad: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bit for bit: with a schedule, refreshes and their stagger, and steps that are left out."""
+    bad = () if "nonfinite" in getattr(make, "keywords", {}) else bad
+    eager, graphed = Run(make, capturable=True), Run(make, capturable=True)
+    for step in range(3):
+        eager.step(step)
+        graphed.step(step)
+    graph = graphed.capture(monkeypatch)
+    for step in range(3, 27):
+        eager.step(step, bad=step in bad)
+        graphed.fill(step, bad=step in bad)
+        graph.replay()
+        graphed.optimizer.refresh()
+    assert_same(snapshot(graphed.optimizer, graphed.params), snapshot(eager.optimizer, eager.params))
+    assert graphed.optimizer.skipped_steps == eager.optimizer.skipped_steps == len(bad)
+
+
+@makers
+def test_it_is_the_same_run_with_counts_on_the_device(make: Callable[..., Any]) -> None:
+    one, other = Run(make, capturable=True), Run(make)
+    for step in range(13):
+        bad = step in (0, 4, 9) and other.optimizer.param_groups[0]["nonfinite"] == "skip"
+        one.step(step, bad=bad)
+        other.step(step, bad=bad)
+    close(one.params, other.params)
+
+
+def test_steps_between_replays_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    eager, graphed = Run(soap, capturable=True), Run(soap, capturable=True)
+    for step in range(3):
+        eager.step(step)
+        graphed.step(step)
+    graph = graphed.capture(monkeypatch)
+    for step in range(3, 20):
+        eager.step(step)
+        if step % 3:
+            graphed.fill(step)
+            graph.replay()
+            graphed.optimizer.refresh()
+        else:
+            graphed.step(step)
+    assert_same(snapshot(graphed.optimizer, graphed.params), snapshot(eager.optimizer, eager.params))
+
+
+@pytest.mark.parametrize(("make", "number"), [(soap, 2), (mars, 1)])
+def test_the_first_steps_are_no_graph(make: Callable[..., Any], number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(make, capturable=True)
+    run.fill(0)
+    before = copy.deepcopy(run.params)
+    for _ in range(number):
+        with pytest.raises(RuntimeError, match="take steps with all gradients outside"), capture(monkeypatch):
+            run.optimizer.step()
+        assert_same(run.params, before)
+        run.optimizer.step()
+        before = copy.deepcopy(run.params)
+    run.optimizer.step()
+    run.capture(monkeypatch)
+
+
+def test_a_parameter_without_its_first_gradient_is_no_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(soap, capturable=True)
+    late, run.params[0].grad = run.params[0].grad, None
+    for step in range(3):
+        for place, param in enumerate(run.params[1:]):
+            param.grad = gradient(param, place, step)
+        run.optimizer.step()
+    run.params[0].grad = late
+    with pytest.raises(RuntimeError, match="first of a parameter"), capture(monkeypatch):
+        run.optimizer.step()
+
+
+def test_a_step_that_is_not_capturable_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(soap)
+    with pytest.raises(RuntimeError, match="set capturable=True"), capture(monkeypatch):
+        run.optimizer.step()
+
+
+def test_refresh_wants_a_captured_step() -> None:
+    with pytest.raises(RuntimeError, match="one call after each replay"):
+        Run(soap, capturable=True).optimizer.refresh()
+
+
+def test_replays_do_not_skip_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(partial(soap, max_skipped_in_a_row=3), capturable=True)
+    for step in range(3):
+        run.step(step)
+    graph = run.capture(monkeypatch)
+    run.fill(3, bad=True)
+    raised = []
+    for _ in range(3 * FREQUENCY):
+        graph.replay()
+        try:
+            run.optimizer.refresh()
+        except FloatingPointError as error:  # whoever catches it may go on
+            raised.append(str(error))
+    assert len(raised) > 1
+    assert all("steps in a row" in text for text in raised)
+
+
+@pytest.mark.parametrize(
+    ("make", "options"),
+    [
+        (SOAP, {"state_dtype": "bfloat16"}),
+        (SOAP, {"pack_factors": True}),
+        (SOAP, {"shard_mode": "owner"}),
+        (SOAP, {"include_current": True}),
+        (SOAP, {"overlap_refresh": True}),
+        (MARS, {"exact": True}),
+    ],
+)
+def test_what_cannot_be_captured_is_refused(make: Any, options: dict[str, Any]) -> None:
+    (name,) = options
+    with pytest.raises(ValueError, match=rf"got {name}=.* with capturable=True, wanted {name}="):
+        make(parameters(), capturable=True, **options)
+
+
+def test_all_groups_are_captured_or_none() -> None:
+    one, *others = parameters()
+    with pytest.raises(ValueError, match="in all or none"):
+        SOAP([{"params": [one], "capturable": True}, {"params": others}])
+
+
+def test_counts_go_through_a_checkpoint_to_either_side() -> None:
+    """A run that was captured goes on without a graph, and the other way round."""
+    for before, after in ((True, False), (False, True)):
+        one, other = Run(soap, capturable=before), Run(soap, capturable=after)
+        for step in range(6):
+            one.step(step)
+        other.optimizer.load_state_dict(one.optimizer.state_dict())
+        other.optimizer.param_groups[0]["lr"] = other.lr
+        with torch.no_grad():
+            for param, value in zip(other.params, one.params, strict=True):
+                param.copy_(value)
+        for step in range(6, 14):
+            one.step(step)
+            other.step(step)
+        close(one.params, other.params)
+
+
+OVERLAPPING = {
+    "soap": soap,
+    "staggered": partial(soap, stagger=True),
+    "one-sided": partial(soap, one_sided=True, factorized=True),
+    "kl": partial(soap, kl=True),
+    "current": partial(soap, include_current=True),
+    "rounded": partial(soap, state_dtype="bfloat16", pack_factors=True),
+    "mars-soap": partial(mars, variant="soap"),
+}
+
+
+@pytest.mark.parametrize("make", [pytest.param(make, id=name) for name, make in OVERLAPPING.items()])
+@pytest.mark.parametrize("late", [False, True], ids=["host", "late verdict"])
+def test_a_refresh_behind_the_step_is_the_same_refresh(make: Callable[..., Any], late: bool) -> None:
+    if late:
+        DEFERS.add("cpu")
+    try:
+        runs = []
+        for overlap in (False, True):
+            params = parameters()
+            optimizer = make(params, overlap_refresh=overlap)
+            for step in range(14):
+                for place, param in enumerate(params):
+                    param.grad = gradient(param, place, step)
+                if step in (3, 4, 8):
+                    params[0].grad[0, 0] = torch.inf  # type: ignore[index]
+                optimizer.step()
+            runs.append(snapshot(optimizer, params))
+    finally:
+        DEFERS.discard("cpu")
+    for own in (saved for _, saved in runs):
+        del own["param_groups"]
+    assert_same(*runs)
+
+
+def test_a_refresh_that_fails_behind_the_step_starts_its_tensors_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = parameters(FULL_RANK)
+    optimizer = soap(params, overlap_refresh=True)
+    train(optimizer, params, range(FREQUENCY))
+
+    def fail(*_: Any) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_soap.linalg.sorted_refresh", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            train(optimizer, params, [FREQUENCY])
+    counts = [int(optimizer.state[param]["step"]) for param in params]
+    assert counts.count(0) > 0
+    assert set(counts) <= {0, FREQUENCY + 1}
+    train(optimizer, params, range(FREQUENCY + 1, 3 * FREQUENCY))
+    assert all(param.isfinite().all() for param in params)
+
+
+@pytest.mark.parametrize("options", [{}, {"kl": True}, {"one_sided": True, "factorized": True}, {"stagger": True}])
+def test_no_step_waits_for_a_device_that_defers(options: dict[str, Any]) -> None:
+    params = parameters(FULL_RANK)
+    optimizer = soap(params, **options)
+    train(optimizer, params, range(2))
+    DEFERS.add("cpu")
+    try:
+        for step in range(2, 10):
+            for place, param in enumerate(params):
+                param.grad = gradient(param, place, step)
+            assert optimizer.skipped_steps == 0  # the verdict on the step before
+            with HostWaits():
+                optimizer.step()
+    finally:
+        DEFERS.discard("cpu")
+    assert optimizer.skipped_steps == 0
+
+
+def batch_and_loss(weights: list[Parameter], batch: Tensor) -> Tensor:
+    hidden = torch.tanh(batch @ weights[0])
+    return (hidden @ weights[1] + weights[2]).square().mean()
+
+
+@pytest.mark.cuda
+@makers
+def test_a_graph_of_the_whole_training_step(make: Callable[..., Any]) -> None:
+    def run(*, graphed: bool) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        shapes = [(48, 64), (64, 32), (32,)]
+        params = [Parameter(torch.randn(shape, generator=generator).cuda()) for shape in shapes]
+        batches = [torch.randn(16, 48, generator=generator).cuda() for _ in range(24)]
+        lr = torch.tensor(0.01, device="cuda")
+        optimizer = make(params, lr=lr, capturable=True)
+        batch = torch.zeros(16, 48, device="cuda")
+        graph = torch.cuda.CUDAGraph()
+        for step, fresh in enumerate(batches):
+            batch.copy_(fresh)
+            lr.fill_(0.01 / (1 + step))
+            if graphed and step == 3:
+                optimizer.zero_grad(set_to_none=True)
+                with torch.cuda.graph(graph):
+                    batch_and_loss(params, batch).backward()
+                    optimizer.step()
+            if graphed and step >= 3:
+                graph.replay()
+                optimizer.refresh()
+                continue
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                optimizer.zero_grad(set_to_none=True)
+                batch_and_loss(params, batch).backward()
+                optimizer.step()
+            torch.cuda.current_stream().wait_stream(side)
+        return [param.detach().cpu() for param in params]
+
+    for one, other in zip(run(graphed=True), run(graphed=False), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.cuda
+def test_refreshes_on_a_stream_of_their_own_are_the_same() -> None:
+    def run(*, overlap: bool) -> Any:
+        params = [Parameter(param.detach().cuda()) for param in parameters([(256, 384), (64, 48), (48,)])]
+        optimizer = soap(params, overlap_refresh=overlap)
+        for step in range(20):
+            for place, param in enumerate(params):
+                param.grad = gradient(param.cpu(), place, step).cuda()
+            optimizer.step()
+        return snapshot(optimizer, params)
+
+    assert_same(run(overlap=True), run(overlap=False))
