@@ -3,7 +3,7 @@
 From scratch on the handwritten digits that scikit-learn ships:
 
     python scripts/run_image_classification.py --dataset_name digits --model_type vit \
-        --config_overrides image_size=8,patch_size=2,num_channels=1,hidden_size=64,num_hidden_layers=3 \
+        --config_overrides image_size=8,patch_size=2,num_channels=1,hidden_size=64,num_attention_heads=4 \
         --optim soap --learning_rate 3e-3 --output_dir outputs/digits
 
 ``--dataset_name`` may as well be a folder with one folder of pictures per class, or a dataset of the Hub. Arguments

@@ -40,6 +40,11 @@ OPTIMIZERS: dict[str, Callable[[Any], BlockOptimizer]] = {
     "mars_lion": lambda p: MARS(p, lr=1e-2, variant="lion"),
     "mars_shampoo": lambda p: MARS(p, lr=1e-2, variant="shampoo"),
     "mars_soap": lambda p: MARS(p, lr=1e-2, variant="soap", precondition_frequency=2),
+    "soap, overlapped": lambda p: SOAP(p, lr=1e-2, precondition_frequency=2, overlap_refresh=True),
+}
+WITHOUT_OWNERS: dict[str, Callable[[Any], BlockOptimizer]] = {
+    "soap, captured": lambda p: SOAP(p, lr=1e-2, precondition_frequency=2, capturable=True),
+    "mars, captured": lambda p: MARS(p, lr=1e-2, capturable=True),
 }
 
 
@@ -104,9 +109,10 @@ def assert_equal(got: dict[str, Tensor], want: dict[str, Tensor], what: str) -> 
 def resumed_equals_uninterrupted(dtype: str, names: list[str] | None = None) -> None:
     """FULL and SHARDED state dicts of torch.distributed.checkpoint, as accelerate takes them."""
     folder = Path(os.environ["SHARED_FOLDER"])
-    for name in names or OPTIMIZERS:
+    makers = {**OPTIMIZERS, **WITHOUT_OWNERS}
+    for name in names or makers:
         model = shard(network(getattr(torch, dtype)))
-        optimizer = OPTIMIZERS[name](model.parameters())
+        optimizer = makers[name](model.parameters())
         train(model, optimizer, range(6))
         weights = whole(model)
         save(model, optimizer, folder)
@@ -115,7 +121,7 @@ def resumed_equals_uninterrupted(dtype: str, names: list[str] | None = None) -> 
         for full in (True, False):
             model = shard(network(getattr(torch, dtype)))
             put(model, weights)
-            optimizer = OPTIMIZERS[name](model.parameters())
+            optimizer = makers[name](model.parameters())
             options = StateDictOptions(full_state_dict=full, broadcast_from_rank0=full, cpu_offload=full)
             if full:
                 state = torch.load(folder / resume.FULL, weights_only=True) if dist.get_rank() == 0 else {}

