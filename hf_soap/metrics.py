@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from hf_soap import linalg, sharding
+from hf_soap import bases, sharding
 from hf_soap.probe import Sums
 from hf_soap.stepping import BlockOptimizer
 from hf_soap.storage import decoded
@@ -109,7 +109,7 @@ def _state_sums(optimizer: BlockOptimizer, rules: dict[Tensor, str]) -> defaultd
         # Without a basis, a factor lives in the space of the gradients, where it need not be diagonal.
         roles = [role for role in kept if role.startswith("factor_") and role.replace("factor", "basis") in kept]
         for factor in decoded({role: kept[role] for role in roles if seeded}, torch.float32).values():
-            share = linalg.off_diagonal_share(factor)
+            share = bases.off_diagonal_share(factor)
             shares[share.device, share.dtype].append((label, share))
     for pairs in shares.values():
         numbers = iter(torch.cat([share for _, share in pairs]).tolist())  # one wait for the device

@@ -14,7 +14,7 @@ import torch
 from problems import Problem
 from torch import Tensor
 
-from hf_soap import Shampoo, linalg
+from hf_soap import Shampoo, roots
 from hf_soap.background import Background
 from hf_soap.failures import Failures
 
@@ -69,13 +69,13 @@ def test_a_fixed_delay_is_reproducible_and_uses_roots_exactly_that_much_later(
     delay: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = trained(asynchronous=True, delay=delay)
-    roots = linalg.inverse_root
+    inverse_root = roots.inverse_root
 
     def late(*args: Any, **kwargs: Any) -> Tensor:
         time.sleep(0.01)  # the step at which the roots are due must wait for them
-        return roots(*args, **kwargs)
+        return inverse_root(*args, **kwargs)
 
-    monkeypatch.setattr(linalg, "inverse_root", late)
+    monkeypatch.setattr(roots, "inverse_root", late)
     for got, wanted in zip(trained(asynchronous=True, delay=delay), first, strict=True):
         assert torch.equal(got, wanted)
 
@@ -124,14 +124,14 @@ def test_copies_go_on_like_the_original_with_a_job_under_way() -> None:
 
 def test_without_a_delay_roots_are_taken_when_done_and_age_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     gate = threading.Event()
-    roots = linalg.inverse_root
+    inverse_root = roots.inverse_root
 
     def held(*args: Any, **kwargs: Any) -> Tensor:
         if threading.current_thread().name.startswith("hf_soap"):
             gate.wait(timeout=10)
-        return roots(*args, **kwargs)
+        return inverse_root(*args, **kwargs)
 
-    monkeypatch.setattr(linalg, "inverse_root", held)
+    monkeypatch.setattr(roots, "inverse_root", held)
     params = fresh()
     optimizer = Shampoo(params, asynchronous=True, **SETTINGS)
     train(optimizer, params, 11)
@@ -155,7 +155,7 @@ def test_failed_roots_leave_the_previous_ones_in_use(
     def broken(*args: Any, **kwargs: Any) -> Tensor:
         raise torch.linalg.LinAlgError("did not converge")
 
-    monkeypatch.setattr(linalg, "inverse_root", broken)
+    monkeypatch.setattr(roots, "inverse_root", broken)
     train(optimizer, params, 7, skip=5)
     assert torch.equal(optimizer.state[params[0]]["root_0"], before)
     assert "did not converge" in caplog.text

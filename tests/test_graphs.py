@@ -262,7 +262,7 @@ def test_a_refresh_that_fails_behind_the_step_starts_its_tensors_anew(monkeypatc
         raise torch.OutOfMemoryError("no memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr("hf_soap.linalg.sorted_refresh", fail)
+        patch.setattr("hf_soap.bases.sorted_refresh", fail)
         with pytest.raises(torch.OutOfMemoryError):
             train(optimizer, params, [FREQUENCY])
     counts = [int(optimizer.state[param]["step"]) for param in params]

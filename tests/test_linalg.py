@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_soap import linalg
+from hf_soap import bases, linalg, roots
 
 SIZES = (3, 4, 2, 5, 1)
 MODES = [(rank, mode) for rank in range(1, 6) for mode in range(rank)]
@@ -173,7 +173,7 @@ def test_a_matrix_with_infinities_has_no_basis_and_does_not_stop_the_others() ->
     assert basis[0].isnan().all()
     for got, want in zip((values, basis), linalg.eigenbasis(matrix[1:]), strict=True):
         assert torch.equal(got[1:], want)
-    root = linalg.inverse_root(matrix, exponent=-0.25, ridge=1e-6, method="newton")
+    root = roots.inverse_root(matrix, exponent=-0.25, ridge=1e-6, method="newton")
     assert root[0].isnan().all()
     assert root[1:].isfinite().all()
 
@@ -189,7 +189,7 @@ def nearly_diagonal(n: int, share: float = 0.1) -> Tensor:
 def test_refresh_rotates_the_factor(n: int) -> None:
     factor = nearly_diagonal(n)
     kept = factor.clone()
-    rotation, refreshed = linalg.refresh(factor)
+    rotation, refreshed = bases.refresh(factor)
     assert torch.equal(factor, kept)
     assert orthonormality_error(rotation) < 1e-12
     torch.testing.assert_close(refreshed, rotation.mT @ factor @ rotation, rtol=1e-12, atol=1e-12)
@@ -200,7 +200,7 @@ def test_refresh_rotates_the_factor(n: int) -> None:
 def test_refresh_is_the_textbooks_qr_of_factor_times_basis(n: int) -> None:
     basis = torch.linalg.qr(torch.randn(3, n, n, dtype=torch.float64)).Q
     factor = nearly_diagonal(n)
-    rotation, _ = linalg.refresh(factor)
+    rotation, _ = bases.refresh(factor)
     textbook = torch.linalg.qr((basis @ factor @ basis.mT) @ basis).Q
     torch.testing.assert_close(same_up_to_signs(basis @ rotation, textbook), textbook, rtol=1e-11, atol=1e-11)
 
@@ -209,10 +209,10 @@ def test_refreshes_converge_to_the_eigenbasis() -> None:
     original = factor = nearly_diagonal(7, share=1.0)
     basis = torch.eye(7, dtype=torch.float64).expand(3, 7, 7)
     for _ in range(60):
-        rotation, factor = linalg.refresh(factor)
+        rotation, factor = bases.refresh(factor)
         basis = basis @ rotation
     values, eigenvectors = linalg.eigenbasis(original)
-    assert float(linalg.off_diagonal_share(factor).max()) < 1e-8
+    assert float(bases.off_diagonal_share(factor).max()) < 1e-8
     torch.testing.assert_close(factor.diagonal(dim1=-2, dim2=-1), values)
     torch.testing.assert_close(same_up_to_signs(basis, eigenvectors), eigenvectors, rtol=0, atol=1e-7)
 
@@ -221,7 +221,7 @@ def test_refreshes_converge_to_the_eigenbasis() -> None:
 @pytest.mark.parametrize("rank", [0, 1, 3])
 def test_refresh_of_a_singular_factor_still_gives_a_rotation(rank: int, dtype: torch.dtype) -> None:
     root = torch.randn(2, 6, rank, dtype=dtype)
-    rotation, refreshed = linalg.refresh(linalg.symmetrize(root @ root.mT))
+    rotation, refreshed = bases.refresh(linalg.symmetrize(root @ root.mT))
     assert orthonormality_error(rotation) < (1e-5 if dtype == torch.float32 else 1e-13)
     assert refreshed.isfinite().all()
 
@@ -231,7 +231,7 @@ def test_orthonormalize_squares_the_error(error: float) -> None:
     exact = torch.linalg.qr(torch.randn(4, 8, 8, dtype=torch.float64)).Q
     drifted = exact + error * torch.randn_like(exact) / 8
     before = orthonormality_error(drifted)
-    after = orthonormality_error(linalg.orthonormalize(drifted))
+    after = orthonormality_error(bases.orthonormalize(drifted))
     assert error / 10 < before < 10 * error
     assert after < before**2
 
@@ -242,26 +242,26 @@ def test_orthonormalize_goes_to_the_nearest_basis() -> None:
     )
     kept = drifted.clone()
     left, _, right = torch.linalg.svd(drifted)
-    torch.testing.assert_close(linalg.orthonormalize(drifted), left @ right, rtol=0, atol=1e-4)
+    torch.testing.assert_close(bases.orthonormalize(drifted), left @ right, rtol=0, atol=1e-4)
     assert torch.equal(drifted, kept)
-    torch.testing.assert_close(linalg.orthonormalize(left @ right), left @ right, rtol=0, atol=1e-14)
+    torch.testing.assert_close(bases.orthonormalize(left @ right), left @ right, rtol=0, atol=1e-14)
 
 
 def test_off_diagonal_share() -> None:
     matrices = torch.tensor(
         [[[2.0, 0.0], [0.0, 1.0]], [[0.0, 1.0], [1.0, 0.0]], [[4.0, 3.0], [3.0, 4.0]], [[0.0, 0.0], [0.0, 0.0]]]
     )
-    torch.testing.assert_close(linalg.off_diagonal_share(matrices), torch.tensor([0.0, 1.0, 0.6, 0.0]))
+    torch.testing.assert_close(bases.off_diagonal_share(matrices), torch.tensor([0.0, 1.0, 0.6, 0.0]))
     tiny = torch.full((1, 2, 2), 1e-30)
-    assert linalg.off_diagonal_share(tiny).isfinite().all()
+    assert bases.off_diagonal_share(tiny).isfinite().all()
 
 
 BATCHED: dict[str, Callable[[Tensor], Tensor]] = {
     "eigenvalues": lambda a: linalg.eigenbasis(a)[0],
     "eigenprojector": lambda a: (q := linalg.eigenbasis(a)[1])[..., :2] @ q[..., :2].mT,
-    "refreshed factor": lambda a: linalg.refresh(a)[1],
-    "orthonormalize": lambda a: linalg.orthonormalize(linalg.eigenbasis(a)[1].abs()),
-    "off_diagonal_share": linalg.off_diagonal_share,
+    "refreshed factor": lambda a: bases.refresh(a)[1],
+    "orthonormalize": lambda a: bases.orthonormalize(linalg.eigenbasis(a)[1].abs()),
+    "off_diagonal_share": bases.off_diagonal_share,
     "gram": lambda a: linalg.add_gram_(torch.zeros_like(a), a, 1, beta=0.5, alpha=2.0),
     "mode product": lambda a: linalg.mode_product(a, a, 0),
 }
@@ -286,7 +286,7 @@ def test_qr(n: int, kind: str, dtype: torch.dtype) -> None:
         "rank 3": lambda: torch.randn(2, n, 3) @ torch.randn(2, 3, n),
         "zero": lambda: torch.zeros(2, n, n),
     }[kind]().to(dtype)
-    basis, upper = linalg.qr(matrix)
+    basis, upper = bases.qr(matrix)
     error = 30 * torch.finfo(dtype).eps
     assert orthonormality_error(basis) < error
     assert torch.equal(upper, upper.triu())
@@ -311,7 +311,7 @@ def test_cholesky_qr_is_the_qr_of_factors(n: int, kind: str) -> None:
         factor.zero_()
     elif kind == "not finite":
         factor[1, 0, 0] = torch.nan
-    basis = linalg.cholesky_qr(factor)
+    basis = bases.cholesky_qr(factor)
     if kind == "not finite":
         assert basis[1].isnan().all()
         factor, basis = factor[::2], basis[::2]
@@ -327,8 +327,8 @@ def test_cholesky_qr_is_the_qr_of_factors(n: int, kind: str) -> None:
 @pytest.mark.parametrize("n", [64, 1024])
 def test_refresh_on_a_gpu_rotates_the_factor(n: int) -> None:
     factor = nearly_diagonal(n).float().cuda()
-    rotation, refreshed = linalg.refresh(factor)
-    exact, _ = linalg.refresh(factor.double())
+    rotation, refreshed = bases.refresh(factor)
+    exact, _ = bases.refresh(factor.double())
     assert orthonormality_error(rotation.double().cpu()) < 1e-5
     torch.testing.assert_close(same_up_to_signs(rotation.double(), exact), exact, rtol=0, atol=1e-3)
     torch.testing.assert_close(refreshed, rotation.mT @ factor @ rotation, rtol=1e-4, atol=1e-4 * factor.max().item())

@@ -55,6 +55,8 @@ LAYERS = [
     "probe",
     "updates",
     "storage",
+    "bases",
+    "roots",
     "linalg",
     "precision",
     "sharding",

@@ -14,7 +14,7 @@ from replaying import assert_replayable, recorded
 from torch import nn
 from transformers import GPT2LMHeadModel
 
-from hf_soap import SOAP, SoapTrainer, linalg
+from hf_soap import SOAP, SoapTrainer, bases, linalg
 from hf_soap.stepping import unwrapped
 
 FREQUENT = "precondition_frequency=2"
@@ -110,7 +110,7 @@ def test_what_was_broken_off_starts_anew_and_the_rest_goes_on(at: int, monkeypat
     optimizer, whole = (SOAP(these, precondition_frequency=1) for these in (params, others))
     train(optimizer, params, range(at))
     train(whole, others, range(at))
-    update, seed = linalg.refresh, linalg.eigenbasis
+    update, seed = bases.refresh, linalg.eigenbasis
 
     def failing(wanted: Any) -> Any:
         def called(factor: torch.Tensor, *args: Any) -> Any:
@@ -121,7 +121,7 @@ def test_what_was_broken_off_starts_anew_and_the_rest_goes_on(at: int, monkeypat
         return called
 
     with monkeypatch.context() as patch:
-        patch.setattr(linalg, "refresh", failing(update))
+        patch.setattr(bases, "refresh", failing(update))
         patch.setattr(linalg, "eigenbasis", failing(seed))
         with pytest.raises(torch.OutOfMemoryError):
             train(optimizer, params, [at])

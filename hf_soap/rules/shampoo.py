@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hf_soap import linalg, updates
+from hf_soap import linalg, roots, updates
 from hf_soap.background import Background, Roots
 from hf_soap.blocks import Chunk, Layout, adjacent
 from hf_soap.rules.base import Rule, State, zeros
@@ -201,15 +201,15 @@ class Shampoo(Rule):
 
     def _accumulate(self, grad: Tensor, state: State, layout: Layout) -> None:
         beta, alpha = (1.0, 1.0) if self.shampoo_beta is None else (self.shampoo_beta, 1 - self.shampoo_beta)
-        roots = {side: state[f"root_{side}"] for side in layout.sides if self.kl}
+        whitening = {side: state[f"root_{side}"] for side in layout.sides if self.kl}
         for side in layout.sides:
             whitened, weight = grad, alpha
             if self.kl:
                 weight /= grad[0].numel() // layout.block[side]
-                for other, root in roots.items():
+                for other, root in whitening.items():
                     if other != side:
                         whitened = updates.squarable(linalg.mode_product(whitened, root, other))
-                whitened = self._without_overshoot(whitened, state[f"factor_{side}"], weight, len(roots))
+                whitened = self._without_overshoot(whitened, state[f"factor_{side}"], weight, len(whitening))
             linalg.add_gram_(state[f"factor_{side}"], whitened, side, beta=beta, alpha=weight)
         for axis in self._diagonals(layout):
             state[f"diagonal_{axis}"].mul_(beta).add_(linalg.unfold(grad, axis).square().sum(-1), alpha=alpha)
@@ -258,7 +258,7 @@ class Shampoo(Rule):
     def _roots_of(self, factors: Roots, layout: Layout) -> Roots:
         exponent, method = self._exponent(layout), self.root_method
         return {
-            role: linalg.inverse_root(factor, exponent=exponent, ridge=self.ridge, method=method)
+            role: roots.inverse_root(factor, exponent=exponent, ridge=self.ridge, method=method)
             for role, factor in factors.items()
         }
 
@@ -330,12 +330,12 @@ class Shampoo(Rule):
 
     def _background_roots(self, factors: Roots, layout: Layout) -> Roots:
         # Off the training loop float64 is affordable, and no setting for float32 that the model wants reaches it.
-        roots = self._roots_of({role: factor.double() for role, factor in factors.items()}, layout)
-        return {role: root.to(factors[role].dtype) for role, root in roots.items()}
+        exact = self._roots_of({role: factor.double() for role, factor in factors.items()}, layout)
+        return {role: root.to(factors[role].dtype) for role, root in exact.items()}
 
-    def _install(self, roots: Roots | None, state: State, chunk: Chunk) -> None:
+    def _install(self, new: Roots | None, state: State, chunk: Chunk) -> None:
         """Puts new roots in the place of the old ones, which stay where none could be computed."""
-        for role, root in (roots or {}).items():
+        for role, root in (new or {}).items():
             old = state[role]
             # A root of zeros is none yet; the gradient then passes through the identity.
             kept = torch.where(old.flatten(1).any(1).view(-1, 1, 1), old, linalg.eye_like(old))

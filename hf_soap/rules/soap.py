@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hf_soap import linalg, updates
+from hf_soap import bases, linalg, updates
 from hf_soap.blocks import Chunk, Layout, adjacent
 from hf_soap.precision import float32_products
 from hf_soap.rules.base import MOMENTS, Rule, State, zeros
@@ -209,18 +209,18 @@ class Soap(Rule):
 
     def _rotate(self, tensor: Tensor, state: State, layout: Layout, *, back: bool = False) -> Tensor:
         """Rotates into the eigenbases, or back."""
-        bases = {side: state[f"basis_{side}"] for side in layout.sides}
-        if self.matmul_dtype == "float32" or not bases:
-            return self._products(tensor, bases, back=back)
+        by_side = {side: state[f"basis_{side}"] for side in layout.sides}
+        if self.matmul_dtype == "float32" or not by_side:
+            return self._products(tensor, by_side, back=back)
         if self.matmul_dtype == "tf32":
             with float32_products(layout.block, tensor.device, reduced=True):
-                return self._products(tensor, bases, back=back)
-        low = {side: basis.bfloat16() for side, basis in bases.items()}
+                return self._products(tensor, by_side, back=back)
+        low = {side: basis.bfloat16() for side, basis in by_side.items()}
         return self._products(tensor.bfloat16(), low, back=back).to(tensor.dtype)
 
     @staticmethod
-    def _products(tensor: Tensor, bases: Mapping[int, Tensor], *, back: bool) -> Tensor:
-        for side, basis in bases.items():
+    def _products(tensor: Tensor, by_side: Mapping[int, Tensor], *, back: bool) -> Tensor:
+        for side, basis in by_side.items():
             tensor = linalg.mode_product(tensor, basis.mT if back else basis, side)
         return tensor
 
@@ -261,18 +261,18 @@ class Soap(Rule):
         refreshes = [self._age(t, i) // self.precondition_frequency for t, i in zip(chunk.t, chunk.index, strict=True)]
         for side in chunk.layout.sides:
             if self.refresh_tol:
-                stale = linalg.off_diagonal_share(state[f"factor_{side}"]) > self.refresh_tol
+                stale = bases.off_diagonal_share(state[f"factor_{side}"]) > self.refresh_tol
                 for first, last in adjacent(stale.tolist()):
                     self._refresh_side(_part(state, slice(first, last)), side, chunk)
             else:
                 self._refresh_side(state, side, chunk)
             basis = state[f"basis_{side}"]
             for blocks, _ in chunk.runs(n % self.orthonormalize_every == 0 for n in refreshes):
-                basis[blocks].copy_(linalg.orthonormalize(basis[blocks]))
+                basis[blocks].copy_(bases.orthonormalize(basis[blocks]))
 
     def _refresh_side(self, state: State, side: int, chunk: Chunk) -> None:
         factor, basis, exp_avg = state[f"factor_{side}"], state[f"basis_{side}"], state["exp_avg"]
-        order, rotation, refreshed = chunk.share(linalg.sorted_refresh, factor)
+        order, rotation, refreshed = chunk.share(bases.sorted_refresh, factor)
         sound, unmoved = chunk.sound(rotation, refreshed), torch.arange(order.shape[-1], device=order.device)
         order = torch.where(sound.squeeze(-1), order, unmoved)
         rotation = torch.where(sound, rotation, linalg.eye_like(rotation))
