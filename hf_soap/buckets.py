@@ -14,7 +14,7 @@ from torch import Tensor
 from hf_soap import sharding
 from hf_soap.blocks import Chunk, Layout, Plan
 from hf_soap.counts import Counts
-from hf_soap.graphs import refuse_in_graph
+from hf_soap.graphs import capturing, refuse_in_graph
 from hf_soap.precision import float32_products
 from hf_soap.storage import SCALE, step_keys
 
@@ -87,6 +87,13 @@ class Bucket:
                     view.copy_(known[role] if isinstance(known[role], Tensor) else torch.tensor(known[role]))
                 known[role] = view
             self._pointers.append([view.data_ptr() for view in known.values()])
+        if plan.capturable:  # what was due until now was refreshed, by whoever made the state
+            pairs = zip(self.updates(), self.index, strict=True)
+            self.counts.refreshed = [plan.rule.last_due(t, index) for t, index in pairs]
+
+    def updates(self) -> list[int]:
+        """How many updates each tensor has had, as far as the host knows; a gradient that seeds is none."""
+        return [count - self.plan.rule.seeds for count in self.counts.believed()]
 
     def takes(self, plan: Plan) -> bool:
         """Whether the bucket as it is, state and all, would be built for another plan too."""
@@ -152,7 +159,7 @@ class Bucket:
             yield under_way
         except BaseException as error:
             first, last = under_way
-            if last > first:
+            if last > first and not capturing():  # within a graph nothing has run yet
                 for stack in self.rows(first, last).values():
                     stack.zero_()  # as allocated; memory may be what was missing
                 self.counts.restart(first, last)

@@ -8,7 +8,9 @@ from typing import Any, ClassVar, Literal
 from hf_soap.schema import AT_LEAST_1, DECAY_RATE, NON_NEGATIVE, POSITIVE, OptimizerConfig, option
 
 OVERLAP_REFRESH = "On a GPU, refresh beside the next forward and backward pass."
-CAPTURABLE = "Keep step counts on the device, so that a CUDA graph may hold `step()`; see `refresh()`."
+CAPTURABLE = (
+    "Let a CUDA graph hold `step()`, in a loop of your own that calls `after_replay()`; the Trainer captures nothing."
+)
 
 
 @dataclass(frozen=True, kw_only=True)

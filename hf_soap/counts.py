@@ -15,23 +15,26 @@ class Counts:
     """Counts of a batch of tensors.
 
     A captured step is replayed without the host, so that its counts are raised on the device. The host then goes by
-    what it believes: that every step counts. It is never behind, and asks where something depends on it.
+    what it believes: that every step counts. It asks where something depends on it.
 
     Attributes:
         tensor: (tensors,), float64; the optimizer's state has views of it.
         on_device: Whether it is beside the state, and not on the host.
+        refreshed: The update of each tensor that the last refresh on the host's account came behind.
     """
 
     def __init__(self, tensors: int, device: torch.device, *, on_device: bool) -> None:
         self.on_device = on_device
         self.tensor = torch.zeros(tensors, dtype=COUNT, device=device if on_device else "cpu")
+        self.refreshed = [0] * tensors
         self._believed: list[int] = []
-        self._asked = [0] * tensors
 
     def believed(self) -> Sequence[int]:
         """Returns the counts as the host believes them to be, which on the host is what they are."""
-        if self.on_device and self._believed:
-            return self._believed
+        return self._believed if self.on_device and self._believed else self.ask()
+
+    def ask(self) -> Sequence[int]:
+        """Returns the counts, for which the host waits for the device where they are there."""
         refuse_in_graph("does not know yet which tensors were stepped")
         self._believed = [int(count) for count in self.tensor.tolist()]
         return self._believed
@@ -57,13 +60,8 @@ class Counts:
         if not all(believed):
             self._believed = []
 
-    def ask(self) -> list[bool]:
-        """Reads the counts and says which have grown since this was called last."""
-        self._believed = []
-        before, self._asked = self._asked, list(self.believed())
-        return [now > then for now, then in zip(self._asked, before, strict=True)]
-
     def restart(self, first: int, last: int) -> None:
         """Counts the tensors first..last-1 from zero."""
         self.tensor[first:last].zero_()
+        self.refreshed[first:last] = [0] * (last - first)
         self._believed = []

@@ -31,8 +31,8 @@ class Failures:
         """
         failed = (~sound).sum()
         if sound.device.type in DEFERS:
-            waiting = self._waiting.get(sound.device)
-            self._waiting[sound.device] = failed if waiting is None else waiting + failed
+            # In place: on another stream, the old sum would be free for others before it was read.
+            self._waiting.setdefault(sound.device, torch.zeros_like(failed)).add_(failed)
         elif number := int(failed):
             self.add(number, "what came out is not finite")
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_soap import sharding
 from hf_soap.chunks import norms_are_sane
+from hf_soap.graphs import capturing
 from hf_soap.verdict import DEFERS, Tally, Verdict
 
 logger = logging.getLogger(__name__)
@@ -32,11 +33,13 @@ class Guard:
         self._skipped = 0
         self._verdict: Verdict | None = None
         self._tally: Tally | None = None
+        self._unheard = 0
 
     def skipped(self) -> int:
         """Returns how many steps were left out, for which the host waits for the device."""
         self.settle()
-        self.ask()
+        if self._tally is not None:
+            self._note(self._tally.read()[0], self.in_a_row)
         return self._skipped
 
     def settle(self) -> None:
@@ -45,10 +48,24 @@ class Guard:
         if verdict is not None:
             self._count(usable=verdict.settle())
 
-    def ask(self) -> None:
-        """Asks the device how many steps it left out, where it counts them by itself."""
-        if self._tally is not None:
+    def ask_in_turn(self, groups: Groups) -> None:
+        """Asks the device how many steps it left out, where it counts them by itself, and raises if too many.
+
+        After as many steps as would be too many in a row: by their number, all ranks ask at the same one.
+
+        Args:
+            groups: The param groups.
+
+        Raises:
+            FloatingPointError: If ``max_skipped_in_a_row`` steps in a row were skipped.
+        """
+        if self._tally is None or capturing():
+            return
+        self._unheard += 1
+        if self._unheard >= (_limit(groups) or UNHEARD):
+            self._unheard = 0
             self._note(*self._tally.read())
+            self.refuse_to_skip_for_ever(groups)
 
     def counted(self, count: Tensor) -> None:
         """Takes note of counts on the host that were raised in the belief that the step counts."""
@@ -71,8 +88,9 @@ class Guard:
         """
         checked, guarded = _gradients(groups, name)
         flags = [norms_are_sane(grads) for grads in checked]
-        if counts_on_device and guarded and not flags:  # this rank has no part of anything
-            flags = [torch.ones((), dtype=torch.bool, device=sharding.local(guarded[0]).device)]
+        if counts_on_device and guarded:  # this rank may have no part of anything, or have it elsewhere
+            wire = sharding.wire_device(guarded[0])
+            flags = [flag.to(wire) for flag in flags] or [torch.ones((), dtype=torch.bool, device=wire)]
         self.usable = None
         if flags and defers and (counts_on_device or all(flag.device.type in DEFERS for flag in flags)):
             flag = torch.stack([flag.to(flags[0].device) for flag in flags]).all()
@@ -89,8 +107,7 @@ class Guard:
 
     def refuse_to_skip_for_ever(self, groups: Groups) -> None:
         """Raises where too many steps in a row did not count; all ranks have counted alike."""
-        limits = [group["max_skipped_in_a_row"] for group in groups if group["nonfinite"] == "skip"]
-        limit = min((limit for limit in limits if limit), default=0)
+        limit = _limit(groups)
         if not limit or self.in_a_row < limit:
             return
         count, self.in_a_row = self.in_a_row, 0  # whoever catches this may go on
@@ -112,6 +129,15 @@ class Guard:
                 "state stay as they are."
             )
         self._skipped, self.in_a_row = skipped, in_a_row
+
+
+UNHEARD = 100
+"""Steps after which the host asks a device that counts by itself, where there is no limit."""
+
+
+def _limit(groups: Groups) -> int:
+    limits = [group["max_skipped_in_a_row"] for group in groups if group["nonfinite"] == "skip"]
+    return min((limit for limit in limits if limit), default=0)
 
 
 def _gradients(groups: Groups, name: str) -> tuple[list[list[Tensor]], list[Tensor]]:

@@ -155,7 +155,10 @@ class RuleGauge(Gauge):
 
     def _add(self, name: str, value: Tensor) -> None:
         key = name, value.device, value.dtype
-        self._sums[key] = self._sums[key] + value if key in self._sums else value
+        if key in self._sums:
+            self._sums[key].add_(value)  # in place: it may be read on one stream and raised on another
+        else:
+            self._sums[key] = value
 
 
 def _square_sum(norms: Sequence[Tensor]) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -30,24 +30,6 @@ class Updated:
     last: int
     chunk: Chunk
 
-    @property
-    def is_due(self) -> bool:
-        """Whether something is to be refreshed behind this update."""
-        return any(self.bucket.plan.rule.due(self.chunk))
-
-    def counted(self) -> Updated:
-        """Returns them with the update that the host believes to be the last."""
-        plan = self.bucket.plan
-        counts = self.bucket.counts.believed()[self.first : self.last]
-        t = tuple(count - plan.rule.seeds for count in counts)
-        return replace(self, chunk=replace(self.chunk, t=t, counts=None, usable=None))
-
-    def where(self, flags: Sequence[bool]) -> Iterator[Updated]:
-        """Yields runs of them whose flag is set; there is one for each tensor of the bucket."""
-        for start, end in adjacent(flags[self.first : self.last]):
-            chunk = replace(self.chunk, t=self.chunk.t[start:end], index=self.chunk.index[start:end])
-            yield Updated(self.bucket, self.first + start, self.first + end, chunk)
-
     def refresh(self) -> None:
         """Refreshes what is due."""
         bucket, chunk = self.bucket, replace(self.chunk, later=False)
@@ -64,8 +46,9 @@ class Refreshes:
     def __init__(self) -> None:
         self._updated: list[Updated] = []
         self._captured: list[Updated] = []
+        self._capture_goes_on = False
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
-        self._under_way: list[Updated] = []
+        self._under_way: list[tuple[Updated, torch.cuda.Stream]] = []
 
     def note(self, updated: Updated) -> None:
         """Takes note of tensors that a step has updated."""
@@ -75,54 +58,49 @@ class Refreshes:
         """Forgets what an unfinished step has noted."""
         self._updated = []
 
-    def finish(self) -> bool:
-        """Refreshes what is due behind a step, or remembers a captured one for its replays.
+    def finish(self) -> None:
+        """Refreshes what is due behind a step, or remembers a captured one for its replays."""
+        if not capturing():
+            self._capture_goes_on = False
+            self._run(self._updated)
+            return
+        self._captured = (self._captured if self._capture_goes_on else []) + self._updated
+        self._capture_goes_on = True
 
-        Returns:
-            Whether the host has waited for the device.
-        """
-        if capturing():
-            self._captured = self._updated
-            return False
-        return self._run(self._updated)
+    def replayed(self, alive: Collection[Bucket]) -> None:
+        """Refreshes what is due behind a replay of the steps that were captured last.
 
-    def replayed(self) -> bool:
-        """Refreshes what is due behind a replay of the step that was captured last.
-
-        Returns:
-            Whether the host has waited for the device.
+        Args:
+            alive: The buckets that the optimizer has.
 
         Raises:
-            RuntimeError: If no step was captured.
+            RuntimeError: If there are none, or the optimizer has put their state elsewhere since.
         """
-        if not self._captured:
+        self._capture_goes_on = False
+        if not self._captured or not all(one.bucket in alive for one in self._captured):
+            got = "no captured step" if not self._captured else "a captured step whose state is elsewhere by now"
             raise RuntimeError(
-                "refresh() got no captured step, wanted one call after each replay of a graph that holds step(); "
-                "step() itself refreshes outside of graphs"
+                f"after_replay() got {got}, wanted one call after each replay of a graph that holds step(); capture "
+                "(again) after loading state, and after changes of parameters or of which of them are trained"
             )
         for one in self._captured:
             one.bucket.counts.expect(one.first, one.last)
-        return self._run(self._captured)
+        self._run(self._captured)
 
     def join(self) -> None:
         """Lets the device go on when the refreshes under way are done; the host does not wait."""
-        for device, stream in self._streams.items() if self._under_way else ():
-            torch.cuda.current_stream(device).wait_stream(stream)
+        for updated, launched_from in self._under_way:
+            device = updated.bucket.params[0].device
+            for stream in (launched_from, torch.cuda.current_stream(device)):
+                stream.wait_stream(self._streams[device])
         self._under_way = []
 
-    def _run(self, updated: Iterable[Updated]) -> bool:
-        asked = False
+    def _run(self, updated: Iterable[Updated]) -> None:
         for bucket, parts in groupby(updated, lambda one: one.bucket):
-            own = [one.counted() if bucket.counts.on_device else one for one in parts]
-            if bucket.counts.on_device and any(one.is_due for one in own):
-                # The host believes that every step counted; one that did not may have been the one.
-                grown, asked = bucket.counts.ask(), True
-                own = [run for one in own for run in one.counted().where(grown)]
-            for one in own:
-                if one.is_due:
+            for one in _due_on_device(bucket, list(parts)) if bucket.counts.on_device else parts:
+                if any(bucket.plan.rule.due(one.chunk)):
                     with self._aside(one):
                         one.refresh()
-        return asked
 
     def _aside(self, updated: Updated) -> AbstractContextManager[object]:
         """On a GPU, sends refreshes that may overlap to a stream of their own, behind all that was sent so far."""
@@ -132,9 +110,37 @@ class Refreshes:
             return nullcontext()
         if device not in self._streams:
             self._streams[device] = torch.cuda.Stream(device)
-        stream = self._streams[device]
-        stream.wait_stream(torch.cuda.current_stream(device))
+        stream, current = self._streams[device], torch.cuda.current_stream(device)
+        stream.wait_stream(current)
         for stack in bucket.stacks.values():
             stack.record_stream(stream)  # whoever drops the optimizer now must not get their memory yet
-        self._under_way.append(updated)  # and so the verdict that it reads stays, too
+        self._under_way.append((updated, current))  # and so the verdict that it reads stays, too
         return torch.cuda.stream(stream)
+
+
+def _due_on_device(bucket: Bucket, parts: Sequence[Updated]) -> Iterator[Updated]:
+    """Yields what is to be refreshed, as if behind the update that it was due behind.
+
+    The host believes that every step counted, and may not have heard of every replay: where it finds something due, it
+    asks.
+    """
+    if not bucket.plan.refreshes_later:
+        return
+    if any(_overdue(bucket, part.first, part.last) for part in parts):
+        bucket.counts.ask()
+    for part in parts:
+        overdue = _overdue(bucket, part.first, part.last)
+        flags = [place in overdue for place in range(part.first, part.last)]
+        for start, end in adjacent(flags):
+            first, last = part.first + start, part.first + end
+            t = tuple(overdue[place] for place in range(first, last))
+            bucket.counts.refreshed[first:last] = t
+            chunk = replace(part.chunk, t=t, index=part.chunk.index[start:end], counts=None, usable=None)
+            yield Updated(bucket, first, last, chunk)
+
+
+def _overdue(bucket: Bucket, first: int, last: int) -> dict[int, int]:
+    """Returns by place the updates of the tensors first..last-1 that a refresh should have come behind by now."""
+    updates, refreshed = bucket.updates(), bucket.counts.refreshed
+    due = {place: bucket.plan.rule.last_due(updates[place], bucket.index[place]) for place in range(first, last)}
+    return {place: t for place, t in due.items() if t > refreshed[place]}

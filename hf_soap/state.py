@@ -19,6 +19,7 @@ from hf_soap.blocks import Layout, Plan
 from hf_soap.buckets import GroupCache, state_dtype
 from hf_soap.checks import check_group_keys, check_learning_rate, check_number, check_pair
 from hf_soap.failures import Failures
+from hf_soap.graphs import Rates
 from hf_soap.guard import Guard
 from hf_soap.owners import Ownership
 from hf_soap.probe import Probe
@@ -55,10 +56,12 @@ class PlannedOptimizer(torch.optim.Optimizer):
         self._consolidated: dict[str, Any] | None = None
         self._guard = Guard()
         self._refreshes = Refreshes()
+        self._captured_rates: Rates = []
 
     @property
     def skipped_steps(self) -> int:
         """Steps that were left out because a gradient was not finite, since construction or load."""
+        self._refreshes.join()
         return self._guard.skipped()
 
     @property
@@ -203,6 +206,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
 
         Only for ``shard_mode="owner"`` with whole parameters (DDP); all ranks must call it.
         """
+        self._settle()
         if self.spreads_state():
             self._consolidated = self._packed_state(to_first=True)
 
@@ -255,7 +259,11 @@ class PlannedOptimizer(torch.optim.Optimizer):
                 continue
             restored[param], guessed = checkpoint.restored(param, plan, saved, wanted, whole=whole)
             estimated += guessed
+        rates = [group["lr"] for group in self.param_groups]
         super().load_state_dict(groups)
+        for group, rate in zip(self.param_groups, rates, strict=True):
+            if isinstance(rate, Tensor):  # whoever has it, such as a CUDA graph's loop, goes on with it
+                group["lr"] = rate.fill_(float(group["lr"]))
         self.state.update(restored)
         if estimated and sharding.rank() == 0:
             logger.warning(

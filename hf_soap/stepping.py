@@ -14,7 +14,7 @@ from hf_soap import sharding
 from hf_soap.blocks import Chunk, Plan, adjacent
 from hf_soap.buckets import Bucket, GroupCache, state_dtype, warn_if_flattened
 from hf_soap.chunks import apply_, directions_of, stack_gradients, stages, step_tensors
-from hf_soap.graphs import capturing
+from hf_soap.graphs import captured_rates, capturing, refuse_in_graph, refuse_other_rates
 from hf_soap.owners import SEEDED, UPDATED, Outcome, Ownership
 from hf_soap.probe import IDLE, Gauge, Probe
 from hf_soap.refreshes import Updated
@@ -54,11 +54,8 @@ class BlockOptimizer(PlannedOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if capturing() and not self.capturable:
-            raise RuntimeError(
-                f"got a step of {type(self).__name__} to capture that the host takes part in, wanted one that it does "
-                "not; set capturable=True"
-            )
+        if capturing():
+            self._captured_rates = captured_rates(self.param_groups, name=type(self).__name__)
         self._settle()
         self._guard.refuse_to_skip_for_ever(self.param_groups)  # a device's verdict on the step before
         device = next((param.device for group in self.param_groups for param in group["params"]), torch.device("cpu"))
@@ -67,9 +64,9 @@ class BlockOptimizer(PlannedOptimizer):
                 self._consolidated = None
                 self._refreshes.start()
                 self._step_all(allocate_only=self._is_synthetic())
-                if self._refreshes.finish():
-                    self._guard.ask()
+                self._refreshes.finish()
         self._guard.refuse_to_skip_for_ever(self.param_groups)
+        self._guard.ask_in_turn(self.param_groups)
         return loss
 
     def _gradients_usable(self) -> bool:
@@ -81,30 +78,32 @@ class BlockOptimizer(PlannedOptimizer):
         )
 
     @torch.no_grad()
-    def refresh(self) -> None:
-        """Does behind a replay of a captured step what a CUDA graph cannot: refreshes, every so many replays.
+    def after_replay(self) -> None:
+        """Does behind a replay of captured steps what a CUDA graph cannot: refreshes, where they are due by now.
 
-        With ``capturable=True``, after at least three steps outside of a graph::
+        With ``capturable=True``, at least three steps outside of a graph, and gradients that are captured too::
 
+            optimizer.zero_grad(set_to_none=True)
             with torch.cuda.graph(graph):
                 model(batch).loss.backward()
                 optimizer.step()
-            for batch.data in data:
+            for fresh in data:
+                batch.copy_(fresh)
                 graph.replay()
-                optimizer.refresh()
+                optimizer.after_replay()
 
-        A learning rate that changes is a tensor on the device, and the gradients are those that were captured. Whoever
-        loads state, adds parameters or changes settings captures anew.
+        A learning rate that changes is a tensor on the device. Of several graphs, it belongs to the one captured last.
 
         Raises:
-            RuntimeError: If no step was captured.
-            FloatingPointError: If ``max_skipped_in_a_row`` steps in a row were skipped; it is looked at when a
-                refresh is due.
+            RuntimeError: If no step was captured, its state is elsewhere by now (after a load, or changes of the
+                parameters), or a rate changed that the graph has as a number.
+            FloatingPointError: If ``max_skipped_in_a_row`` steps in a row were skipped; the device is asked after so
+                many steps.
         """
         self._refreshes.join()
-        if self._refreshes.replayed():
-            self._guard.ask()
-            self._guard.refuse_to_skip_for_ever(self.param_groups)
+        self._refreshes.replayed([bucket for cached in self._buckets.values() for bucket in cached.buckets])
+        refuse_other_rates(self.param_groups, self._captured_rates)
+        self._guard.ask_in_turn(self.param_groups)
 
     @property
     def _measuring(self) -> Probe | None:
@@ -127,16 +126,27 @@ class BlockOptimizer(PlannedOptimizer):
         """Counts a step of the parameters of which this rank has nothing: a checkpoint may take any rank's count."""
         for param in params:
             if sharding.is_sharded(param) and param.numel() and not sharding.local(param).numel():
-                step = self.state[param].setdefault("step", torch.zeros((), dtype=COUNT))
-                if param.grad is not None and self.capturable and self._guard.usable is not None:
-                    step.add_(self._guard.usable.to(step.device))
+                step, usable = self._count_of_nothing(param), self._guard.usable
+                if param.grad is not None and self.capturable:
+                    step += 1 if usable is None else usable.to(step.device)
                 elif param.grad is not None:
                     step += 1
                     self._guard.counted(step)
 
+    def _count_of_nothing(self, param: Tensor) -> Tensor:
+        """Returns the count of steps of a parameter of which this rank has nothing: a checkpoint asks every rank."""
+        device = sharding.local(param).device if self.capturable else torch.device("cpu")
+        step: Tensor | None = self.state[param].get("step")
+        if step is None or step.device != device:
+            step = self.state[param]["step"] = torch.full((), float(step or 0), dtype=COUNT, device=device)
+        return step
+
     def _is_synthetic(self) -> bool:
         """Whether this step is taken to make the state alone, as torch.distributed.checkpoint does before a load."""
-        if self.state or any(group["lr"] for group in self.param_groups):
+        if self.state:
+            return False
+        refuse_in_graph("is the first")
+        if any(group["lr"] for group in self.param_groups):
             return False
         params = [param for group in self.param_groups for param in group["params"] if param.requires_grad]
         grads = [sharding.local_grad(param) for param in params]
@@ -169,8 +179,8 @@ class BlockOptimizer(PlannedOptimizer):
         for place, param in places.items():
             part = sharding.local(param)
             if not part.numel() and not (whole and param.numel()):
-                if sharding.is_sharded(param):  # saving asks every rank for state, and torch takes none for a new run
-                    self.state[param].setdefault("step", torch.zeros((), dtype=COUNT))
+                if sharding.is_sharded(param):  # torch takes no state at all for a new run
+                    self._count_of_nothing(param)
                 continue
             kind = (self.plan_of(group, param), state_dtype(param), param.device)
             warn_if_flattened(kind[0].layout, param)

@@ -32,7 +32,7 @@ class Verdict:
             self._read = torch.empty((), dtype=torch.bool, pin_memory=True)
             self._read.copy_(self.usable, non_blocking=True)
             self._event = torch.cuda.Event()
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(self.usable.device))
         else:
             self._read = self.usable.clone()
 
@@ -42,7 +42,7 @@ class Verdict:
             self._event.synchronize()  # a step old: the device has other work meanwhile
         usable = bool(self._read)
         for count in [] if usable else self.counted:
-            count.sub_(1)
+            count.sub_(1).clamp_(min=0)  # 0 is one whose tensors have started anew since
         return usable
 
 
@@ -59,7 +59,7 @@ class Tally:
 
     def note(self, usable: Tensor) -> None:
         """Takes note of the verdict on a step, a scalar of bool on the device."""
-        left_out = (~usable).to(COUNT)
+        left_out = (~usable).to(self._skipped.device, COUNT)
         self._skipped.add_(left_out)
         self._in_a_row.add_(1).mul_(left_out)
 

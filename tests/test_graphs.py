@@ -13,7 +13,7 @@ from helpers import FULL_RANK, assert_same, gradient, parameters, snapshot, trai
 from torch import Tensor
 from torch.nn import Parameter
 
-from hf_soap import MARS, SOAP
+from hf_soap import MARS, SOAP, updates
 from hf_soap.verdict import DEFERS
 
 FREQUENCY = 4
@@ -61,20 +61,28 @@ class Run:
         self.fill(step, bad=bad)
         self.optimizer.step()
 
-    def capture(self, monkeypatch: pytest.MonkeyPatch) -> Recording:
-        """Captures a step that, unlike in a graph, runs meanwhile; what it changed is put back."""
-        tensors: list[Tensor] = list(self.params)
+    def owned(self) -> list[Tensor]:
+        """What a step changes."""
+        tensors: list[Tensor] = [param.detach() for param in self.params]
         for state in self.optimizer.state.values():
             tensors += state.values()
-        guard = self.optimizer._guard
-        tensors += [] if guard._tally is None else [guard._tally._skipped, guard._tally._in_a_row]
-        before = [tensor.detach().clone() for tensor in tensors]
+        tally = self.optimizer._guard._tally
+        return tensors + ([] if tally is None else [tally._skipped, tally._in_a_row])
+
+    def capture(self, monkeypatch: pytest.MonkeyPatch, *, steps: int = 1) -> Recording:
+        """Captures steps that, unlike in a graph, run meanwhile; what they changed is put back."""
+        before = [tensor.clone() for tensor in self.owned()]
         with capture(monkeypatch) as recording:
-            self.optimizer.step()
-        with torch.no_grad():
-            for tensor, value in zip(tensors, before, strict=True):
-                tensor.copy_(value)
+            for _ in range(steps):
+                self.optimizer.step()
+        for tensor, value in zip(self.owned(), before, strict=True):
+            tensor.copy_(value)
         return recording
+
+    def replay(self, graph: Recording, step: int, *, bad: bool = False) -> None:
+        self.fill(step, bad=bad)
+        graph.replay()
+        self.optimizer.after_replay()
 
 
 @makers
@@ -89,11 +97,44 @@ def test_replays_are_steps(make: Callable[..., Any], bad: tuple[int, ...], monke
     graph = graphed.capture(monkeypatch)
     for step in range(3, 27):
         eager.step(step, bad=step in bad)
-        graphed.fill(step, bad=step in bad)
-        graph.replay()
-        graphed.optimizer.refresh()
+        graphed.replay(graph, step, bad=step in bad)
     assert_same(snapshot(graphed.optimizer, graphed.params), snapshot(eager.optimizer, eager.params))
     assert graphed.optimizer.skipped_steps == eager.optimizer.skipped_steps == len(bad)
+
+
+@makers
+def test_a_graph_reads_only_what_stays(make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was handed a constant from a cache, which forgot it."""
+    run = Run(make, capturable=True)
+    for step in range(3):
+        run.step(step)
+    graph = run.capture(monkeypatch)
+    stays = [*run.owned(), *(param.grad for param in run.params), run.lr]
+    stays.append(updates._very_late(torch.device("cpu")))
+    assert graph.foreign() <= {tensor.untyped_storage().data_ptr() for tensor in stays if tensor is not None}
+
+
+def bases_of(run: Run) -> list[Tensor]:
+    return [state["basis_0"] for state in run.optimizer.state.values() if "basis_0" in state]
+
+
+@pytest.mark.parametrize("steps", [2, 3])
+@pytest.mark.parametrize("calls", [1, 2])
+def test_several_steps_to_a_call_refresh_late_and_not_never(
+    steps: int, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps in a graph, or replays to a call, jumped over the updates that a refresh was due behind."""
+    run = Run(soap, capturable=True)
+    for step in range(4):
+        run.step(step)
+    graph, refreshes = run.capture(monkeypatch, steps=steps), 0
+    for _ in range(24 // (steps * calls)):
+        before = copy.deepcopy(bases_of(run))
+        for _ in range(calls):
+            graph.replay()
+        run.optimizer.after_replay()
+        refreshes += not all(map(torch.equal, before, bases_of(run)))
+    assert refreshes == 24 // max(FREQUENCY, steps * calls)
 
 
 @makers
@@ -115,9 +156,7 @@ def test_steps_between_replays_count(monkeypatch: pytest.MonkeyPatch) -> None:
     for step in range(3, 20):
         eager.step(step)
         if step % 3:
-            graphed.fill(step)
-            graph.replay()
-            graphed.optimizer.refresh()
+            graphed.replay(graph, step)
         else:
             graphed.step(step)
     assert_same(snapshot(graphed.optimizer, graphed.params), snapshot(eager.optimizer, eager.params))
@@ -156,26 +195,63 @@ def test_a_step_that_is_not_capturable_says_so(monkeypatch: pytest.MonkeyPatch) 
         run.optimizer.step()
 
 
-def test_refresh_wants_a_captured_step() -> None:
-    with pytest.raises(RuntimeError, match="one call after each replay"):
-        Run(soap, capturable=True).optimizer.refresh()
+def test_a_learning_rate_goes_on_in_its_place_after_a_load() -> None:
+    run, other = Run(soap, capturable=True), Run(soap, capturable=True)
+    run.step(1)
+    other.optimizer.load_state_dict(run.optimizer.state_dict())
+    assert other.optimizer.param_groups[0]["lr"] is other.lr
+    assert other.lr == run.lr
 
 
-def test_replays_do_not_skip_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Run(partial(soap, max_skipped_in_a_row=3), capturable=True)
+def test_a_graph_that_has_gone_stale_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(soap, capturable=True)
     for step in range(3):
         run.step(step)
     graph = run.capture(monkeypatch)
-    run.fill(3, bad=True)
+    run.params[0].requires_grad_(False)
+    run.step(3)
+    with pytest.raises(RuntimeError, match="whose state is elsewhere by now"):
+        run.replay(graph, 4)
+    run.optimizer.load_state_dict(run.optimizer.state_dict())
+    with pytest.raises(RuntimeError, match="no captured step"):
+        run.replay(graph, 4)
+
+
+def test_rates_that_a_graph_would_not_see_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = parameters(FULL_RANK)
+    optimizer = soap(params, lr=0.01, capturable=True)
+    train(optimizer, params, range(3))
+    with capture(monkeypatch) as graph:
+        optimizer.step()
+    graph.replay()
+    optimizer.after_replay()
+    optimizer.param_groups[0]["lr"] = 0.02
+    with pytest.raises(RuntimeError, match=r"got \(lr, weight_decay\) .*make lr a tensor on the device"):
+        optimizer.after_replay()
+    optimizer.param_groups[0]["lr"] = torch.tensor(0.02, device="meta")
+    with pytest.raises(RuntimeError, match="got a learning rate on meta in a step to capture"), capture(monkeypatch):
+        optimizer.step()
+
+
+def test_after_replay_wants_a_captured_step() -> None:
+    with pytest.raises(RuntimeError, match="one call after each replay"):
+        Run(soap, capturable=True).optimizer.after_replay()
+
+
+@pytest.mark.parametrize("make", [soap, mars])
+def test_replays_do_not_skip_for_ever(make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(partial(make, max_skipped_in_a_row=3), capturable=True)
+    for step in range(3):
+        run.step(step)
+    graph = run.capture(monkeypatch)
     raised = []
-    for _ in range(3 * FREQUENCY):
-        graph.replay()
+    for _ in range(12):
         try:
-            run.optimizer.refresh()
+            run.replay(graph, 3, bad=True)
         except FloatingPointError as error:  # whoever catches it may go on
             raised.append(str(error))
-    assert len(raised) > 1
-    assert all("steps in a row" in text for text in raised)
+    assert len(raised) == 4
+    assert all("3 steps in a row" in text for text in raised)
 
 
 @pytest.mark.parametrize(
@@ -201,21 +277,43 @@ def test_all_groups_are_captured_or_none() -> None:
         SOAP([{"params": [one], "capturable": True}, {"params": others}])
 
 
-def test_counts_go_through_a_checkpoint_to_either_side() -> None:
-    """A run that was captured goes on without a graph, and the other way round."""
-    for before, after in ((True, False), (False, True)):
-        one, other = Run(soap, capturable=before), Run(soap, capturable=after)
-        for step in range(6):
-            one.step(step)
-        other.optimizer.load_state_dict(one.optimizer.state_dict())
-        other.optimizer.param_groups[0]["lr"] = other.lr
-        with torch.no_grad():
-            for param, value in zip(other.params, one.params, strict=True):
-                param.copy_(value)
-        for step in range(6, 14):
-            one.step(step)
-            other.step(step)
-        close(one.params, other.params)
+@pytest.mark.parametrize("frequency", [1, 2, FREQUENCY])
+@pytest.mark.parametrize(("before", "after"), [(True, True), (True, False), (False, True)])
+def test_counts_go_through_a_checkpoint_to_either_side(frequency: int, before: bool, after: bool) -> None:
+    """A run that was captured goes on without a graph, and the other way round; a step left out refreshes nothing."""
+    one, other = (
+        Run(partial(SOAP, precondition_frequency=frequency), capturable=graphs) for graphs in (before, after)
+    )
+    for step in range(1 + 2 * frequency):
+        one.step(step)
+    other.optimizer.load_state_dict(one.optimizer.state_dict())
+    with torch.no_grad():
+        for param, value in zip(other.params, one.params, strict=True):
+            param.copy_(value)
+    for step in range(1 + 2 * frequency, 14):
+        for run in (one, other):
+            run.step(step, bad=step in (1 + 2 * frequency, 12))
+    close(one.params, other.params)
+
+
+def test_tensors_that_start_anew_are_refreshed_when_due(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = []
+    for capturable in (False, True):
+        run = Run(soap, capturable=capturable)
+        for step in range(14):
+            if step == 6:
+                with monkeypatch.context() as patch:
+                    patch.setattr("hf_soap.rules.soap.Soap.update", out_of_memory)
+                    with pytest.raises(torch.OutOfMemoryError):
+                        run.step(step)
+            else:
+                run.step(step)
+        runs.append(run.params)
+    close(*runs)
+
+
+def out_of_memory(*_: Any) -> None:
+    raise torch.OutOfMemoryError("no memory")
 
 
 OVERLAPPING = {
@@ -257,18 +355,48 @@ def test_a_refresh_that_fails_behind_the_step_starts_its_tensors_anew(monkeypatc
     params = parameters(FULL_RANK)
     optimizer = soap(params, overlap_refresh=True)
     train(optimizer, params, range(FREQUENCY))
-
-    def fail(*_: Any) -> None:
-        raise torch.OutOfMemoryError("no memory")
-
     with monkeypatch.context() as patch:
-        patch.setattr("hf_soap.bases.sorted_refresh", fail)
+        patch.setattr("hf_soap.bases.sorted_refresh", out_of_memory)
         with pytest.raises(torch.OutOfMemoryError):
             train(optimizer, params, [FREQUENCY])
     counts = [int(optimizer.state[param]["step"]) for param in params]
     assert counts.count(0) > 0
     assert set(counts) <= {0, FREQUENCY + 1}
     train(optimizer, params, range(FREQUENCY + 1, 3 * FREQUENCY))
+    assert all(param.isfinite().all() for param in params)
+
+
+@pytest.mark.parametrize("read", ["state_dict", "skipped_steps", "failed_refreshes", "__getstate__", "consolidate"])
+def test_state_is_read_behind_refreshes(read: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = parameters(FULL_RANK)
+    optimizer = soap(params, overlap_refresh=True)
+    train(optimizer, params, range(2))
+    joined = []
+    monkeypatch.setattr(optimizer._refreshes, "join", lambda: joined.append(read))
+    monkeypatch.setattr(optimizer, "spreads_state", lambda: False)
+    value = getattr(optimizer, read)
+    if callable(value):
+        value()
+    assert joined
+
+
+def test_a_step_that_did_not_count_takes_nothing_from_tensors_that_start_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    params = parameters(FULL_RANK)
+    optimizer = SOAP(params, precondition_frequency=1, overlap_refresh=True)
+    train(optimizer, params, range(3))
+    DEFERS.add("cpu")
+    try:
+        params[0].grad[0, 0] = torch.nan  # type: ignore[index]
+        with monkeypatch.context() as patch:
+            patch.setattr("hf_soap.bases.sorted_refresh", out_of_memory)
+            with pytest.raises(torch.OutOfMemoryError):
+                optimizer.step()
+        train(optimizer, params, range(3, 6))
+    finally:
+        DEFERS.discard("cpu")
+    assert all(optimizer.state[param]["step"] >= 3 for param in params)
     assert all(param.isfinite().all() for param in params)
 
 
@@ -317,7 +445,7 @@ def test_a_graph_of_the_whole_training_step(make: Callable[..., Any]) -> None:
                     optimizer.step()
             if graphed and step >= 3:
                 graph.replay()
-                optimizer.refresh()
+                optimizer.after_replay()
                 continue
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())

@@ -50,7 +50,7 @@ class MARS(BlockOptimizer):
         pack_factors: Keep one triangle of each symmetric matrix.
         distributed_refresh: Split decompositions among ranks that hold equal weights and gradients (DDP): each does
             its share and gives it to the others. All ranks must step together. None is False but for the Trainer.
-        capturable: Keep counts on the device, so that a CUDA graph may hold the step; see :meth:`refresh`.
+        capturable: Keep counts on the device, so that a CUDA graph may hold the step; see :meth:`after_replay`.
         shampoo_beta: Here and below, settings of SOAP for ``variant="soap"``; see :class:`SOAP`.
 
     Raises:

@@ -59,7 +59,7 @@ class SOAP(BlockOptimizer):
         overlap_refresh: On a GPU, refresh beside the next forward and backward pass, on a stream of its own; the next
             step waits for it. The same numbers; of state that is rounded or packed, refreshes stay in the step. Read
             ``state`` directly only behind :meth:`state_dict` or ``skipped_steps``, which wait too.
-        capturable: Keep counts on the device, so that a CUDA graph may hold the step; see :meth:`refresh`.
+        capturable: Keep counts on the device, so that a CUDA graph may hold the step; see :meth:`after_replay`.
 
     Raises:
         ValueError: If a setting is of the wrong type or out of range, or a parameter is complex.

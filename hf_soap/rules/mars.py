@@ -94,9 +94,9 @@ class Mars(Rule):
         """As the inner rule."""
         return self.inner.refreshes_last
 
-    def due(self, chunk: Chunk) -> list[bool]:
+    def last_due(self, t: int, index: int) -> int:
         """As the inner rule."""
-        return self.inner.due(chunk)
+        return self.inner.last_due(t, index)
 
     def refresh(self, state: State, chunk: Chunk) -> None:
         """As the inner rule."""

@@ -196,10 +196,9 @@ class Soap(Rule):
         """Unless the gradient is rotated into bases that it has entered already."""
         return not self.include_current
 
-    def due(self, chunk: Chunk) -> list[bool]:
-        """Every ``precondition_frequency`` updates, with factored sides."""
-        due = [self._age(t, i) % self.precondition_frequency == 0 for t, i in zip(chunk.t, chunk.index, strict=True)]
-        return due if chunk.layout.sides else [False] * len(due)
+    def last_due(self, t: int, index: int) -> int:
+        """Every ``precondition_frequency`` updates."""
+        return max(0, t - self._age(t, index) % self.precondition_frequency)
 
     def refresh(self, state: State, chunk: Chunk) -> None:
         """Refreshes the bases that are due, and brings factors and moments into them."""
