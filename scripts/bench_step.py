@@ -2,6 +2,7 @@
 
 python scripts/bench_step.py                 # both sets of shapes
 python scripts/bench_step.py --shapes gpt256 --rounds 5 --device cuda
+python scripts/bench_step.py --shapes gpt256 --only "MARS adamw" "MARS lion" --rounds 30
 python scripts/bench_step.py --scaling       # how time and bytes of SOAP grow with width and layers
 
 Every round runs each optimizer for `--steps` steps with fresh random gradients, in turn, so that a slow moment of the
@@ -237,6 +238,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="steps a round; a multiple of the frequency")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--only", nargs="+", default=[""], help="beginnings of names, beside AdamW's")
     parser.add_argument("--json", type=Path, help="also write the figures there")
     args = parser.parse_args()
     device = torch.device(args.device)
@@ -255,6 +257,8 @@ def main() -> None:
         chosen = optimizers(args.frequency)
         if name == "lora":  # a factor on the longer side too would take gigabytes
             chosen = {key: make for key, make in chosen.items() if "one side" in key or key.split()[-1] in LIGHT}
+        only = ("AdamW", *args.only)
+        chosen = {key: make for key, make in chosen.items() if key.startswith(only)}
         result = measure(
             shapes, frequency=args.frequency, steps=args.steps, rounds=args.rounds, device=device, chosen=chosen
         )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -167,15 +168,17 @@ class Soap(Rule):
 
     def update(self, grad: Tensor, state: State, chunk: Chunk) -> Tensor:
         """Rotates, takes the Adam direction, rotates back; then accumulates, and refreshes the bases that are due."""
-        rotated = self._rotate(grad, state, chunk.layout)
+        own = self._bases(state, chunk.layout)
+        rotated = self._rotate(grad, own, chunk.layout)
         if self.include_current:
             self._accumulate(rotated, state, chunk.layout)
             self.refresh(state, chunk)
+            own = self._bases(state, chunk.layout)
             for blocks, _ in chunk.runs(self.due(chunk)):
-                rotated[blocks] = self._rotate(grad[blocks], _part(state, blocks), chunk.layout)
+                rotated[blocks] = self._rotate(grad[blocks], _part(own, blocks), chunk.layout)
 
         direction = self._adam_direction(rotated, state, chunk.layout)
-        direction = self._rotate(direction, state, chunk.layout, back=True)
+        direction = self._rotate(direction, own, chunk.layout, back=True)
         if self.normalize_grads:
             square_sum = chunk.tensor_square_sum(chunk.layout.trim(direction))
             rms = square_sum.div_(chunk.layout.numel).sqrt_().add_(1e-30)
@@ -206,22 +209,20 @@ class Soap(Rule):
             with chunk.gauge.refreshing(state["exp_avg"].device):
                 self._refresh(_part(state, blocks), due)
 
-    def _rotate(self, tensor: Tensor, state: State, layout: Layout, *, back: bool = False) -> Tensor:
-        """Rotates into the eigenbases, or back."""
-        by_side = {side: state[f"basis_{side}"] for side in layout.sides}
-        if self.matmul_dtype == "float32" or not by_side:
-            return self._products(tensor, by_side, back=back)
-        if self.matmul_dtype == "tf32":
-            with float32_products(layout.block, tensor.device, reduced=True):
-                return self._products(tensor, by_side, back=back)
-        low = {side: basis.bfloat16() for side, basis in by_side.items()}
-        return self._products(tensor.bfloat16(), low, back=back).to(tensor.dtype)
+    def _bases(self, state: State, layout: Layout) -> dict[int, Tensor]:
+        """Returns the bases by side, as the rotations of a step multiply by them."""
+        own = {side: state[f"basis_{side}"] for side in layout.sides}
+        return {side: basis.bfloat16() for side, basis in own.items()} if self.matmul_dtype == "bfloat16" else own
 
-    @staticmethod
-    def _products(tensor: Tensor, by_side: Mapping[int, Tensor], *, back: bool) -> Tensor:
-        for side, basis in by_side.items():
-            tensor = linalg.mode_product(tensor, basis.mT if back else basis, side)
-        return tensor
+    def _rotate(self, tensor: Tensor, own: Mapping[int, Tensor], layout: Layout, *, back: bool = False) -> Tensor:
+        """Rotates into the eigenbases, or back."""
+        reduced = self.matmul_dtype == "tf32" and bool(own)
+        arithmetic = float32_products(layout.block, tensor.device, reduced=True) if reduced else nullcontext()
+        rotated = tensor.bfloat16() if self.matmul_dtype == "bfloat16" and own else tensor
+        with arithmetic:
+            for side, basis in own.items():
+                rotated = linalg.mode_product(rotated, basis.mT if back else basis, side)
+        return rotated.to(tensor.dtype)
 
     def _adam_direction(self, rotated: Tensor, state: State, layout: Layout) -> Tensor:
         betas = {"beta1": self.beta1, "beta2": self.beta2}
@@ -289,8 +290,10 @@ class Soap(Rule):
             state[V_FACTORS[side]].copy_(state[V_FACTORS[side]].gather(1, order))
 
 
+Key = TypeVar("Key", str, int)
+
 V_FACTORS = ("exp_avg_sq_row", "exp_avg_sq_col")
 
 
-def _part(state: State, blocks: slice) -> dict[str, Tensor]:
-    return {role: value[blocks] for role, value in state.items()}
+def _part(tensors: Mapping[Key, Tensor], blocks: slice) -> dict[Key, Tensor]:
+    return {key: value[blocks] for key, value in tensors.items()}
