@@ -85,16 +85,21 @@ class Run:
         self.optimizer.after_replay()
 
 
+def twice(make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> tuple[Run, Run, Recording]:
+    """Two runs after three steps, and the fourth step of the second, captured."""
+    runs = [Run(make, capturable=True) for _ in range(2)]
+    for step in range(3):
+        for run in runs:
+            run.step(step)
+    return runs[0], runs[1], runs[1].capture(monkeypatch)
+
+
 @makers
 @pytest.mark.parametrize("bad", [(), (9, 14, 15, 20)], ids=["finite", "bad"])
 def test_replays_are_steps(make: Callable[..., Any], bad: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     """Bit for bit: with a schedule, refreshes and their stagger, and steps that are left out."""
     bad = () if "nonfinite" in getattr(make, "keywords", {}) else bad
-    eager, graphed = Run(make, capturable=True), Run(make, capturable=True)
-    for step in range(3):
-        eager.step(step)
-        graphed.step(step)
-    graph = graphed.capture(monkeypatch)
+    eager, graphed, graph = twice(make, monkeypatch)
     for step in range(3, 27):
         eager.step(step, bad=step in bad)
         graphed.replay(graph, step, bad=step in bad)
@@ -105,10 +110,7 @@ def test_replays_are_steps(make: Callable[..., Any], bad: tuple[int, ...], monke
 @makers
 def test_a_graph_reads_only_what_stays(make: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """It was handed a constant from a cache, which forgot it."""
-    run = Run(make, capturable=True)
-    for step in range(3):
-        run.step(step)
-    graph = run.capture(monkeypatch)
+    _, run, graph = twice(make, monkeypatch)
     stays = [*run.owned(), *(param.grad for param in run.params), run.lr]
     stays.append(updates._very_late(torch.device("cpu")))
     assert graph.foreign() <= {tensor.untyped_storage().data_ptr() for tensor in stays if tensor is not None}
@@ -148,11 +150,7 @@ def test_it_is_the_same_run_with_counts_on_the_device(make: Callable[..., Any]) 
 
 
 def test_steps_between_replays_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    eager, graphed = Run(soap, capturable=True), Run(soap, capturable=True)
-    for step in range(3):
-        eager.step(step)
-        graphed.step(step)
-    graph = graphed.capture(monkeypatch)
+    eager, graphed, graph = twice(soap, monkeypatch)
     for step in range(3, 20):
         eager.step(step)
         if step % 3:
