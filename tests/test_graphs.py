@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from hf_soap import MARS, SOAP, updates
+from hf_soap.blocks import Chunk
+from hf_soap.failures import Failures
 from hf_soap.verdict import DEFERS
 
 FREQUENCY = 4
@@ -470,3 +473,24 @@ def test_refreshes_on_a_stream_of_their_own_are_the_same() -> None:
         return snapshot(optimizer, params)
 
     assert_same(run(overlap=True), run(overlap=False))
+
+
+@makers
+@pytest.mark.parametrize("by_products", [False, True])
+def test_a_rule_leaves_its_device_neither_to_read_nor_to_write(
+    make: Callable[..., Any], by_products: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors without numbers play a GPU's: what would wait for one, or mix it with the host's, raises."""
+    monkeypatch.setattr("hf_soap.bases._solves_by_products", lambda factor: by_products)
+    monkeypatch.setattr("hf_soap.failures.DEFERS", {"meta"})
+    optimizer, device = make(params := parameters(FULL_RANK), capturable=True), torch.device("meta")
+    group = optimizer.param_groups[0]
+    for plan in {optimizer.plan_of(group, param) for param in params}:
+        state = plan.allocate(2, dtype=torch.float32, device=device)
+        grad = torch.zeros(2 * plan.layout.blocks, *plan.layout.block, device=device)
+        counts = torch.full((2,), 8.0, dtype=torch.float64, device=device)
+        chunk = Chunk(plan.layout, (8, 9), (0, 1), failures=Failures(), counts=counts, later=True)
+        plan.rule.seed(grad, state, chunk)
+        assert plan.rule.update(grad, state, chunk).device == device
+        if not group.get("refresh_tol"):  # by which the host decides
+            plan.rule.refresh(state, replace(chunk, t=(8, 8), index=(0, 0)))
