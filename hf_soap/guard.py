@@ -88,7 +88,8 @@ class Guard:
         """
         checked, guarded = _gradients(groups, name)
         flags = [norms_are_sane(grads) for grads in checked]
-        if counts_on_device and guarded:  # this rank may have no part of anything, or have it elsewhere
+        if guarded and (counts_on_device or sharding.local(guarded[0]).device.type in DEFERS):
+            # A rank that has no part of anything hears of a step when the others do.
             wire = sharding.wire_device(guarded[0])
             flags = [flag.to(wire) for flag in flags] or [torch.ones((), dtype=torch.bool, device=wire)]
         self.usable = None

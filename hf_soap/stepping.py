@@ -219,7 +219,9 @@ class BlockOptimizer(PlannedOptimizer):
         size = bucket.tensors_per_chunk(watched=gauge.watches)
         alike = outcomes is None and not sharding.is_sharded(bucket.params[0])
         device = bucket.params[0].device
-        usable = None if self._guard.usable is None else self._guard.usable.to(device, non_blocking=True)
+        usable = (
+            None if self._guard.usable is None else self._guard.usable.to(device, non_blocking=device.type != "cpu")
+        )
         team = sharding.Team() if group["distributed_refresh"] and alike and sharding.ranks() > 1 else None
         with bucket.exact_arithmetic(), bucket.stepping() as under_way:
             for seeding, flags in ((True, fresh), (False, ready)):
