@@ -49,6 +49,7 @@ class BlockOptimizer(PlannedOptimizer):
         Raises:
             ValueError: If a gradient is sparse or complex, before anything changed.
             FloatingPointError: If ``max_skipped_in_a_row`` steps in a row were skipped.
+            RuntimeError: If it is captured in a CUDA graph and cannot be, or not yet.
         """
         loss = None
         if closure is not None:
