@@ -33,6 +33,8 @@ from hf_soap import MARS, SOAP, Shampoo
 
 Shape = tuple[int, ...]
 
+CPU = torch.device("cpu")
+
 SHAPES: dict[str, list[Shape]] = {
     # GPT with 6 layers of width 256
     "gpt256": 6 * [(256, 768), (256, 256), (256, 1024), (1024, 256)] + 13 * [(256,), (256,)],
@@ -48,11 +50,44 @@ SHAPES: dict[str, list[Shape]] = {
 }
 
 
+class InGraph:
+    """An optimizer whose steps, from the fourth on, are replays of a CUDA graph; gradients stay in their place.
+
+    Args:
+        optimizer: A capturable one.
+    """
+
+    def __init__(self, optimizer: SOAP | MARS) -> None:
+        self._optimizer = optimizer
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._steps = 0
+
+    @property
+    def state(self) -> Any:
+        """The optimizer's state."""
+        return self._optimizer.state
+
+    def step(self) -> None:
+        """Takes a step."""
+        self._steps += 1
+        if self._steps <= 3:
+            self._optimizer.step()
+            return
+        if self._graph is None:
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._optimizer.step()
+        self._graph.replay()
+        self._optimizer.after_replay()
+
+
 LIGHT = ("(fused)", "adamw", "lion")
 """Last words of the names of those that keep no factors."""
 
 
-def optimizers(frequency: int) -> dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]]:
+def optimizers(
+    frequency: int, device: torch.device = CPU
+) -> dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]]:
     """Returns constructors by name: those of this package, torch's fused AdamW and the peers that are installed."""
     found: dict[str, Callable[[list[Tensor]], Any]] = {
         "AdamW (fused)": lambda params: torch.optim.AdamW(params, lr=1e-4, fused=True),
@@ -78,6 +113,11 @@ def optimizers(frequency: int) -> dict[str, Callable[[list[Tensor]], torch.optim
             for variant in ("adamw", "lion", "shampoo", "soap")
         },
     }
+    if device.type == "cuda":
+        found["SOAP, in a graph"] = lambda params: InGraph(
+            SOAP(params, lr=1e-4, precondition_frequency=frequency, capturable=True)
+        )
+        found["MARS, in a graph"] = lambda params: InGraph(MARS(params, lr=1e-4, capturable=True))
     if importlib.util.find_spec("heavyball"):
         import heavyball
 
@@ -155,7 +195,7 @@ def measure(
     generator = torch.Generator(device).manual_seed(0)
     runs: dict[str, tuple[list[Tensor], torch.optim.Optimizer]] = {}
     if chosen is None:
-        chosen = optimizers(frequency)
+        chosen = optimizers(frequency, device)
     for name, make in chosen.items():
         params = [torch.nn.Parameter(torch.randn(shape, device=device, generator=generator) / 16) for shape in shapes]
         runs[name] = (params, make(params))
@@ -165,7 +205,8 @@ def measure(
             times = []
             for _ in range(steps):
                 for param in params:
-                    param.grad = torch.randn(param.shape, device=device, generator=generator)
+                    param.grad = torch.empty_like(param) if param.grad is None else param.grad
+                    param.grad.normal_(generator=generator)
                 times.append(seconds(optimizer.step, device))
             records[name].append(times)
     numel = sum(p.numel() for p in next(iter(runs.values()))[0])
@@ -254,7 +295,7 @@ def main() -> None:
     for name in [] if args.scaling else SHAPES if args.shapes == "all" else [args.shapes]:
         shapes = SHAPES[name]
         floor = floor_flop(shapes, args.frequency) / product_rate(device)
-        chosen = optimizers(args.frequency)
+        chosen = optimizers(args.frequency, device)
         if name == "lora":  # a factor on the longer side too would take gigabytes
             chosen = {key: make for key, make in chosen.items() if "one side" in key or key.split()[-1] in LIGHT}
         only = ("AdamW", *args.only)
