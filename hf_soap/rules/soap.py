@@ -179,6 +179,7 @@ class Soap(Rule):
 
         direction = self._adam_direction(rotated, state, chunk.layout)
         direction = self._rotate(direction, own, chunk.layout, back=True)
+        del own  # a refresh wants the room of rounded copies
         if self.normalize_grads:
             square_sum = chunk.tensor_square_sum(chunk.layout.trim(direction))
             rms = square_sum.div_(chunk.layout.numel).sqrt_().add_(1e-30)
