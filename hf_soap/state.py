@@ -262,8 +262,8 @@ class PlannedOptimizer(torch.optim.Optimizer):
         rates = [group["lr"] for group in self.param_groups]
         super().load_state_dict(groups)
         for group, rate in zip(self.param_groups, rates, strict=True):
-            if isinstance(rate, Tensor):  # whoever has it, such as a CUDA graph's loop, goes on with it
-                group["lr"] = rate.fill_(float(group["lr"]))
+            if isinstance(rate, Tensor) and (self.capturable or isinstance(group["lr"], Tensor)):
+                group["lr"] = rate.fill_(float(group["lr"]))  # whoever has it, such as a CUDA graph, goes on with it
         self.state.update(restored)
         if estimated and sharding.rank() == 0:
             logger.warning(
