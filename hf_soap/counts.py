@@ -20,7 +20,7 @@ class Counts:
     Attributes:
         tensor: (tensors,), float64; the optimizer's state has views of it.
         on_device: Whether it is beside the state, and not on the host.
-        refreshed: The update of each tensor that the last refresh on the host's account came behind.
+        refreshed: The update of each tensor that it was due for its last refresh behind, where the device counts.
     """
 
     def __init__(self, tensors: int, device: torch.device, *, on_device: bool) -> None:

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_soap import sharding
 from hf_soap.chunks import norms_are_sane
-from hf_soap.graphs import capturing
+from hf_soap.graphs import Groups, capturing
 from hf_soap.verdict import DEFERS, Tally, Verdict
 
 logger = logging.getLogger(__name__)
-
-Groups = Sequence[dict[str, Any]]
 
 
 class Guard:

@@ -19,7 +19,7 @@ from hf_soap.blocks import Layout, Plan
 from hf_soap.buckets import GroupCache, state_dtype
 from hf_soap.checks import check_group_keys, check_learning_rate, check_number, check_pair
 from hf_soap.failures import Failures
-from hf_soap.graphs import Rates
+from hf_soap.graphs import Settings
 from hf_soap.guard import Guard
 from hf_soap.owners import Ownership
 from hf_soap.probe import Probe
@@ -56,7 +56,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
         self._consolidated: dict[str, Any] | None = None
         self._guard = Guard()
         self._refreshes = Refreshes()
-        self._captured_rates: Rates = []
+        self._captured_settings: Settings = []
 
     @property
     def skipped_steps(self) -> int:

@@ -14,7 +14,7 @@ from hf_soap import sharding
 from hf_soap.blocks import Chunk, Plan, adjacent
 from hf_soap.buckets import Bucket, GroupCache, state_dtype, warn_if_flattened
 from hf_soap.chunks import apply_, directions_of, stack_gradients, stages, step_tensors
-from hf_soap.graphs import captured_rates, capturing, refuse_in_graph, refuse_other_rates
+from hf_soap.graphs import captured_settings, capturing, refuse_in_graph, refuse_other_settings
 from hf_soap.owners import SEEDED, UPDATED, Outcome, Ownership
 from hf_soap.probe import IDLE, Gauge, Probe
 from hf_soap.refreshes import Updated
@@ -56,7 +56,8 @@ class BlockOptimizer(PlannedOptimizer):
             with torch.enable_grad():
                 loss = closure()
         if capturing():
-            self._captured_rates = captured_rates(self.param_groups, name=type(self).__name__)
+            name = type(self).__name__
+            self._captured_settings = captured_settings(self.param_groups, self.defaults, optimizer=name)
         self._settle()
         self._guard.refuse_to_skip_for_ever(self.param_groups)  # a device's verdict on the step before
         device = next((param.device for group in self.param_groups for param in group["params"]), torch.device("cpu"))
@@ -97,13 +98,13 @@ class BlockOptimizer(PlannedOptimizer):
 
         Raises:
             RuntimeError: If no step was captured, its state is elsewhere by now (after a load, or changes of the
-                parameters), or a rate changed that the graph has as a number.
+                parameters), or a setting changed that the graph has taken in.
             FloatingPointError: If ``max_skipped_in_a_row`` steps in a row were skipped; the device is asked after so
                 many steps.
         """
         self._refreshes.join()
         self._refreshes.replayed([bucket for cached in self._buckets.values() for bucket in cached.buckets])
-        refuse_other_rates(self.param_groups, self._captured_rates)
+        refuse_other_settings(self.param_groups, self.defaults, self._captured_settings)
         self._guard.ask_in_turn(self.param_groups)
 
     @property

@@ -1,4 +1,4 @@
-"""Steps that a CUDA graph holds, and refreshes that come behind the step; on a CPU a recording plays the graph."""
+"""Steps that a CUDA graph holds; on a CPU a recording of what they send to the device plays the graph."""
 
 import copy
 from collections.abc import Callable
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from family import close
-from graphs import HostWaits, Recording, capture
+from graphs import Recording, capture, out_of_memory
 from helpers import FULL_RANK, assert_same, gradient, parameters, snapshot, train
 from torch import Tensor
 from torch.nn import Parameter
@@ -17,7 +17,6 @@ from torch.nn import Parameter
 from hf_soap import MARS, SOAP, updates
 from hf_soap.blocks import Chunk
 from hf_soap.failures import Failures
-from hf_soap.verdict import DEFERS
 
 FREQUENCY = 4
 soap = partial(SOAP, precondition_frequency=FREQUENCY)
@@ -218,7 +217,7 @@ def test_a_graph_that_has_gone_stale_is_noticed(monkeypatch: pytest.MonkeyPatch)
         run.replay(graph, 4)
 
 
-def test_rates_that_a_graph_would_not_see_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_that_a_graph_would_not_see_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     params = parameters(FULL_RANK)
     optimizer = soap(params, lr=0.01, capturable=True)
     train(optimizer, params, range(3))
@@ -226,12 +225,24 @@ def test_rates_that_a_graph_would_not_see_are_noticed(monkeypatch: pytest.Monkey
         optimizer.step()
     graph.replay()
     optimizer.after_replay()
-    optimizer.param_groups[0]["lr"] = 0.02
-    with pytest.raises(RuntimeError, match=r"got \(lr, weight_decay\) .*make lr a tensor on the device"):
-        optimizer.after_replay()
-    optimizer.param_groups[0]["lr"] = torch.tensor(0.02, device="meta")
+    group = optimizer.param_groups[0]
+    for name, value in (("lr", 0.02), ("lr", torch.tensor(0.01)), ("weight_decay", 0.5), ("betas", (0.8, 0.9))):
+        before, group[name] = group[name], value
+        with pytest.raises(RuntimeError, match=rf"got {name}=.* in param group 0 .*make lr a tensor on the device"):
+            optimizer.after_replay()
+        group[name] = before
+    optimizer.after_replay()
+    group["lr"] = torch.tensor(0.02, device="meta")
     with pytest.raises(RuntimeError, match="got a learning rate on meta in a step to capture"), capture(monkeypatch):
         optimizer.step()
+
+
+def test_another_tensor_as_learning_rate_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, run, graph = twice(soap, monkeypatch)
+    run.replay(graph, 3)
+    run.optimizer.param_groups[0]["lr"] = run.lr.clone()
+    with pytest.raises(RuntimeError, match="got lr='a tensor at"):
+        run.replay(graph, 4)
 
 
 def test_after_replay_wants_a_captured_step() -> None:
@@ -313,112 +324,6 @@ def test_tensors_that_start_anew_are_refreshed_when_due(monkeypatch: pytest.Monk
     close(*runs)
 
 
-def out_of_memory(*_: Any) -> None:
-    raise torch.OutOfMemoryError("no memory")
-
-
-OVERLAPPING = {
-    "soap": soap,
-    "staggered": partial(soap, stagger=True),
-    "one-sided": partial(soap, one_sided=True, factorized=True),
-    "kl": partial(soap, kl=True),
-    "current": partial(soap, include_current=True),
-    "rounded": partial(soap, state_dtype="bfloat16", pack_factors=True),
-    "mars-soap": partial(mars, variant="soap"),
-}
-
-
-@pytest.mark.parametrize("make", [pytest.param(make, id=name) for name, make in OVERLAPPING.items()])
-@pytest.mark.parametrize("late", [False, True], ids=["host", "late verdict"])
-def test_a_refresh_behind_the_step_is_the_same_refresh(make: Callable[..., Any], late: bool) -> None:
-    if late:
-        DEFERS.add("cpu")
-    try:
-        runs = []
-        for overlap in (False, True):
-            params = parameters()
-            optimizer = make(params, overlap_refresh=overlap)
-            for step in range(14):
-                for place, param in enumerate(params):
-                    param.grad = gradient(param, place, step)
-                if step in (3, 4, 8):
-                    params[0].grad[0, 0] = torch.inf  # type: ignore[index]
-                optimizer.step()
-            runs.append(snapshot(optimizer, params))
-    finally:
-        DEFERS.discard("cpu")
-    for own in (saved for _, saved in runs):
-        del own["param_groups"]
-    assert_same(*runs)
-
-
-def test_a_refresh_that_fails_behind_the_step_starts_its_tensors_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    params = parameters(FULL_RANK)
-    optimizer = soap(params, overlap_refresh=True)
-    train(optimizer, params, range(FREQUENCY))
-    with monkeypatch.context() as patch:
-        patch.setattr("hf_soap.bases.sorted_refresh", out_of_memory)
-        with pytest.raises(torch.OutOfMemoryError):
-            train(optimizer, params, [FREQUENCY])
-    counts = [int(optimizer.state[param]["step"]) for param in params]
-    assert counts.count(0) > 0
-    assert set(counts) <= {0, FREQUENCY + 1}
-    train(optimizer, params, range(FREQUENCY + 1, 3 * FREQUENCY))
-    assert all(param.isfinite().all() for param in params)
-
-
-@pytest.mark.parametrize("read", ["state_dict", "skipped_steps", "failed_refreshes", "__getstate__", "consolidate"])
-def test_state_is_read_behind_refreshes(read: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    params = parameters(FULL_RANK)
-    optimizer = soap(params, overlap_refresh=True)
-    train(optimizer, params, range(2))
-    joined = []
-    monkeypatch.setattr(optimizer._refreshes, "join", lambda: joined.append(read))
-    monkeypatch.setattr(optimizer, "spreads_state", lambda: False)
-    value = getattr(optimizer, read)
-    if callable(value):
-        value()
-    assert joined
-
-
-def test_a_step_that_did_not_count_takes_nothing_from_tensors_that_start_anew(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    params = parameters(FULL_RANK)
-    optimizer = SOAP(params, precondition_frequency=1, overlap_refresh=True)
-    train(optimizer, params, range(3))
-    DEFERS.add("cpu")
-    try:
-        params[0].grad[0, 0] = torch.nan  # type: ignore[index]
-        with monkeypatch.context() as patch:
-            patch.setattr("hf_soap.bases.sorted_refresh", out_of_memory)
-            with pytest.raises(torch.OutOfMemoryError):
-                optimizer.step()
-        train(optimizer, params, range(3, 6))
-    finally:
-        DEFERS.discard("cpu")
-    assert all(optimizer.state[param]["step"] >= 3 for param in params)
-    assert all(param.isfinite().all() for param in params)
-
-
-@pytest.mark.parametrize("options", [{}, {"kl": True}, {"one_sided": True, "factorized": True}, {"stagger": True}])
-def test_no_step_waits_for_a_device_that_defers(options: dict[str, Any]) -> None:
-    params = parameters(FULL_RANK)
-    optimizer = soap(params, **options)
-    train(optimizer, params, range(2))
-    DEFERS.add("cpu")
-    try:
-        for step in range(2, 10):
-            for place, param in enumerate(params):
-                param.grad = gradient(param, place, step)
-            assert optimizer.skipped_steps == 0  # the verdict on the step before
-            with HostWaits():
-                optimizer.step()
-    finally:
-        DEFERS.discard("cpu")
-    assert optimizer.skipped_steps == 0
-
-
 def batch_and_loss(weights: list[Parameter], batch: Tensor) -> Tensor:
     hidden = torch.tanh(batch @ weights[0])
     return (hidden @ weights[1] + weights[2]).square().mean()
@@ -459,20 +364,6 @@ def test_a_graph_of_the_whole_training_step(make: Callable[..., Any]) -> None:
 
     for one, other in zip(run(graphed=True), run(graphed=False), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.cuda
-def test_refreshes_on_a_stream_of_their_own_are_the_same() -> None:
-    def run(*, overlap: bool) -> Any:
-        params = [Parameter(param.detach().cuda()) for param in parameters([(256, 384), (64, 48), (48,)])]
-        optimizer = soap(params, overlap_refresh=overlap)
-        for step in range(20):
-            for place, param in enumerate(params):
-                param.grad = gradient(param.cpu(), place, step).cuda()
-            optimizer.step()
-        return snapshot(optimizer, params)
-
-    assert_same(run(overlap=True), run(overlap=False))
 
 
 @makers

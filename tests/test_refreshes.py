@@ -1,0 +1,131 @@
+"""Refreshes that come behind the step, beside the next forward pass, and what neither they nor a step wait for."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from graphs import HostWaits, out_of_memory
+from helpers import FULL_RANK, assert_same, gradient, parameters, snapshot, train
+from torch.nn import Parameter
+
+from hf_soap import MARS, SOAP
+from hf_soap.verdict import DEFERS
+
+FREQUENCY = 4
+soap = partial(SOAP, precondition_frequency=FREQUENCY)
+OVERLAPPING = {
+    "soap": soap,
+    "staggered": partial(soap, stagger=True),
+    "one-sided": partial(soap, one_sided=True, factorized=True),
+    "kl": partial(soap, kl=True),
+    "current": partial(soap, include_current=True),
+    "rounded": partial(soap, state_dtype="bfloat16", pack_factors=True),
+    "mars-soap": partial(MARS, variant="soap", precondition_frequency=FREQUENCY),
+}
+
+
+@pytest.mark.parametrize("make", [pytest.param(make, id=name) for name, make in OVERLAPPING.items()])
+@pytest.mark.parametrize("late", [False, True], ids=["host", "late verdict"])
+def test_a_refresh_behind_the_step_is_the_same_refresh(make: Callable[..., Any], late: bool) -> None:
+    if late:
+        DEFERS.add("cpu")
+    try:
+        runs = []
+        for overlap in (False, True):
+            params = parameters()
+            optimizer = make(params, overlap_refresh=overlap)
+            for step in range(14):
+                for place, param in enumerate(params):
+                    param.grad = gradient(param, place, step)
+                if step in (3, 4, 8):
+                    params[0].grad[0, 0] = torch.inf  # type: ignore[index]
+                optimizer.step()
+            runs.append(snapshot(optimizer, params))
+    finally:
+        DEFERS.discard("cpu")
+    for own in (saved for _, saved in runs):
+        del own["param_groups"]
+    assert_same(*runs)
+
+
+def test_a_refresh_that_fails_behind_the_step_starts_its_tensors_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = parameters(FULL_RANK)
+    optimizer = soap(params, overlap_refresh=True)
+    train(optimizer, params, range(FREQUENCY))
+    with monkeypatch.context() as patch:
+        patch.setattr("hf_soap.bases.sorted_refresh", out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            train(optimizer, params, [FREQUENCY])
+    counts = [int(optimizer.state[param]["step"]) for param in params]
+    assert counts.count(0) > 0
+    assert set(counts) <= {0, FREQUENCY + 1}
+    train(optimizer, params, range(FREQUENCY + 1, 3 * FREQUENCY))
+    assert all(param.isfinite().all() for param in params)
+
+
+@pytest.mark.parametrize("read", ["state_dict", "skipped_steps", "failed_refreshes", "__getstate__", "consolidate"])
+def test_state_is_read_behind_refreshes(read: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    params = parameters(FULL_RANK)
+    optimizer = soap(params, overlap_refresh=True)
+    train(optimizer, params, range(2))
+    joined = []
+    monkeypatch.setattr(optimizer._refreshes, "join", lambda: joined.append(read))
+    monkeypatch.setattr(optimizer, "spreads_state", lambda: False)
+    value = getattr(optimizer, read)
+    if callable(value):
+        value()
+    assert joined
+
+
+def test_a_step_that_did_not_count_takes_nothing_from_tensors_that_start_anew(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    params = parameters(FULL_RANK)
+    optimizer = SOAP(params, precondition_frequency=1, overlap_refresh=True)
+    train(optimizer, params, range(3))
+    DEFERS.add("cpu")
+    try:
+        params[0].grad[0, 0] = torch.nan  # type: ignore[index]
+        with monkeypatch.context() as patch:
+            patch.setattr("hf_soap.bases.sorted_refresh", out_of_memory)
+            with pytest.raises(torch.OutOfMemoryError):
+                optimizer.step()
+        train(optimizer, params, range(3, 6))
+    finally:
+        DEFERS.discard("cpu")
+    assert all(optimizer.state[param]["step"] >= 3 for param in params)
+    assert all(param.isfinite().all() for param in params)
+
+
+@pytest.mark.parametrize("options", [{}, {"kl": True}, {"one_sided": True, "factorized": True}, {"stagger": True}])
+def test_no_step_waits_for_a_device_that_defers(options: dict[str, Any]) -> None:
+    params = parameters(FULL_RANK)
+    optimizer = soap(params, **options)
+    train(optimizer, params, range(2))
+    DEFERS.add("cpu")
+    try:
+        for step in range(2, 10):
+            for place, param in enumerate(params):
+                param.grad = gradient(param, place, step)
+            assert optimizer.skipped_steps == 0  # the verdict on the step before
+            with HostWaits():
+                optimizer.step()
+    finally:
+        DEFERS.discard("cpu")
+    assert optimizer.skipped_steps == 0
+
+
+@pytest.mark.cuda
+def test_refreshes_on_a_stream_of_their_own_are_the_same() -> None:
+    def run(*, overlap: bool) -> Any:
+        params = [Parameter(param.detach().cuda()) for param in parameters([(256, 384), (64, 48), (48,)])]
+        optimizer = soap(params, overlap_refresh=overlap)
+        for step in range(20):
+            for place, param in enumerate(params):
+                param.grad = gradient(param.cpu(), place, step).cuda()
+            optimizer.step()
+        return snapshot(optimizer, params)
+
+    assert_same(run(overlap=True), run(overlap=False))
