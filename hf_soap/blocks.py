@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -210,7 +210,6 @@ class Plan:
         decay_last: Decay the weights after the update, as SOAP's implementation does; else both at once.
         keep_weights: Keep the weights before the last update in the state, for exact MARS.
         storage: How its state is kept between steps.
-        capturable: Keep counts on the device, and leave to the host what a CUDA graph cannot do.
         overlaps: Refresh beside the next forward and backward pass, on a stream of its own.
     """
 
@@ -221,14 +220,12 @@ class Plan:
     decay_last: bool = False
     keep_weights: bool = False
     storage: Storage = Storage()
-    capturable: bool = False
     overlaps: bool = False
 
     @cached_property
     def refreshes_later(self) -> bool:
-        """Whether refreshes come behind the step: not where that would round state once more."""
-        wanted = self.capturable or (self.overlaps and self.kept.plain)
-        return wanted and bool(self.layout.sides) and self.rule.refreshes_last
+        """Whether refreshes come after the step: not where that would round state once more."""
+        return self.overlaps and self.kept.plain and bool(self.layout.sides) and self.rule.refreshes_last
 
     @property
     def entrywise(self) -> bool:
@@ -273,7 +270,6 @@ class Chunk:
         usable: Whether the gradients are, where only the device knows.
         gauge: Whom refreshes and updates report to.
         failures: Who counts decompositions that fail.
-        counts: ``t`` on the device, (tensors,), where a graph may be replayed with other numbers than the host's.
         later: Leave refreshes to a call of the rule's ``refresh``.
     """
 
@@ -285,7 +281,6 @@ class Chunk:
     usable: Tensor | None = None
     gauge: Gauge = IDLE
     failures: Failures | None = None
-    counts: Tensor | None = None
     later: bool = False
 
     def share(self, compute: Callable[[Tensor], tuple[Tensor, ...]], batch: Tensor) -> tuple[Tensor, ...]:
@@ -304,16 +299,13 @@ class Chunk:
             self.failures.note(sound)
         return sound.view(-1, 1, 1)
 
-    def per_block(self, of: Callable[[Any], Any], like: Tensor) -> float | Tensor:
+    def per_block(self, of: Callable[[int], float], like: Tensor) -> float | Tensor:
         """Spreads a function of the number of a tensor's update over its blocks, for (blocks, d_1, ..., d_k)."""
-        if self.counts is not None:
-            column = of(self.counts).to(like.dtype)
-        else:
-            values = {t: of(t) for t in set(self.t)}
-            if len(values) == 1:
-                value: float = values[self.t[0]]
-                return value
-            column = torch.tensor([values[t] for t in self.t], dtype=like.dtype).to(like.device, non_blocking=True)
+        values = {t: of(t) for t in set(self.t)}
+        if len(values) == 1:
+            return values[self.t[0]]
+        column = torch.tensor([values[t] for t in self.t], dtype=like.dtype, device="cpu")
+        column = column.to(like.device, non_blocking=True)
         spread: Tensor = column.repeat_interleave(self.layout.blocks).view(-1, *[1] * (like.dim() - 1))
         return spread
 
@@ -326,8 +318,7 @@ class Chunk:
         """Yields each run of adjacent tensors whose flag is set, as a slice of blocks and a smaller chunk."""
         for first, last in adjacent(flags):
             blocks = slice(first * self.layout.blocks, last * self.layout.blocks)
-            counts = None if self.counts is None else self.counts[first:last]
-            yield blocks, replace(self, t=self.t[first:last], index=self.index[first:last], counts=counts)
+            yield blocks, replace(self, t=self.t[first:last], index=self.index[first:last])
 
 
 def adjacent(flags: Iterable[bool], longest: int | None = None) -> Iterator[tuple[int, int]]:

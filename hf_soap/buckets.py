@@ -13,10 +13,8 @@ from torch import Tensor
 
 from hf_soap import sharding
 from hf_soap.blocks import Chunk, Layout, Plan
-from hf_soap.counts import Counts
-from hf_soap.graphs import capturing, refuse_in_graph
 from hf_soap.precision import float32_products
-from hf_soap.storage import SCALE, step_keys
+from hf_soap.storage import COUNT, SCALE, step_keys
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +52,6 @@ class Bucket:
             state: The optimizer's state, which gets the views.
             dtype: Dtype of the state.
         """
-        refuse_in_graph("makes its state")
         self.plan = plan
         self.dtype = dtype
         self.index = [index for index, _, _ in members]
@@ -63,7 +60,7 @@ class Bucket:
         self._cut = any(map(sharding.is_sharded, self.params))
         device = self.params[0].device
         self.stacks = plan.allocate(len(members), dtype=dtype, device=device)
-        self.counts = Counts(len(members), device, on_device=plan.capturable)
+        self.steps = torch.zeros(len(members), dtype=COUNT, device="cpu")
         self._bytes_of_step = max(1, temporary_bytes(plan, dtype))
         fuses = plan.rule.fuses and plan.kept.plain and not plan.decay_last
         parts = self.weights(0, len(members)) if fuses else []
@@ -74,7 +71,7 @@ class Bucket:
         self._pointers: list[list[int]] = []
         for place, param in enumerate(self.params):
             views = self.rows(place, place + 1)
-            views["step"] = self.counts.tensor[place]
+            views["step"] = self.steps[place]
             known = state[param]
             if known.keys() - {"step"} or known.get("step", 0) > 0:
                 known.update(plan.kept.converted(known, views))
@@ -87,17 +84,10 @@ class Bucket:
                     view.copy_(known[role] if isinstance(known[role], Tensor) else torch.tensor(known[role]))
                 known[role] = view
             self._pointers.append([view.data_ptr() for view in known.values()])
-        if plan.capturable:  # what was due until now was refreshed, by whoever made the state
-            pairs = zip(self.updates(), self.index, strict=True)
-            self.counts.refreshed = [plan.rule.last_due(t, index) for t, index in pairs]
-
-    def updates(self) -> list[int]:
-        """How many updates each tensor has had, as far as the host knows; a gradient that seeds is none."""
-        return [count - self.plan.rule.seeds for count in self.counts.believed()]
 
     def takes(self, plan: Plan) -> bool:
         """Whether the bucket as it is, state and all, would be built for another plan too."""
-        old, same = self.plan, ("layout", "kept", "decay_last", "capturable")
+        old, same = self.plan, ("layout", "kept", "decay_last")
         if any(getattr(old, name) != getattr(plan, name) for name in same):
             return False
         wanted = plan.allocate(len(self.params), dtype=self.dtype, device=torch.device("meta"))
@@ -159,10 +149,10 @@ class Bucket:
             yield under_way
         except BaseException as error:
             first, last = under_way
-            if last > first and not capturing():  # within a graph nothing has run yet
+            if last > first:
                 for stack in self.rows(first, last).values():
                     stack.zero_()  # as allocated; memory may be what was missing
-                self.counts.restart(first, last)
+                self.steps[first:last].zero_()
                 logger.warning(
                     "A step was broken off by %s: %d tensors start without state.", type(error).__name__, last - first
                 )

@@ -95,34 +95,3 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     """
     if value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-
-
-def check_capturable(groups: Sequence[Mapping[str, Any]]) -> None:
-    """Checks that settings of param groups go with ``capturable``, where one sets it.
-
-    Raises:
-        ValueError: If one does not, or only some groups set it.
-    """
-    asked = [bool(group["capturable"]) for group in groups]
-    if any(asked) and not all(asked):
-        raise ValueError(
-            "got capturable=True in some param groups, wanted it in all or none: a step is captured whole"
-        )
-    for group in groups if any(asked) else ():
-        for name, (wanted, why) in CAPTURED.items():
-            if name in group and group[name] != wanted:
-                raise ValueError(
-                    f"got {name}={group[name]!r} with capturable=True, wanted {name}={wanted!r}: {why}; "
-                    "use capturable=False for the other"
-                )
-
-
-CAPTURED: dict[str, tuple[Any, str]] = {
-    "state_dtype": ("float32", "the host draws what state is rounded with anew at each step"),
-    "pack_factors": (False, "state would be packed and unpacked by a refresh once more"),
-    "shard_mode": ("local", "owners exchange gradients through the host"),
-    "include_current": (False, "a graph would have to refresh in the middle of a step"),
-    "exact": (False, "the host swaps weights between two backward passes"),
-    "overlap_refresh": (False, "a replay would not wait for the refresh under way"),
-}
-"""Settings that a captured step needs, and why."""

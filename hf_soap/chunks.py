@@ -11,7 +11,6 @@ from torch import Tensor
 from hf_soap import sharding, updates
 from hf_soap.blocks import PREV_PARAM, Chunk
 from hf_soap.buckets import Bucket, state_dtype
-from hf_soap.graphs import refuse_in_graph
 
 
 def norms_are_sane(grads: Sequence[Tensor]) -> Tensor:
@@ -44,7 +43,6 @@ def stages(bucket: Bucket, grads: Sequence[Tensor | None], steps: Sequence[int])
         return [], present
     new = [here and not step for here, step in zip(present, steps, strict=True)]
     if any(new):
-        refuse_in_graph("is the first of a parameter")
         # An all-zero gradient (a LoRA matrix behind a zero one, a synthetic step) shapes no preconditioner.
         unseen = [grad for grad, is_new in zip(grads, new, strict=True) if is_new and grad is not None]
         nonzero = iter(torch.stack([grad.count_nonzero() for grad in unseen]).tolist())
@@ -95,7 +93,7 @@ def step_tensors(
         before = torch.cat([plan.layout.to_blocks(weight) for weight in weights])
     if chunk.usable is not None:
         lr = lr * chunk.usable.to(bucket.dtype)  # and so nothing moves
-    if bucket.fuses and chunk.usable is None and chunk.counts is None and _are_plain((*weights, *grads), bucket.dtype):
+    if bucket.fuses and chunk.usable is None and _are_plain((*weights, *grads), bucket.dtype):
         each = {role: tensors[first:last] for role, tensors in bucket.each.items()}
         with chunk.gauge.watching(weights):
             plan.rule.fused_step(weights, grads, each, chunk.t, lr=lr, weight_decay=weight_decay)

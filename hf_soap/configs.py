@@ -8,9 +8,6 @@ from typing import Any, ClassVar, Literal
 from hf_soap.schema import AT_LEAST_1, DECAY_RATE, NON_NEGATIVE, POSITIVE, OptimizerConfig, option
 
 OVERLAP_REFRESH = "On a GPU, refresh beside the next forward and backward pass."
-CAPTURABLE = (
-    "Let a CUDA graph hold `step()`, in a loop of your own that calls `after_replay()`; the Trainer captures nothing."
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +103,6 @@ class SoapConfig(_Factors):
         "float32", "Arithmetic of the rotations of gradient and direction; factors and bases stay exact."
     )
     overlap_refresh: bool = option(False, OVERLAP_REFRESH)
-    capturable: bool = option(False, CAPTURABLE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +191,6 @@ class MarsConfig(_Guard):
     weight_decay_1d: float | None = option(
         None, "Their weight decay; `none` takes the param group's, or 0.1 where the group sets none.", NON_NEGATIVE
     )
-    capturable: bool = option(False, CAPTURABLE)
 
     def constructor_kwargs(self) -> dict[str, Any]:
         """Returns the keyword arguments for the optimizer's constructor, the variant among them."""

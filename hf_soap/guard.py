@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_soap import sharding
 from hf_soap.chunks import norms_are_sane
-from hf_soap.graphs import Groups, capturing
-from hf_soap.verdict import DEFERS, Tally, Verdict
+from hf_soap.verdict import DEFERS, Verdict
 
 logger = logging.getLogger(__name__)
+
+Groups = Sequence[Mapping[str, Any]]
 
 
 class Guard:
@@ -28,14 +31,10 @@ class Guard:
         self.in_a_row = 0
         self._skipped = 0
         self._verdict: Verdict | None = None
-        self._tally: Tally | None = None
-        self._unheard = 0
 
     def skipped(self) -> int:
         """Returns how many steps were left out, for which the host waits for the device."""
         self.settle()
-        if self._tally is not None:
-            self._note(self._tally.read()[0], self.in_a_row)
         return self._skipped
 
     def settle(self) -> None:
@@ -44,31 +43,12 @@ class Guard:
         if verdict is not None:
             self._count(usable=verdict.settle())
 
-    def ask_in_turn(self, groups: Groups) -> None:
-        """Asks the device how many steps it left out, where it counts them by itself, and raises if too many.
-
-        After as many steps as would be too many in a row: by their number, all ranks ask at the same one.
-
-        Args:
-            groups: The param groups.
-
-        Raises:
-            FloatingPointError: If ``max_skipped_in_a_row`` steps in a row were skipped.
-        """
-        if self._tally is None or capturing():
-            return
-        self._unheard += 1
-        if self._unheard >= (_limit(groups) or UNHEARD):
-            self._unheard = 0
-            self._note(*self._tally.read())
-            self.refuse_to_skip_for_ever(groups)
-
     def counted(self, count: Tensor) -> None:
         """Takes note of counts on the host that were raised in the belief that the step counts."""
         if self._verdict is not None:
             self._verdict.counted.append(count)
 
-    def admits(self, groups: Groups, *, defers: bool, counts_on_device: bool, name: str) -> bool:
+    def admits(self, groups: Groups, *, defers: bool, name: str) -> bool:
         """Says whether the gradients of a step are finite where a group wants to know.
 
         Where only the device knows, the answer is yes, and the step goes on under :attr:`usable`.
@@ -76,7 +56,6 @@ class Guard:
         Args:
             groups: The param groups.
             defers: Whether the step can be put back on the device.
-            counts_on_device: Whether the host does not hear of every step.
             name: Of the optimizer.
 
         Raises:
@@ -84,19 +63,15 @@ class Guard:
         """
         checked, guarded = _gradients(groups, name)
         flags = [norms_are_sane(grads) for grads in checked]
-        if guarded and (counts_on_device or sharding.local(guarded[0]).device.type in DEFERS):
+        if guarded and sharding.local(guarded[0]).device.type in DEFERS:
             # A rank that has no part of anything hears of a step when the others do.
             wire = sharding.wire_device(guarded[0])
             flags = [flag.to(wire) for flag in flags] or [torch.ones((), dtype=torch.bool, device=wire)]
         self.usable = None
-        if flags and defers and (counts_on_device or all(flag.device.type in DEFERS for flag in flags)):
+        if flags and defers and all(flag.device.type in DEFERS for flag in flags):
             flag = torch.stack([flag.to(flags[0].device) for flag in flags]).all()
             self.usable = sharding.agreed(flag, guarded)
-            if counts_on_device:
-                self._tally = self._tally or Tally(flag.device)
-                self._tally.note(self.usable)
-            else:
-                self._verdict = Verdict(self.usable)
+            self._verdict = Verdict(self.usable)
             return True
         usable = sharding.agree(all(map(bool, flags)), guarded)
         self._count(usable=usable)
@@ -108,8 +83,6 @@ class Guard:
         if not limit or self.in_a_row < limit:
             return
         count, self.in_a_row = self.in_a_row, 0  # whoever catches this may go on
-        if self._tally is not None:
-            self._tally.start_over()
         raise FloatingPointError(
             f"{count} steps in a row had gradients with NaN, Inf or entries too large to square{_first_bad(groups)}, "
             "wanted finite ones: parameters and state are as before them. Look at the loss and the data, lower the "
@@ -126,10 +99,6 @@ class Guard:
                 "state stay as they are."
             )
         self._skipped, self.in_a_row = skipped, in_a_row
-
-
-UNHEARD = 100
-"""Steps after which the host asks a device that counts by itself, where there is no limit."""
 
 
 def _limit(groups: Groups) -> int:

@@ -19,7 +19,6 @@ from hf_soap.blocks import Layout, Plan
 from hf_soap.buckets import GroupCache, state_dtype
 from hf_soap.checks import check_group_keys, check_learning_rate, check_number, check_pair
 from hf_soap.failures import Failures
-from hf_soap.graphs import Settings
 from hf_soap.guard import Guard
 from hf_soap.owners import Ownership
 from hf_soap.probe import Probe
@@ -56,7 +55,6 @@ class PlannedOptimizer(torch.optim.Optimizer):
         self._consolidated: dict[str, Any] | None = None
         self._guard = Guard()
         self._refreshes = Refreshes()
-        self._captured_settings: Settings = []
 
     @property
     def skipped_steps(self) -> int:
@@ -69,11 +67,6 @@ class PlannedOptimizer(torch.optim.Optimizer):
         """Factors that this rank has, whose basis or root could not be computed, since construction or load."""
         self._refreshes.join()
         return self._failures.count()
-
-    @property
-    def capturable(self) -> bool:
-        """Whether steps may be captured in a CUDA graph; all param groups say the same."""
-        return any(group.get("capturable", False) for group in self.param_groups)
 
     def _settle(self) -> None:
         """Hears the verdict on the last step, where a device has kept it, and puts what follows behind refreshes."""
@@ -262,8 +255,8 @@ class PlannedOptimizer(torch.optim.Optimizer):
         rates = [group["lr"] for group in self.param_groups]
         super().load_state_dict(groups)
         for group, rate in zip(self.param_groups, rates, strict=True):
-            if isinstance(rate, Tensor) and (self.capturable or isinstance(group["lr"], Tensor)):
-                group["lr"] = rate.fill_(float(group["lr"]))  # whoever has it, such as a CUDA graph, goes on with it
+            if isinstance(rate, Tensor) and isinstance(group["lr"], Tensor):
+                group["lr"] = rate.fill_(float(group["lr"]))  # whoever holds it goes on with it
         self.state.update(restored)
         if estimated and sharding.rank() == 0:
             logger.warning(

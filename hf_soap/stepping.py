@@ -14,7 +14,6 @@ from hf_soap import sharding
 from hf_soap.blocks import Chunk, Plan, adjacent
 from hf_soap.buckets import Bucket, GroupCache, state_dtype, warn_if_flattened
 from hf_soap.chunks import apply_, directions_of, stack_gradients, stages, step_tensors
-from hf_soap.graphs import captured_settings, capturing, refuse_in_graph, refuse_other_settings
 from hf_soap.owners import SEEDED, UPDATED, Outcome, Ownership
 from hf_soap.probe import IDLE, Gauge, Probe
 from hf_soap.refreshes import Updated
@@ -49,15 +48,11 @@ class BlockOptimizer(PlannedOptimizer):
         Raises:
             ValueError: If a gradient is sparse or complex, before anything changed.
             FloatingPointError: If ``max_skipped_in_a_row`` steps in a row were skipped.
-            RuntimeError: If it is captured in a CUDA graph and cannot be, or not yet.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if capturing():
-            name = type(self).__name__
-            self._captured_settings = captured_settings(self.param_groups, self.defaults, optimizer=name)
         self._settle()
         self._guard.refuse_to_skip_for_ever(self.param_groups)  # a device's verdict on the step before
         device = next((param.device for group in self.param_groups for param in group["params"]), torch.device("cpu"))
@@ -68,49 +63,19 @@ class BlockOptimizer(PlannedOptimizer):
                 self._step_all(allocate_only=self._is_synthetic())
                 self._refreshes.finish()
         self._guard.refuse_to_skip_for_ever(self.param_groups)
-        self._guard.ask_in_turn(self.param_groups)
         return loss
 
     def _gradients_usable(self) -> bool:
         return self._guard.admits(
             self.param_groups,
             defers=self._find_owners() is None,
-            counts_on_device=self.capturable,
             name=type(self).__name__,
         )
 
-    @torch.no_grad()
-    def after_replay(self) -> None:
-        """Does behind a replay of captured steps what a CUDA graph cannot: refreshes, where they are due by now.
-
-        With ``capturable=True``, at least three steps outside of a graph, and gradients that are captured too::
-
-            optimizer.zero_grad(set_to_none=True)
-            with torch.cuda.graph(graph):
-                model(batch).loss.backward()
-                optimizer.step()
-            for fresh in data:
-                batch.copy_(fresh)
-                graph.replay()
-                optimizer.after_replay()
-
-        A learning rate that changes is a tensor on the device. Of several graphs, it belongs to the one captured last.
-
-        Raises:
-            RuntimeError: If no step was captured, its state is elsewhere by now (after a load, or changes of the
-                parameters), or a setting changed that the graph has taken in.
-            FloatingPointError: If ``max_skipped_in_a_row`` steps in a row were skipped; the device is asked after so
-                many steps.
-        """
-        self._refreshes.join()
-        self._refreshes.replayed([bucket for cached in self._buckets.values() for bucket in cached.buckets])
-        refuse_other_settings(self.param_groups, self.defaults, self._captured_settings)
-        self._guard.ask_in_turn(self.param_groups)
-
     @property
     def _measuring(self) -> Probe | None:
-        """Who measures this step; nobody does within a CUDA graph."""
-        return None if self.probe is None or capturing() else self.probe
+        """Who measures this step."""
+        return self.probe
 
     def _step_all(self, *, allocate_only: bool) -> None:
         owners = self._find_owners()
@@ -128,26 +93,22 @@ class BlockOptimizer(PlannedOptimizer):
         """Counts a step of the parameters of which this rank has nothing: a checkpoint may take any rank's count."""
         for param in params:
             if sharding.is_sharded(param) and param.numel() and not sharding.local(param).numel():
-                step, usable = self._count_of_nothing(param), self._guard.usable
-                if param.grad is not None and self.capturable:
-                    step += 1 if usable is None else usable.to(step.device)
-                elif param.grad is not None:
+                step = self._count_of_nothing(param)
+                if param.grad is not None:
                     step += 1
                     self._guard.counted(step)
 
     def _count_of_nothing(self, param: Tensor) -> Tensor:
         """Returns the count of steps of a parameter of which this rank has nothing: a checkpoint asks every rank."""
-        device = sharding.local(param).device if self.capturable else torch.device("cpu")
         step: Tensor | None = self.state[param].get("step")
-        if step is None or step.device != device:
-            step = self.state[param]["step"] = torch.full((), float(step or 0), dtype=COUNT, device=device)
+        if step is None:
+            step = self.state[param]["step"] = torch.zeros((), dtype=COUNT, device="cpu")
         return step
 
     def _is_synthetic(self) -> bool:
         """Whether this step is taken to make the state alone, as torch.distributed.checkpoint does before a load."""
         if self.state:
             return False
-        refuse_in_graph("is the first")
         if any(group["lr"] for group in self.param_groups):
             return False
         params = [param for group in self.param_groups for param in group["params"] if param.requires_grad]
@@ -214,7 +175,7 @@ class BlockOptimizer(PlannedOptimizer):
     ) -> None:
         """Steps the members of a bucket that have a gradient; with ``outcomes`` only says where they should go."""
         plan = bucket.plan
-        steps = bucket.counts.believed()
+        steps = [int(count) for count in bucket.steps.tolist()]
         fresh, ready = stages(bucket, grads, steps)
         decay = group["weight_decay"] if plan.weight_decay is None else plan.weight_decay
         gauge = self._gauge(plan)
@@ -230,8 +191,7 @@ class BlockOptimizer(PlannedOptimizer):
                 for first, last in adjacent(flags, size):
                     under_way[:] = first, last
                     t = tuple(step + 1 - plan.rule.seeds for step in steps[first:last])
-                    counts = bucket.counts.tensor[first:last] + (1 - plan.rule.seeds) if plan.capturable else None
-                    count = bucket.counts.advance(first, last, usable)
+                    count = bucket.steps[first:last].add_(1)
                     chunk = Chunk(
                         plan.layout,
                         t,
@@ -241,7 +201,6 @@ class BlockOptimizer(PlannedOptimizer):
                         usable,
                         gauge,
                         self._failures,
-                        counts,
                         plan.refreshes_later,
                     )
                     given = [grad for grad in grads[first:last] if grad is not None]
@@ -259,7 +218,7 @@ class BlockOptimizer(PlannedOptimizer):
                         for place, param in enumerate(bucket.params[first:last]):
                             outcomes[param] = (SEEDED, None) if seeding else (UPDATED, directions[place])
                     self._guard.counted(count)
-                    if not seeding and (plan.capturable or plan.refreshes_later):
+                    if not seeding and plan.refreshes_later:
                         self._refreshes.note(Updated(bucket, first, last, chunk))
                     under_way[:] = 0, 0
 

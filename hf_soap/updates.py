@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import cache, lru_cache
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -85,18 +84,15 @@ def step_count(number: float, device: torch.device) -> Tensor:
     return torch.full((), float(number), dtype=torch.float32, device=device)
 
 
-T = TypeVar("T", int, Tensor)
-
-
 @cache
 def _very_late(device: torch.device) -> Tensor:
-    """As :func:`step_count`, never to be forgotten: a CUDA graph may read it."""
+    """As :func:`step_count`, so late that bias corrections are 1."""
     return torch.full((), math.inf, dtype=torch.float32, device=device)
 
 
-def bias_correction(t: T, *, beta1: float, beta2: float) -> float | T:
+def bias_correction(t: int, *, beta1: float, beta2: float) -> float:
     """Returns √(1-β₂ᵗ)/(1-β₁ᵗ), the factor on an uncorrected Adam direction at the 1-based update ``t``."""
-    scale: float | T = (1 - beta2**t) ** 0.5 / (1 - beta1**t)
+    scale: float = (1 - beta2**t) ** 0.5 / (1 - beta1**t)
     return scale
 
 

@@ -7,9 +7,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hf_soap.graphs import refuse_in_graph
-from hf_soap.storage import COUNT
-
 DEFERS = {"cuda"}
 """Kinds of devices on which the host does not wait for the verdict: it would leave the device without work."""
 
@@ -44,29 +41,3 @@ class Verdict:
         for count in [] if usable else self.counted:
             count.sub_(1).clamp_(min=0)  # 0 is one whose tensors have started anew since
         return usable
-
-
-class Tally:
-    """Counts the steps that were left out on the device, where a graph that is replayed goes on counting.
-
-    Args:
-        device: Where the verdicts are.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        refuse_in_graph("is the first")
-        self._skipped, self._in_a_row = (torch.zeros((), dtype=COUNT, device=device) for _ in range(2))
-
-    def note(self, usable: Tensor) -> None:
-        """Takes note of the verdict on a step, a scalar of bool on the device."""
-        left_out = (~usable).to(self._skipped.device, COUNT)
-        self._skipped.add_(left_out)
-        self._in_a_row.add_(1).mul_(left_out)
-
-    def read(self) -> tuple[int, int]:
-        """Returns how many steps were left out, and how many in a row until now; the host waits for the device."""
-        return int(self._skipped), int(self._in_a_row)
-
-    def start_over(self) -> None:
-        """Counts those in a row from zero."""
-        self._in_a_row.zero_()

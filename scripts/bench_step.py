@@ -50,44 +50,11 @@ SHAPES: dict[str, list[Shape]] = {
 }
 
 
-class InGraph:
-    """An optimizer whose steps, from the fourth on, are replays of a CUDA graph; gradients stay in their place.
-
-    Args:
-        optimizer: A capturable one.
-    """
-
-    def __init__(self, optimizer: SOAP | MARS) -> None:
-        self._optimizer = optimizer
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._steps = 0
-
-    @property
-    def state(self) -> Any:
-        """The optimizer's state."""
-        return self._optimizer.state
-
-    def step(self) -> None:
-        """Takes a step."""
-        self._steps += 1
-        if self._steps <= 3:
-            self._optimizer.step()
-            return
-        if self._graph is None:
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
-                self._optimizer.step()
-        self._graph.replay()
-        self._optimizer.after_replay()
-
-
 LIGHT = ("(fused)", "adamw", "lion")
 """Last words of the names of those that keep no factors."""
 
 
-def optimizers(
-    frequency: int, device: torch.device = CPU
-) -> dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]]:
+def optimizers(frequency: int) -> dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]]:
     """Returns constructors by name: those of this package, torch's fused AdamW and the peers that are installed."""
     found: dict[str, Callable[[list[Tensor]], Any]] = {
         "AdamW (fused)": lambda params: torch.optim.AdamW(params, lr=1e-4, fused=True),
@@ -113,11 +80,6 @@ def optimizers(
             for variant in ("adamw", "lion", "shampoo", "soap")
         },
     }
-    if device.type == "cuda":
-        found["SOAP, in a graph"] = lambda params: InGraph(
-            SOAP(params, lr=1e-4, precondition_frequency=frequency, capturable=True)
-        )
-        found["MARS, in a graph"] = lambda params: InGraph(MARS(params, lr=1e-4, capturable=True))
     if importlib.util.find_spec("heavyball"):
         import heavyball
 
@@ -195,7 +157,7 @@ def measure(
     generator = torch.Generator(device).manual_seed(0)
     runs: dict[str, tuple[list[Tensor], torch.optim.Optimizer]] = {}
     if chosen is None:
-        chosen = optimizers(frequency, device)
+        chosen = optimizers(frequency)
     for name, make in chosen.items():
         params = [torch.nn.Parameter(torch.randn(shape, device=device, generator=generator) / 16) for shape in shapes]
         runs[name] = (params, make(params))

@@ -53,7 +53,6 @@ TABLE = {
     "merged": SoapRow(partial(soap, merge_dims=True, max_precond_dim=16), slow=True),
     "current": SoapRow(partial(soap, include_current=True, refresh_tol=0.01), slow=True),
     "kl-soap": SoapRow(partial(soap, kl=True)),
-    "captured": SoapRow(partial(soap, capturable=True, stagger=True)),
     "overlapped": SoapRow(partial(soap, overlap_refresh=True), slow=True),
     "shampoo": ShampooRow(shampoo),
     "original": ShampooRow(
@@ -68,7 +67,6 @@ TABLE = {
     "mars-shampoo": Row(partial(mars, variant="shampoo")),
     "mars-m": Row(partial(mars, variant="m", lr_1d=0.05), lr=0.2, slow=True),
     "mars-soap": Row(partial(mars, variant="soap", precondition_frequency=3)),
-    "mars-captured": Row(partial(mars, capturable=True), slow=True),
 }
 rows = pytest.mark.parametrize(
     "row",

@@ -42,10 +42,7 @@ OPTIMIZERS: dict[str, Callable[[Any], BlockOptimizer]] = {
     "mars_soap": lambda p: MARS(p, lr=1e-2, variant="soap", precondition_frequency=2),
     "soap, overlapped": lambda p: SOAP(p, lr=1e-2, precondition_frequency=2, overlap_refresh=True),
 }
-WITHOUT_OWNERS: dict[str, Callable[[Any], BlockOptimizer]] = {
-    "soap, captured": lambda p: SOAP(p, lr=1e-2, precondition_frequency=2, capturable=True),
-    "mars, captured": lambda p: MARS(p, lr=1e-2, capturable=True),
-}
+WITHOUT_OWNERS: dict[str, Callable[[Any], BlockOptimizer]] = {}
 
 
 UNEVEN, EVEN = (7, 10, 5, 1), (8, 12, 8, 4)

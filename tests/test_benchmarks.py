@@ -1,17 +1,11 @@
 """The benchmarks run, and what they count is right; nobody asserts a time."""
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 import typer
-from graphs import capture
-from helpers import assert_same, parameters
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -23,7 +17,6 @@ import bench_metrics
 import bench_roots
 import bench_step
 
-from hf_soap import SOAP
 from hf_soap.__main__ import app
 
 
@@ -38,37 +31,6 @@ def test_bench_step_counts_state_and_times_each_optimizer() -> None:
     assert all(row["worst_s"] >= row["step_s"] > 0 for row in result.values())
     assert bench_step.floor_flop([(10, 20), (5,)], 2) == 5 * 200 * 30 + 6.67 * (1000 + 8000) / 2
     assert bench_step.product_rate(torch.device("cpu")) > 0
-
-
-@pytest.mark.cuda
-def test_bench_step_replays_graphs_on_a_gpu() -> None:
-    result = bench_step.measure([(8, 6), (5,)], frequency=2, steps=6, rounds=1, device=torch.device("cuda"))
-    assert result["SOAP, in a graph"]["step_s"] > 0
-    assert result["MARS, in a graph"]["step_s"] > 0
-
-
-def test_bench_step_in_a_graph_takes_the_same_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A recording plays the graph, which runs what it captures: one step more."""
-    recordings = []
-
-    @contextmanager
-    def graph(_: Any) -> Iterator[None]:
-        with capture(monkeypatch) as recording:
-            yield
-        recordings.append(recording)
-
-    monkeypatch.setattr("torch.cuda.graph", graph)
-    monkeypatch.setattr("torch.cuda.CUDAGraph", lambda: SimpleNamespace(replay=lambda: recordings[-1].replay()))
-    eager, graphed = (parameters([(8, 6), (5,)]) for _ in range(2))
-    one = SOAP(eager, precondition_frequency=100, capturable=True)
-    other = bench_step.InGraph(SOAP(graphed, precondition_frequency=100, capturable=True))
-    for param in (*eager, *graphed):
-        param.grad = torch.ones_like(param)
-    for _ in range(9):
-        one.step()
-    for _ in range(8):
-        other.step()
-    assert_same(eager, graphed)
 
 
 def test_scaling_fits_exponents() -> None:

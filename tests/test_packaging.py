@@ -44,7 +44,6 @@ LAYERS = [
     "guard",
     "chunks",
     "buckets",
-    "counts",
     "recut",
     "owners",
     "rules",
@@ -60,7 +59,6 @@ LAYERS = [
     "linalg",
     "precision",
     "sharding",
-    "graphs",
 ]
 """A module imports only from those listed after it, and within a folder from its siblings."""
 

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from graphs import HostWaits, out_of_memory
+from devices import HostWaits, out_of_memory
 from helpers import FULL_RANK, assert_same, gradient, parameters, snapshot, train
 from torch.nn import Parameter
 
 from hf_soap import MARS, SOAP
+from hf_soap.blocks import Chunk
+from hf_soap.failures import Failures
 from hf_soap.verdict import DEFERS
 
 FREQUENCY = 4
@@ -115,6 +117,35 @@ def test_no_step_waits_for_a_device_that_defers(options: dict[str, Any]) -> None
     finally:
         DEFERS.discard("cpu")
     assert optimizer.skipped_steps == 0
+
+
+WITHOUT_HOST = {
+    **OVERLAPPING,
+    "normalized": partial(soap, normalize_grads=True),
+    "blocks": partial(soap, block_size=4),
+    "mars": MARS,
+    "mars-lion": partial(MARS, variant="lion"),
+    "mars-shampoo": partial(MARS, variant="shampoo"),
+}
+
+
+@pytest.mark.parametrize("make", [pytest.param(make, id=name) for name, make in WITHOUT_HOST.items()])
+@pytest.mark.parametrize("by_products", [False, True])
+def test_a_rule_neither_reads_from_its_device_nor_mixes_it_with_the_host(
+    make: Callable[..., Any], by_products: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors without numbers play a GPU's: what would wait for one, or mix it with the host's, raises."""
+    monkeypatch.setattr("hf_soap.bases._solves_by_products", lambda factor: by_products)
+    monkeypatch.setattr("hf_soap.failures.DEFERS", {"meta"})
+    optimizer, device = make(params := parameters(FULL_RANK)), torch.device("meta")
+    group = optimizer.param_groups[0]
+    for plan in {optimizer.plan_of(group, param) for param in params}:
+        state = plan.computed(2, dtype=torch.float32, device=device)
+        grad = torch.zeros(2 * plan.layout.blocks, *plan.layout.block, device=device)
+        chunk = Chunk(plan.layout, (8, 8), (0, 0), failures=Failures(), later=True)
+        plan.rule.seed(grad, state, chunk)
+        assert plan.rule.update(grad, state, chunk).device == device
+        plan.rule.refresh(state, chunk)
 
 
 @pytest.mark.cuda

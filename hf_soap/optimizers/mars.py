@@ -12,7 +12,7 @@ from torch.optim.optimizer import ParamsT
 
 from hf_soap import configs, schema, updates
 from hf_soap.blocks import PREV_PARAM, Plan, plan_layout
-from hf_soap.checks import check_capturable, check_choice, check_pair
+from hf_soap.checks import check_choice, check_pair
 from hf_soap.optimizers.soap import plan_factors, soap_rule, state_options
 from hf_soap.rules import AdamW, Lion, Mars, Orthogonal, Rule
 from hf_soap.sharding import is_sharded, local, local_grad, settle_gradient_
@@ -50,7 +50,6 @@ class MARS(BlockOptimizer):
         pack_factors: Keep one triangle of each symmetric matrix.
         distributed_refresh: Split decompositions among ranks that hold equal weights and gradients (DDP): each does
             its share and gives it to the others. All ranks must step together. None is False but for the Trainer.
-        capturable: Keep counts on the device, so that a CUDA graph may hold the step; see :meth:`after_replay`.
         shampoo_beta: Here and below, settings of SOAP for ``variant="soap"``; see :class:`SOAP`.
 
     Raises:
@@ -83,7 +82,6 @@ class MARS(BlockOptimizer):
         state_dtype: Literal["float32", "bfloat16", "float8"] = "float32",
         pack_factors: bool = False,
         distributed_refresh: bool | None = None,
-        capturable: bool = False,
         shampoo_beta: float | None = None,
         precondition_frequency: int = 10,
         max_precond_dim: int = 10000,
@@ -115,7 +113,6 @@ class MARS(BlockOptimizer):
                 "got exact=True with shard_mode='owner', wanted one of them: the previous weights lie with the ranks "
                 "that have the weights; use shard_mode='local'"
             )
-        check_capturable(self.param_groups)
         if group["lr_1d"] is not None and group["base_lr"] == 0:
             raise ValueError("lr must be > 0 where lr_1d is set, got 0; lr_1d follows lr in proportion")
 

@@ -10,7 +10,7 @@ from torch.optim.optimizer import ParamsT
 
 from hf_soap import configs
 from hf_soap.blocks import Layout, Plan, plan_layout
-from hf_soap.checks import check_capturable, check_choice
+from hf_soap.checks import check_choice
 from hf_soap.rules import Soap
 from hf_soap.rules.soap import ORTHONORMALIZE_EVERY
 from hf_soap.stepping import BlockOptimizer
@@ -59,7 +59,6 @@ class SOAP(BlockOptimizer):
         overlap_refresh: On a GPU, refresh beside the next forward and backward pass, on a stream of its own; the next
             step waits for it. The same numbers; of state that is rounded or packed, refreshes stay in the step. Read
             ``state`` directly only behind :meth:`state_dict` or ``skipped_steps``, which wait too.
-        capturable: Keep counts on the device, so that a CUDA graph may hold the step; see :meth:`after_replay`.
 
     Raises:
         ValueError: If a setting is of the wrong type or out of range, or a parameter is complex.
@@ -101,7 +100,6 @@ class SOAP(BlockOptimizer):
         pack_factors: bool = False,
         distributed_refresh: bool | None = None,
         overlap_refresh: bool = False,
-        capturable: bool = False,
     ) -> None:
         defaults = {key: value for key, value in locals().items() if key not in ("self", "params", "__class__")}
         super().__init__(params, {**defaults, "rule": "soap"})
@@ -109,7 +107,6 @@ class SOAP(BlockOptimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         check_choice("rule", group["rule"], ("soap", "adam"))
-        check_capturable(self.param_groups)
 
     def plan(self, group: dict[str, Any], shape: Sequence[int], *, sharded: bool = False) -> Plan:
         """Returns the SOAP rule with the group's settings; Adam is SOAP without a factored side."""
@@ -141,8 +138,8 @@ def soap_rule(group: dict[str, Any]) -> Soap:
 
 def state_options(group: dict[str, Any]) -> dict[str, Any]:
     """Says how the state of a param group is kept, and who brings it up to date when."""
-    later = {"capturable": group.get("capturable", False), "overlaps": group.get("overlap_refresh", False)}
-    return {"storage": Storage(group["state_dtype"], group["pack_factors"]), **later}
+    storage = Storage(group["state_dtype"], group["pack_factors"])
+    return {"storage": storage, "overlaps": group.get("overlap_refresh", False)}
 
 
 def plan_factors(group: dict[str, Any], shape: Sequence[int], *, sharded: bool) -> Layout:

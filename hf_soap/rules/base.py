@@ -83,17 +83,12 @@ class Rule:
         """Changes ``state`` in place and returns the direction (blocks, d_1, ..., d_k); ``grad`` stays as it is."""
         raise TypeError(f"{type(self).__name__} must define update")
 
-    def last_due(self, t: int, index: int) -> int:
-        """Returns the last update up to ``t`` that a refresh comes behind, of the tensor at a place; 0 for none."""
-        return 0
-
     def due(self, chunk: Chunk) -> list[bool]:
-        """Says of which tensors :meth:`refresh` has something to do behind the update ``chunk.t``."""
-        pairs = zip(chunk.t, chunk.index, strict=True)
-        return [bool(chunk.layout.sides) and 0 < t == self.last_due(t, index) for t, index in pairs]
+        """Says of which tensors :meth:`refresh` has something to do after the update ``chunk.t``."""
+        return [False for _ in chunk.t]
 
     def refresh(self, state: State, chunk: Chunk) -> None:
-        """Refreshes in place what is due behind an update, if that was left for later."""
+        """Refreshes in place what is due after an update, if that was left for later."""
 
     def fused_step(
         self,

@@ -94,9 +94,9 @@ class Mars(Rule):
         """As the inner rule."""
         return self.inner.refreshes_last
 
-    def last_due(self, t: int, index: int) -> int:
+    def due(self, chunk: Chunk) -> list[bool]:
         """As the inner rule."""
-        return self.inner.last_due(t, index)
+        return self.inner.due(chunk)
 
     def refresh(self, state: State, chunk: Chunk) -> None:
         """As the inner rule."""

@@ -200,9 +200,10 @@ class Soap(Rule):
         """Unless the gradient is rotated into bases that it has entered already."""
         return not self.include_current
 
-    def last_due(self, t: int, index: int) -> int:
+    def due(self, chunk: Chunk) -> list[bool]:
         """Every ``precondition_frequency`` updates."""
-        return max(0, t - self._age(t, index) % self.precondition_frequency)
+        ages = [self._age(t, index) for t, index in zip(chunk.t, chunk.index, strict=True)]
+        return [bool(chunk.layout.sides) and age % self.precondition_frequency == 0 for age in ages]
 
     def refresh(self, state: State, chunk: Chunk) -> None:
         """Refreshes the bases that are due, and brings factors and moments into them."""
@@ -235,7 +236,7 @@ class Soap(Rule):
         adam_direction = updates.fused_adam_direction if fuses else updates.adam_direction
         return adam_direction(rotated, state["exp_avg"], state["exp_avg_sq"], eps=self.eps, **betas)
 
-    def _bias_correction(self, t: updates.T) -> float | updates.T:
+    def _bias_correction(self, t: int) -> float:
         return updates.bias_correction(t, beta1=self.beta1, beta2=self.beta2)
 
     def _accumulate(self, rotated: Tensor, state: State, layout: Layout) -> None:
