@@ -40,12 +40,16 @@ class Layout:
         grid: Number of blocks along each dimension of ``view``.
         block: Shape (d_1, ..., d_k) of one block; grid * block exceeds ``view`` where the last block is padded.
         sides: Modes that carry a Kronecker factor, ascending; the others keep an identity basis.
+        too_long: Modes that would, were they not too long beside the others.
+        stack: Number of matrices that the tensor is a stack of; each has as many adjacent blocks.
     """
 
     view: tuple[int, ...]
     grid: tuple[int, ...]
     block: tuple[int, ...]
     sides: tuple[int, ...]
+    too_long: tuple[int, ...] = ()
+    stack: int = 1
 
     @cached_property
     def blocks(self) -> int:
@@ -56,6 +60,13 @@ class Layout:
     def numel(self) -> int:
         """Entries of one tensor, padding not counted."""
         return math.prod(self.view)
+
+    @cached_property
+    def matrix_numel(self) -> int:
+        """Entries of one matrix of a stack, or of the tensor, padding not counted."""
+        if self.stack == 1:
+            return self.numel
+        return self.grid[0] // self.stack * self.block[0] * math.prod(self.view[1:])  # no row of a stack is padding
 
     @cached_property
     def whole(self) -> bool:
@@ -116,17 +127,27 @@ class Layout:
         return torch.cat([self.to_blocks(self.from_blocks(one, self.view)) for one in tensors])
 
 
-def merge_shape(shape: Sequence[int], limit: int) -> tuple[int, ...]:
-    """Merges neighbouring dimensions from the left while their product stays within ``limit``.
+def merge_shape(shape: Sequence[int], limit: int, ratio: float | None = None) -> tuple[int, ...]:
+    """Merges neighbouring dimensions from the left while their product n stays small enough for a factor.
+
+    Args:
+        shape: Shape of a tensor.
+        limit: Largest n.
+        ratio: With a number, the n x n factor of a merged dimension has at most so many times the tensor's entries.
+
+    Returns:
+        The merged shape.
 
     Source:
         The greedy rule of the SOAP paper's code for convolutions (arXiv:2409.11321): on overflow the running
         product is emitted and restarts at this dimension.
     """
+    numel = math.prod(shape)
+    largest = limit if ratio is None else min(limit, math.isqrt(int(ratio * numel)))
     merged: list[int] = []
     running = 1
     for size in shape:
-        if running * size <= limit:
+        if running * size <= largest:
             running *= size
         elif running == 1:
             merged.append(size)
@@ -138,50 +159,103 @@ def merge_shape(shape: Sequence[int], limit: int) -> tuple[int, ...]:
     return tuple(merged)
 
 
+def uncut(shape: Sequence[int]) -> Layout:
+    """Returns the layout of a tensor that is one block without factors."""
+    view = tuple(shape) or (1,)
+    return Layout(view, (1,) * len(view), view, ())
+
+
+def is_vector(shape: Sequence[int]) -> bool:
+    """Whether a tensor has at most one dimension of more than one entry, as N x 1 has."""
+    return sum(size > 1 for size in shape) < 2
+
+
+def is_stack(shape: Sequence[int]) -> bool:
+    """Whether a tensor looks like a stack of matrices: three dimensions, of which the first is the shortest.
+
+    So mixtures keep their experts, (experts, rows, columns). Convolutions have their short dimensions last.
+    """
+    return len(shape) == 3 and 0 < shape[0] < min(shape[1:])
+
+
 def plan_layout(
     shape: Sequence[int],
     *,
     max_precond_dim: int,
+    max_aspect_ratio: float | None = None,
+    stacked_matrices: bool = False,
     merge_dims: bool = False,
     precondition_1d: bool = False,
     one_sided: bool = False,
     block_size: int | None = None,
     factored: bool = True,
-    sharded: bool = False,
+    part: Sequence[int] | None = None,
 ) -> Layout:
     """Decides how a tensor is cut and which of its sides are factored.
 
     Args:
-        shape: Shape of the parameter, or of a rank's part of it; a scalar counts as a vector of one entry.
+        shape: Shape of the parameter; a scalar counts as a vector of one entry.
         max_precond_dim: A longer side keeps an identity basis.
-        merge_dims: Merge neighbouring dimensions of a tensor with more than two of them. A matrix is never merged:
-            a LoRA matrix of 8 x 1024 would become one vector with an 8192 x 8192 factor.
-        precondition_1d: Factor vectors too.
+        max_aspect_ratio: So does a side of more than this many times the entries of all others together, the long one
+            of a matrix that is flatter than that: its factor would outweigh the tensor by as much. What is 1 x N or
+            N x 1 counts as a vector. None sets no limit.
+        stacked_matrices: Cut a stack of matrices (:func:`is_stack`) into its matrices.
+        merge_dims: Merge neighbouring dimensions of a tensor with more than two of them, as far as the factors stay
+            within both limits. A matrix is never merged.
+        precondition_1d: Factor vectors too, whatever their aspect ratio.
         one_sided: Factor only the shorter side of a matrix (the left one of equals).
         block_size: Cut sides longer than this into equal blocks, the last one zero-padded.
         factored: False keeps every basis at the identity, which makes SOAP Adam.
-        sharded: The tensor is a rank's part of a larger one: cut or leave alone the sides whose factors would outweigh
-            it by more than ``FACTOR_RATIO``.
+        part: Shape of the largest part that a rank has, where the tensor is sharded. The sides to be factored are
+            those of the whole; where a part's factors would outweigh it by more than ``FACTOR_RATIO``, they are cut.
 
     Returns:
-        The layout.
+        The layout of the tensor, or of the part.
     """
-    is_vector = len(shape) < 2
-    view = tuple(shape) or (1,)
-    if merge_dims and len(view) > 2:
-        view = merge_shape(view, max_precond_dim)
-    grid = tuple(1 for _ in view)
-    if factored and block_size is not None and (not is_vector or precondition_1d):
-        grid = tuple(max(1, -(-size // block_size)) for size in view)
-    block = tuple(-(-size // count) for size, count in zip(view, grid, strict=True))
-    sides: tuple[int, ...] = ()
-    if factored and (not is_vector or precondition_1d):
-        sides = tuple(i for i, size in enumerate(block) if 1 < size <= max_precond_dim)
-    if one_sided and len(block) == 2:
-        shorter = 0 if block[0] <= block[1] else 1
-        sides = tuple(side for side in sides if side == shorter)
-    layout = Layout(view, grid, block, sides)
-    return _limit_factors(layout) if sharded else layout
+    vector = len(shape) < 2 or (max_aspect_ratio is not None and is_vector(shape))
+    stacked = stacked_matrices and factored and not vector and is_stack(shape)
+
+    def cut(size: Sequence[int]) -> Layout:
+        view = (math.prod(size),) if vector else tuple(size)
+        if stacked:
+            view = (size[0] * size[1], size[2])
+        elif merge_dims and len(view) > 2:
+            view = merge_shape(view, max_precond_dim, max_aspect_ratio)
+        grid = [1 for _ in view]
+        if factored and block_size is not None and (not vector or precondition_1d):
+            grid = [max(1, -(-extent // block_size)) for extent in view]
+        if stacked:
+            grid[0] = size[0] * _even_cuts(size[1], block_size or size[1])
+        block = tuple(-(-extent // count) for extent, count in zip(view, grid, strict=True))
+        sides: tuple[int, ...] = ()
+        if factored and (not vector or precondition_1d):
+            sides = tuple(i for i, n in enumerate(block) if 1 < n <= max_precond_dim)
+        too_long: tuple[int, ...] = ()
+        if max_aspect_ratio is not None and not vector:
+            too_long = tuple(i for i in sides if block[i] ** 2 > max_aspect_ratio * math.prod(block))
+        kept = tuple(i for i in sides if i not in too_long)
+        return Layout(view, tuple(grid), block, kept, too_long, stack=size[0] if stacked else 1)
+
+    layout = cut(shape)
+    if part is not None:
+        whole, layout = layout, cut(part)
+        # Merged differently, the modes of part and whole are not the same ones.
+        alike = len(whole.view) == len(layout.view)
+        too_long = whole.too_long if alike else layout.too_long
+        sides = tuple(sorted({*layout.sides, *layout.too_long} - {*too_long}))
+        layout = _limit_factors(replace(layout, sides=sides, too_long=too_long))
+    if one_sided and len(layout.block) == 2:
+        shorter = 0 if layout.block[0] <= layout.block[1] else 1
+        layout = replace(layout, sides=tuple(side for side in layout.sides if side == shorter))
+    if stacked and not layout.sides:
+        return uncut(shape if part is None else part)
+    return layout
+
+
+def _even_cuts(size: int, longest: int) -> int:
+    """Into how many equal parts of at most ``longest`` a size can be cut; 1 where no small number divides it."""
+    needed = -(-size // max(1, longest))
+    return next((count for count in range(needed, 4 * needed) if size % count == 0), 1)
 
 
 def _limit_factors(layout: Layout) -> Layout:
@@ -192,10 +266,13 @@ def _limit_factors(layout: Layout) -> Layout:
             continue
         if longest < SMALLEST_CUT:
             sides.remove(side)
+        elif side == 0 and layout.stack > 1:  # no block may hold rows of two matrices
+            grid[side] = grid[side] * _even_cuts(block[side], longest)
+            block[side] = layout.view[side] // grid[side]
         else:
             grid[side] = -(-layout.view[side] // longest)
             block[side] = -(-layout.view[side] // grid[side])
-    return Layout(layout.view, tuple(grid), tuple(block), tuple(sides))
+    return replace(layout, grid=tuple(grid), block=tuple(block), sides=tuple(sides))
 
 
 @dataclass(frozen=True)
@@ -205,21 +282,23 @@ class Plan:
     Attributes:
         rule: Where its direction comes from.
         layout: How it is cut.
-        lr_scale: Factor on the group's learning rate.
-        weight_decay: In place of the group's, where set.
+        auxiliary: Whether it follows the learning rate and decay for vectors, where the optimizer has such.
         decay_last: Decay the weights after the update, as SOAP's implementation does; else both at once.
         keep_weights: Keep the weights before the last update in the state, for exact MARS.
         storage: How its state is kept between steps.
+        maximize: Ascend: the gradient counts with the other sign.
+        splits_refreshes: Split refreshes among ranks that hold equal state.
         overlaps: Refresh beside the next forward and backward pass, on a stream of its own.
     """
 
     rule: Rule
     layout: Layout
-    lr_scale: float = 1.0
-    weight_decay: float | None = None
+    auxiliary: bool = False
     decay_last: bool = False
     keep_weights: bool = False
     storage: Storage = Storage()
+    maximize: bool = False
+    splits_refreshes: bool = False
     overlaps: bool = False
 
     @cached_property
@@ -311,14 +390,22 @@ class Chunk:
 
     def tensor_square_sum(self, blocks: Tensor) -> Tensor:
         """Squared norm of each tensor, to broadcast against ``blocks``, whose padding must be zero (see trim)."""
-        total = blocks.square().flatten(1).sum(1).view(-1, self.layout.blocks).sum(1)
-        return total.repeat_interleave(self.layout.blocks).view(-1, *[1] * (blocks.dim() - 1))
+        return _square_sum(blocks, self.layout.blocks)
+
+    def matrix_square_sum(self, blocks: Tensor) -> Tensor:
+        """As :meth:`tensor_square_sum`, of each matrix where tensors are stacks of them."""
+        return _square_sum(blocks, self.layout.blocks // self.layout.stack)
 
     def runs(self, flags: Iterable[bool]) -> Iterator[tuple[slice, Chunk]]:
         """Yields each run of adjacent tensors whose flag is set, as a slice of blocks and a smaller chunk."""
         for first, last in adjacent(flags):
             blocks = slice(first * self.layout.blocks, last * self.layout.blocks)
             yield blocks, replace(self, t=self.t[first:last], index=self.index[first:last])
+
+
+def _square_sum(blocks: Tensor, together: int) -> Tensor:
+    total = blocks.square().flatten(1).sum(1).view(-1, together).sum(1)
+    return total.repeat_interleave(together).view(-1, *[1] * (blocks.dim() - 1))
 
 
 def adjacent(flags: Iterable[bool], longest: int | None = None) -> Iterator[tuple[int, int]]:

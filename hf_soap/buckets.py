@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from hf_soap import sharding
 from hf_soap.blocks import Chunk, Layout, Plan
+from hf_soap.members import Member, Roster
 from hf_soap.precision import float32_products
-from hf_soap.storage import COUNT, SCALE, step_keys
+from hf_soap.storage import COUNT, SCALE, is_own, step_keys
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +37,8 @@ class Bucket:
     def __init__(
         self,
         plan: Plan,
-        members: Sequence[tuple[int, Tensor, torch.Size]],
-        state: Mapping[Tensor, dict[str, Any]],
+        members: Sequence[tuple[Member, torch.Size]],
+        state: MutableMapping[Tensor, dict[str, Any]],
         *,
         dtype: torch.dtype,
     ) -> None:
@@ -48,15 +49,17 @@ class Bucket:
 
         Args:
             plan: What happens to each of them.
-            members: Place in the optimizer, parameter, and shape of what is stepped: the parameter, or a part of it.
+            members: Parameters, of any groups, and the shape of what is stepped: the parameter, or a part of it.
             state: The optimizer's state, which gets the views.
             dtype: Dtype of the state.
         """
         self.plan = plan
         self.dtype = dtype
-        self.index = [index for index, _, _ in members]
-        self.params = [param for _, param, _ in members]
-        self.shapes = [shape for _, _, shape in members]
+        self.index = [member.place for member, _ in members]
+        self.groups = [member.number for member, _ in members]
+        self.params = [member.param for member, _ in members]
+        self.shapes = [shape for _, shape in members]
+        self._kinds = [_kind_of(param) for param in self.params]
         self._cut = any(map(sharding.is_sharded, self.params))
         device = self.params[0].device
         self.stacks = plan.allocate(len(members), dtype=dtype, device=device)
@@ -68,22 +71,29 @@ class Bucket:
             part.shape == plan.layout.block and part.dtype == dtype and part.is_contiguous() for part in parts
         )
         self.each = {role: list(stack.unbind()) for role, stack in self.stacks.items()} if self.fuses else {}
+        self._roles = (*self.stacks, "step")
         self._pointers: list[list[int]] = []
-        for place, param in enumerate(self.params):
+        for place, (member, _) in enumerate(members):
             views = self.rows(place, place + 1)
             views["step"] = self.steps[place]
-            known = state[param]
-            if known.keys() - {"step"} or known.get("step", 0) > 0:
-                known.update(plan.kept.converted(known, views))
-                for role in known.keys() - views.keys():
-                    if role.endswith(SCALE):
-                        del known[role]
-                check_state(known, views, tuple(param.shape))
-            for role, view in views.items():
-                if role in known:
-                    view.copy_(known[role] if isinstance(known[role], Tensor) else torch.tensor(known[role]))
-                known[role] = view
-            self._pointers.append([view.data_ptr() for view in known.values()])
+            self._take_over(member, state.setdefault(member.param, {}), views)
+            self._pointers.append([views[role].data_ptr() for role in self._roles])
+
+    def _take_over(self, member: Member, known: dict[str, Any], views: dict[str, Tensor]) -> None:
+        """Copies the family's state of a parameter into its views; what else is there stays as it is."""
+        own = {role: value for role, value in known.items() if is_own(role)}
+        if own.keys() - {"step"} or own.get("step", 0) > 0:
+            own = self.plan.kept.converted(own, views)
+            for role in own.keys() - views.keys():
+                if role.endswith(SCALE):
+                    del own[role]
+            check_state(own, views, member.name, tuple(member.param.shape))
+        for role, view in views.items():
+            if role in own:
+                view.copy_(own[role] if isinstance(own[role], Tensor) else torch.tensor(own[role], device="cpu"))
+            known[role] = view
+        for role in [role for role in known if is_own(role) and role not in views]:
+            del known[role]
 
     def takes(self, plan: Plan) -> bool:
         """Whether the bucket as it is, state and all, would be built for another plan too."""
@@ -158,14 +168,24 @@ class Bucket:
                 )
             raise
 
+    def kinds(self) -> Iterator[tuple[Tensor, tuple[torch.Size, torch.dtype, torch.device]]]:
+        """Yields each parameter with the shape, dtype and device that it had when the bucket was made."""
+        return zip(self.params, self._kinds, strict=True)
+
+    def unchanged(self) -> bool:
+        """Whether the parameters are of the same shapes and kinds as when the bucket was made."""
+        return self._kinds == list(map(_kind_of, self.params))
+
     def intact(self, state: Mapping[Tensor, dict[str, Any]]) -> bool:
         """Whether every tensor's state is still the view that was handed out."""
+        nothing: dict[str, Any] = {}  # and none for a defaultdict to make
         try:
+            known = [state.get(param, nothing) for param in self.params]
             return all(
-                list(map(Tensor.data_ptr, state.get(param, {}).values())) == pointers
-                for param, pointers in zip(self.params, self._pointers, strict=True)
+                [entry[role].data_ptr() for role in self._roles] == pointers
+                for entry, pointers in zip(known, self._pointers, strict=True)
             )
-        except TypeError:  # something else than a tensor
+        except (KeyError, AttributeError):  # something else than a tensor
             return False
 
     def tensors_per_chunk(self, *, watched: bool = False) -> int:
@@ -188,59 +208,79 @@ def temporary_bytes(plan: Plan, dtype: torch.dtype) -> int:
     return needs
 
 
-def check_state(known: Mapping[str, Any], wanted: Mapping[str, Tensor], shape: tuple[int, ...]) -> None:
+def _kind_of(param: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+    return param.shape, param.dtype, param.device  # model.double() keeps the parameters
+
+
+def check_state(known: Mapping[str, Any], wanted: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> None:
     """Checks that saved state has the roles and shapes that the current settings need.
 
     Args:
-        known: State of one parameter as found, by role.
+        known: The family's state of one parameter as found, by role.
         wanted: Tensors of the right shapes, by role; ``step`` included.
-        shape: Shape of the parameter, for the message.
+        name: Name of the parameter, for the message.
+        shape: Its shape, for the message.
 
     Raises:
         ValueError: If a role is missing, unknown or has another shape.
     """
-    got = {role: tuple(torch.as_tensor(value).shape) for role, value in known.items()}
+    got = {role: tuple(getattr(value, "shape", ())) for role, value in known.items()}
     want = {role: tuple(value.shape) for role, value in wanted.items()}
     if got != want:
         differ = sorted(role for role in got.keys() | want.keys() if got.get(role) != want.get(role))
         raise ValueError(
-            f"the optimizer state of a parameter of shape {shape} does not fit the current settings: "
+            f"the optimizer state of {name}, of shape {shape}, does not fit the current settings: "
             + "; ".join(
                 f"{role} got {got.get(role, 'nothing')}, wanted {want.get(role, 'nothing')}" for role in differ
             )
-            + ". Resume with the optimizer and the optim_args that wrote the checkpoint, or start without its state."
+            + ". Resume with the optimizer and the optim_args that wrote the checkpoint. To go on with the weights "
+            "alone, remove the optimizer's state from the checkpoint (the file optimizer.pt, or the folder "
+            "optimizer_0 of a sharded run), or drop it from what is given to load_state_dict"
         )
 
 
 @dataclass
-class GroupCache:
-    """The buckets of a param group, and what they were made from."""
+class BucketCache:
+    """The buckets of some parameters, and what they were made from.
 
-    settings: dict[str, Any]
-    params: list[Tensor]
+    Attributes:
+        roster: The optimizer's parameters.
+        dormant: Parameters that have had no gradient yet, and so have no state.
+        empty: Parameters of which this rank has nothing.
+        buckets: The buckets of all others.
+    """
+
+    roster: Roster
+    dormant: list[Member]
+    empty: list[Tensor]
     buckets: list[Bucket]
 
-    def __post_init__(self) -> None:
-        self._kinds = [(param.dtype, param.device) for param in self.params]
-
-    def fits(self, params: list[Tensor], state: Mapping[Tensor, dict[str, Any]]) -> bool:
+    def fits(self, state: Mapping[Tensor, dict[str, Any]]) -> bool:
         """Whether parameters and state are still those that the buckets were made from."""
-        same = len(self.params) == len(params) and all(a is b for a, b in zip(self.params, params, strict=True))
-        same = same and self._kinds == [(param.dtype, param.device) for param in params]  # model.double() keeps them
-        return same and all(bucket.intact(state) for bucket in self.buckets)
+        if any(member.param.grad is not None for member in self.dormant):
+            return False
+        return all(bucket.unchanged() and bucket.intact(state) for bucket in self.buckets)
 
-    def replan(self, plan_of: Callable[[Tensor], Plan]) -> bool:
+    def shapes(self) -> dict[Tensor, torch.Size]:
+        """Returns the shapes that the parameters had when the buckets were made."""
+        return {param: kind[0] for bucket in self.buckets for param, kind in bucket.kinds()}
+
+    def replan(self, roster: Roster, plan_of: Callable[[dict[str, Any], Tensor], Plan]) -> bool:
         """Gives the buckets the plans of other settings, if they are cut alike and their state has the same form.
 
         A scheduler that cycles betas changes them at every step, and state need not be copied each time for that.
 
         Args:
-            plan_of: Says what now happens to a parameter.
+            roster: The parameters with their present settings.
+            plan_of: Says what happens to a parameter, from its settings.
 
         Returns:
             Whether that was possible; if not, nothing has changed.
         """
-        found = [{plan_of(param) for param in bucket.params} for bucket in self.buckets]
+        if not roster.same_parameters(self.roster):
+            return False
+        settings = {member.param: member.settings for member in roster.trained}
+        found = [{plan_of(settings[param], param) for param in bucket.params} for bucket in self.buckets]
         pairs = zip(found, self.buckets, strict=True)
         kinds = {(plan, bucket.dtype, bucket.params[0].device) for plans, bucket in pairs for plan in plans}
         if not len(kinds) == len(self.buckets) == sum(map(len, found)):
@@ -250,6 +290,7 @@ class GroupCache:
             return False
         for bucket, plan in zip(self.buckets, plans, strict=True):
             bucket.plan = plan
+        self.roster = roster
         return True
 
 

@@ -10,8 +10,8 @@ import itertools
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,70 +19,138 @@ import torch
 from torch import Tensor, nn
 
 from hf_soap import owners, recut, sharding
-from hf_soap.blocks import Layout, Plan
+from hf_soap.blocks import Plan, uncut
 from hf_soap.buckets import check_state
+from hf_soap.members import OVERRIDES, Member
 from hf_soap.precision import float32_products
-from hf_soap.storage import COUNT, decoded
+from hf_soap.storage import COUNT, LAYOUT, decoded, is_own
 
 logger = logging.getLogger(__name__)
 
-FROM_CHECKPOINT = ("lr", "initial_lr")
-"""Group entries that a checkpoint decides: a scheduler continues from them. All others are current settings."""
+RATES = ("lr", "initial_lr")
+"""Group entries that a checkpoint decides: a scheduler continues from them."""
+
+CYCLED = "max_momentum"
+"""Group entry by which OneCycleLR and CyclicLR say that they change the first of the betas at each step."""
+
+NAMES = "param_names"
 
 
 def detach_state(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Returns ``state_dict`` with every tensor of its state copied out of the stack it is a view of."""
+    """Returns ``state_dict`` with every tensor of the family's state copied out of the stack it is a view of."""
     state = {
-        key: {role: value.clone() if isinstance(value, Tensor) else value for role, value in entry.items()}
+        key: {role: _detached(role, value) for role, value in entry.items()} if isinstance(key, Tensor) else entry
         for key, entry in state_dict["state"].items()
     }
     return {**state_dict, "state": state}
 
 
-def groups_to_load(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Returns a state dict without state, whose groups combine saved learning rates and current settings.
+def _detached(role: Any, value: Any) -> Any:
+    return value.clone() if is_own(role) and isinstance(value, Tensor) else value
+
+
+def regrouped(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Returns a state dict whose groups hold as many parameters as an optimizer's, in the same order.
+
+    Checkpoints of version 0.1.0 have a group for each rule; names say which parameter is which.
 
     Args:
         groups: The optimizer's param groups.
         state_dict: What was saved.
 
     Returns:
-        A state dict for ``torch.optim.Optimizer.load_state_dict``.
+        The state dict as it is where the groups are alike.
 
     Raises:
-        ValueError: If number or sizes of the groups differ.
+        ValueError: If number or sizes of the groups differ, and there are no names to go by.
     """
     saved = state_dict["param_groups"]
     got, want = [len(group["params"]) for group in saved], [len(group["params"]) for group in groups]
-    if got != want:
+    if got == want:
+        return state_dict
+    where = {name: (key, old) for old in saved for name, key in zip(old.get(NAMES, ()), old["params"], strict=False)}
+    names = [name for group in groups for name in group.get(NAMES, ())]
+    if not (len(names) == len(set(names)) == len(where) == sum(want) == sum(got) and where.keys() == set(names)):
         raise ValueError(
             f"the checkpoint has param groups of {got} parameters, this optimizer has groups of {want}; "
             "load it with the same model and the same grouping options in optim_args"
         )
+    arranged = []
+    for group in groups:
+        members = [where[name] for name in group.get(NAMES, ())]
+        settings = members[0][1] if members else saved[0]
+        keys = [key for key, _ in members]
+        arranged.append({**settings, "params": keys, **({NAMES: list(group[NAMES])} if NAMES in group else {})})
+    return {**state_dict, "param_groups": arranged}
+
+
+def merged_groups(
+    groups: list[dict[str, Any]], saved: list[dict[str, Any]], settings: Collection[str]
+) -> list[dict[str, Any]]:
+    """Returns saved groups with current settings in the place of the saved ones.
+
+    Learning rates come from the checkpoint, and what else schedulers keep in a group: a scheduler continues from it.
+
+    Args:
+        groups: The optimizer's param groups.
+        saved: As many saved groups.
+        settings: Names of the optimizer's settings.
+    """
     merged = []
     for old, new in zip(saved, groups, strict=True):
-        current = {key: value for key, value in new.items() if key not in ("params", *FROM_CHECKPOINT)}
+        kept = {*settings, NAMES, OVERRIDES} - {*RATES}
+        current = {k: v for k, v in new.items() if k != "params" and (k in kept or k not in old)}
+        if CYCLED in old and "betas" in old:
+            current["betas"] = (old["betas"][0], *new["betas"][1:])
         changed = {k: (old[k], v) for k, v in current.items() if k in old and _plain(old[k]) != _plain(v)}
         if changed:
             words = ", ".join(f"{key}={value!r} (saved {before!r})" for key, (before, value) in changed.items())
             logger.info("Settings that differ from the checkpoint's; the current ones are used: %s", words)
         merged.append({**old, **current})
-    return {"state": {}, "param_groups": merged}
+    return merged
 
 
 def saved_state(
     groups: list[dict[str, Any]], state_dict: dict[str, Any]
-) -> Iterator[tuple[dict[str, Any], Tensor, dict[str, Any]]]:
-    """Yields (group, parameter, saved state by role) for every parameter that has saved state."""
+) -> Iterator[tuple[Tensor, Any, dict[str, Any]]]:
+    """Yields (parameter, key in the state dict, the family's saved state by role) where there is such state."""
     for old, new in zip(state_dict["param_groups"], groups, strict=True):
         for key, param in zip(old["params"], new["params"], strict=True):
-            saved = state_dict["state"].get(key)
+            saved = {role: value for role, value in state_dict["state"].get(key, {}).items() if is_own(role)}
             if saved:
-                yield new, param, saved
+                yield param, key, saved
 
 
-LAYOUT = "layout"
-"""Role of the numbers that say how a tensor was cut, in a state dict only."""
+def refuse_state_of_others(state_dict: dict[str, Any], members: Sequence[Member]) -> None:
+    """Refuses a state dict that has state of the parameters, but nothing that the family knows.
+
+    Raises:
+        ValueError: If another optimizer saved it.
+    """
+    keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+    for key, member in zip(keys, members, strict=True):
+        if known := state_dict["state"].get(key):
+            check_state(known, {"step": torch.empty((), device="meta")}, member.name, tuple(member.param.shape))
+
+
+def foreign_state(state: Mapping[Any, Any], ours: Collection[Any]) -> dict[Any, Any]:
+    """Returns what else there is in the state of a state dict: entries of wrappers, which torch keeps by itself.
+
+    Args:
+        state: The state.
+        ours: Keys of the parameters that have state of the family.
+    """
+    foreign: dict[Any, Any] = {}
+    for key, entry in state.items():
+        rest = {role: value for role, value in entry.items() if not is_own(role)} if key in ours else entry
+        if key not in ours or rest:
+            foreign[key] = rest
+    return foreign
+
+
+def is_of_family(groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether param groups were saved by an optimizer of the family."""
+    return all("rule" in group and "shard_mode" in group for group in groups)
 
 
 def packed(param: Tensor, plan: Plan, state: dict[str, Any], wanted: dict[str, Tensor]) -> dict[str, Any]:
@@ -118,7 +186,7 @@ def packed(param: Tensor, plan: Plan, state: dict[str, Any], wanted: dict[str, T
         described = recut.describe(sharding.shard_of(param), plan.layout)
         several = bool(sharding.stack_sizes(param))
         saved[LAYOUT] = sharding.to_stack(param, described.to(part.device)) if several else described.to(part.device)
-    return saved
+    return {**saved, **_foreign(state)}
 
 
 def packed_of_owner(
@@ -151,7 +219,11 @@ def packed_of_owner(
             saved[role] = owners.spread_rows(value, like, owner, param)
     if not plan.entrywise:
         saved[LAYOUT] = recut.describe(_whole(param), plan.layout).to("cpu" if to_first else part.device)
-    return saved
+    return {**saved, **_foreign(state)}
+
+
+def _foreign(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {role: value for role, value in state.items() if not is_own(role)}
 
 
 def _whole(param: Tensor) -> sharding.Shard:
@@ -170,67 +242,152 @@ def packed_shapes(param: Tensor, plan: Plan, wanted: dict[str, Tensor], *, whole
     return shapes
 
 
-def gathered(saved: dict[str, Any]) -> dict[str, Any]:
-    """Returns saved state with whole tensors in place of DTensors; all ranks must call this."""
-    return {role: sharding.gathered(value) if isinstance(value, Tensor) else value for role, value in saved.items()}
+@dataclass(frozen=True)
+class Saved:
+    """The saved state of a parameter, and what this rank wants of it.
 
-
-def restored(
-    param: Tensor, plan: Plan, saved: dict[str, Any], wanted: dict[str, Tensor], *, whole: bool
-) -> tuple[dict[str, Any], bool]:
-    """Returns a copy of the saved state of one parameter on the parameter's device, in the saved dtypes.
-
-    Args:
-        param: The parameter.
+    Attributes:
+        member: The parameter.
         plan: How what this rank steps of it is cut.
         saved: Its saved state by role: plain tensors, or DTensors that are cut as :func:`packed` does.
         wanted: Tensors with the right shapes, by role.
-        whole: The parameter has an owner: all of its state is wanted, and was gathered.
+        owner: The rank that wants all of it; None where each wants its part.
+    """
+
+    member: Member
+    plan: Plan
+    saved: dict[str, Any]
+    wanted: dict[str, Tensor]
+    owner: int | None
+
+    @property
+    def cut(self) -> bool:
+        """Whether a part of the state is wanted."""
+        return self.owner is None and sharding.is_sharded(self.member.param)
+
+    @property
+    def shard(self) -> sharding.Shard:
+        """Where lies what is wanted."""
+        return sharding.shard_of(self.member.param) if self.cut else _whole(self.member.param)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the state says how it was cut, or is what the same rule keeps where no side has a factor."""
+        if LAYOUT in self.saved:
+            return True
+        plain = replace(self.plan, layout=uncut(self.member.param.shape))
+        kept = plain.computed(1, dtype=torch.float32, device=torch.device("meta"))
+        return _sizes(self.saved) == {**_sizes(kept), "step": 1}
+
+    def gathered(self) -> Saved:
+        """Returns the same with whole tensors in place of DTensors; all ranks must call this together."""
+        whole = {k: sharding.gathered(v) if isinstance(v, Tensor) else v for k, v in self.saved.items()}
+        return replace(self, saved=whole)
+
+    def counted(self) -> Saved:
+        """Returns the same with a whole count of steps; all ranks must call this together."""
+        step = self.saved.get("step")
+        return (
+            replace(self, saved={**self.saved, "step": sharding.gathered(step)}) if isinstance(step, Tensor) else self
+        )
+
+
+def restored(jobs: Sequence[Saved], *, together: bool, ours: bool) -> tuple[dict[Tensor, dict[str, Any]], int]:
+    """Returns copies of saved state on the devices of the parameters, in the saved dtypes.
+
+    Ranks agree on what is put together anew before any of them asks the others for their parts, and on errors before
+    any of them raises: what is wrong may be so with one rank's part alone.
+
+    Args:
+        jobs: What was saved of each parameter, in the same order on every rank.
+        together: Whether ranks load together.
+        ours: Whether an optimizer of the family saved it; state of another one is never made to fit.
 
     Returns:
-        State by role, and whether some of it is estimated, because it was cut in other parts.
+        State by parameter and role, and of how many parameters some of it is estimated, because it was cut in other
+        parts.
 
     Raises:
-        ValueError: If roles or shapes differ in a way that cannot be bridged.
+        ValueError: If roles or shapes differ in a way that cannot be bridged; on all ranks, where they load together.
     """
-    part, cut = sharding.local(param), sharding.is_sharded(param) and not whole
-    shard = sharding.shard_of(param) if cut else _whole(param)
-    state = _as_it_was(param, plan, saved, wanted, shard, cut=cut)
-    estimated = state is None and (LAYOUT in saved or not plan.entrywise)
+    jobs = [job.counted() if together else job for job in jobs]
+    found = [None if job.owner is not None else _as_it_was(job) for job in jobs]
+    anew = [state is None for state in found]
+    if together:
+        anew = [any(flags) for flags in zip(*sharding.from_all(anew), strict=True)]
+    states: dict[Tensor, dict[str, Any]] = {}
+    estimated, error = 0, None
+    for job, state, is_cut_anew in zip(jobs, found, anew, strict=True):
+        if is_cut_anew and together:
+            job = job.gathered()
+        if error is not None:
+            continue  # but for what the others wait for
+        try:
+            states[job.member.param], guessed = _restored(job, state, ours=ours)
+            estimated += guessed
+        except (ValueError, KeyError, RuntimeError) as caught:
+            error = caught if isinstance(caught, ValueError) else _misfit(job, caught)
+    if together:
+        sharding.raise_together(error)
+    elif error is not None:
+        raise error
+    return states, estimated
+
+
+def _misfit(job: Saved, caught: Exception) -> ValueError:
+    roles = ", ".join(f"{role} {tuple(getattr(value, 'shape', ()))}" for role, value in job.saved.items())
+    shape = tuple(job.member.param.shape)
+    error = ValueError(
+        f"the optimizer state of {job.member.name}, of shape {shape}, cannot be put together from {roles}: {caught}. "
+        "Resume with the optimizer and the optim_args that wrote the checkpoint, or start without its state"
+    )
+    error.__cause__ = caught
+    return error
+
+
+def _restored(job: Saved, state: dict[str, Tensor] | None, *, ours: bool) -> tuple[dict[str, Any], bool]:
+    param, plan, wanted, shard = job.member.param, job.plan, job.wanted, job.shard
+    if job.owner is not None:
+        if job.owner != sharding.rank():
+            return {"step": torch.as_tensor(job.saved["step"], device="cpu").max().to("cpu", COUNT)}, False
+        state = _as_it_was(job)
+    estimated = state is None and (LAYOUT in job.saved or not plan.entrywise)
     if state is None:
-        pieces = [replace(piece, state=decoded(piece.state, torch.float32)) for piece in _pieces(param, saved)]
+        if not (ours and job.is_known):
+            check_state(job.saved, wanted, job.member.name, tuple(param.shape))
+        pieces = [replace(piece, state=decoded(piece.state, torch.float32)) for piece in _pieces(job)]
         computed = plan.computed(1, dtype=torch.float32, device=torch.device("meta"))
         with float32_products(plan.layout.block, torch.device("cpu"), sides=plan.layout.sides):
             state = recut.recut(pieces, plan.rule, plan.layout, shard, {**computed, "step": wanted["step"]})
-    if not shard.numel and cut:
-        step = state["step"] if plan.entrywise else torch.zeros((), dtype=COUNT)
+    part = sharding.local(param)
+    if not shard.numel and (job.cut or not param.numel()):
+        step = state["step"] if plan.entrywise else torch.zeros((), dtype=COUNT, device="cpu")
         return {"step": step.to("cpu", COUNT)}, estimated
     state = plan.kept.converted(state, wanted)
-    check_state(state, wanted, tuple(param.shape))
+    check_state(state, wanted, job.member.name, tuple(param.shape))
     return {role: value.to("cpu" if role == "step" else part.device) for role, value in state.items()}, estimated
 
 
-def _as_it_was(
-    param: Tensor, plan: Plan, saved: dict[str, Any], wanted: dict[str, Tensor], shard: sharding.Shard, *, cut: bool
-) -> dict[str, Tensor] | None:
-    """What this rank steps of saved state, or None if it was cut in another way."""
-    own = recut.describe(shard, plan.layout)
-    if (described := saved.get(LAYOUT)) is not None:
+def _as_it_was(job: Saved) -> dict[str, Tensor] | None:
+    """What this rank steps of saved state, or None if it was cut in another way; asks no other rank."""
+    param, plan, wanted, cut = job.member.param, job.plan, job.wanted, job.cut
+    own = recut.describe(job.shard, plan.layout)
+    entrywise, described = plan.entrywise, job.saved.get(LAYOUT)
+    if described is not None:
         mine = _own_place(param, described) if cut else described
         if mine is None or mine.numel() != own.numel() or not torch.equal(mine.view(own.shape).cpu(), own):
             return None
-    entrywise = plan.entrywise
-    if described is None and cut and not entrywise:
+    elif not entrywise and (cut or not _fits(job.saved, wanted)):
         return None
     state = {}
-    for role, value in saved.items():
+    for role, value in job.saved.items():
         if role == LAYOUT:
             continue
         like = wanted.get(role)
-        tensor = value if isinstance(value, Tensor) else torch.tensor(value)
+        tensor = value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
         taken: Tensor | None = tensor
         if role == "step" and (entrywise or not cut or not sharding.stack_sizes(param)):
-            taken = sharding.gathered(tensor).max()  # several ranks may have saved one each
+            taken = tensor.max()  # several ranks may have saved one each
         elif cut:
             taken = _own_part(param, tensor) if entrywise else _own_place(param, tensor)
         elif entrywise and like is not None and tensor.numel() == like.numel():
@@ -242,36 +399,46 @@ def _as_it_was(
     return state
 
 
+def _fits(saved: Mapping[str, Any], wanted: Mapping[str, Tensor]) -> bool:
+    return _sizes(saved) == _sizes(wanted)
+
+
+def _sizes(state: Mapping[str, Any]) -> dict[str, int]:
+    return {role: value.numel() if isinstance(value, Tensor) else 1 for role, value in state.items()}
+
+
 def _own_place(param: Tensor, value: Tensor) -> Tensor | None:
     """This rank's place of stacked state, or None if it was not stacked over these ranks."""
     stack = sharding.stack_sizes(param)
-    if sharding.is_sharded(value):
-        part = sharding.local(value)
-        return part.reshape(part.shape[len(stack) :])
     if tuple(value.shape[: len(stack)]) != stack:
         return None
+    if sharding.is_sharded(value):
+        part = sharding.local(value)
+        alone = math.prod(part.shape[: len(stack)]) == 1
+        return part.reshape(part.shape[len(stack) :]) if alone else None
     return value[sharding.place_in_stack(param)]
 
 
 def _own_part(param: Tensor, value: Tensor) -> Tensor | None:
     """This rank's part of state in the tensor's coordinates, or None if it has other ones."""
     if sharding.is_sharded(value):
-        return sharding.local(value)
+        alike = value.shape == param.shape and sharding.local(value).shape == sharding.local(param).shape
+        return sharding.local(value) if alike else None
     shard = sharding.shard_of(param)
     if value.numel() != math.prod(shard.whole):
         return None
     return shard.of(value.reshape(shard.whole))
 
 
-def _pieces(param: Tensor, saved: dict[str, Any]) -> list[recut.Piece]:
-    """The parts that saved state consists of, on the CPU."""
-    plain = {role: value if isinstance(value, Tensor) else torch.tensor(value) for role, value in saved.items()}
-    plain = {role: sharding.gathered(value).detach().cpu() for role, value in plain.items()}
+def _pieces(job: Saved) -> list[recut.Piece]:
+    """The parts that saved state consists of, on the CPU; what other ranks have of it was gathered."""
+    param, saved = job.member.param, job.saved
+    plain = {role: v if isinstance(v, Tensor) else torch.tensor(v, device="cpu") for role, v in saved.items()}
+    plain = {role: value.detach().cpu() for role, value in plain.items()}
     described = plain.pop(LAYOUT, None)
     if described is None:  # the tensor was not cut, and its steps may be stacked all the same
-        view = tuple(param.shape) or (1,)
-        layout = Layout(view, (1,) * len(view), view, ())
-        state = {role: value.reshape(1, *view) for role, value in plain.items() if role != "step"}
+        layout = uncut(param.shape)
+        state = {role: value.reshape(1, *layout.view) for role, value in plain.items() if role != "step"}
         return [recut.Piece(_whole(param), layout, {**state, "step": plain["step"].max()})]
     stack = described.shape[:-1]
     places = [tuple(place) for place in itertools.product(*(range(size) for size in stack))]
@@ -279,17 +446,22 @@ def _pieces(param: Tensor, saved: dict[str, Any]) -> list[recut.Piece]:
 
 
 def saved_shapes(source: Path) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Shapes of the saved state by name of the parameter and role."""
+    """Shapes of the family's saved state by name of the parameter and role."""
     if source.is_file():
-        state = read(source)["state"]
-        return {name: {role: tuple(torch.as_tensor(v).shape) for role, v in e.items()} for name, e in state.items()}
+        found = {
+            name: {role: tuple(getattr(value, "shape", ())) for role, value in entry.items() if is_own(role)}
+            for name, entry in read(source)["state"].items()
+            if isinstance(entry, Mapping)
+        }
+        return {name: roles for name, roles in found.items() if roles}
     from torch.distributed.checkpoint.filesystem import FileSystemReader
 
     shapes: defaultdict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
     for key, value in FileSystemReader(source).read_metadata().state_dict_metadata.items():
         if key.startswith("optimizer.state."):
             name, _, role = key.removeprefix("optimizer.state.").rpartition(".")
-            shapes[name][role] = tuple(getattr(value, "size", ()))
+            if is_own(role):
+                shapes[name][role] = tuple(getattr(value, "size", ()))
     return dict(shapes)
 
 

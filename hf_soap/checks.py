@@ -14,7 +14,7 @@ CONFIGS = (configs.SoapConfig, configs.ShampooConfig, configs.MarsSoapConfig)
 OTHERS = {name for config in CONFIGS for name in schema.option_fields(config)} | schema.ELSEWHERE.keys()
 """Options of any optimizer of the family."""
 
-CHANGING = ("maximize", "amsgrad", "nesterov")
+CHANGING = ("amsgrad", "nesterov")
 """Settings of torch's optimizers that change what an update is; others, such as foreach, only say how it is made."""
 
 

@@ -67,14 +67,7 @@ def stack_gradients(grads: Sequence[Tensor], bucket: Bucket, chunk: Chunk) -> Te
 
 
 def step_tensors(
-    bucket: Bucket,
-    first: int,
-    last: int,
-    grads: list[Tensor],
-    chunk: Chunk,
-    *,
-    lr: float | Tensor,
-    weight_decay: float,
+    bucket: Bucket, first: int, last: int, grads: list[Tensor], chunk: Chunk, rates: Sequence[updates.Rate]
 ) -> None:
     """Updates the tensors first..last-1 of a bucket: by the rule's fused kernels where they apply, else its direction.
 
@@ -84,23 +77,24 @@ def step_tensors(
         last: One after the last.
         grads: Their gradients.
         chunk: What the rule needs to know of them.
-        lr: Learning rate.
-        weight_decay: Decoupled weight decay.
+        rates: Learning rate and decay of each.
     """
     plan = bucket.plan
     weights = bucket.weights(first, last)
     if plan.keep_weights:
         before = torch.cat([plan.layout.to_blocks(weight) for weight in weights])
     if chunk.usable is not None:
-        lr = lr * chunk.usable.to(bucket.dtype)  # and so nothing moves
+        gate = chunk.usable.to(bucket.dtype)
+        gated = {id(rate): (rate[0] * gate, rate[1]) for rate in rates}  # so that nothing moves in a bad step
+        rates = [gated[id(rate)] for rate in rates]
     if bucket.fuses and chunk.usable is None and _are_plain((*weights, *grads), bucket.dtype):
         each = {role: tensors[first:last] for role, tensors in bucket.each.items()}
         with chunk.gauge.watching(weights):
-            plan.rule.fused_step(weights, grads, each, chunk.t, lr=lr, weight_decay=weight_decay)
+            plan.rule.fused_step(weights, grads, each, chunk.t, rates=rates)
     else:
         directions = directions_of(bucket, first, last, grads, chunk)
         with chunk.gauge.watching(weights):
-            apply_(weights, directions, lr=lr, weight_decay=weight_decay, decay_last=plan.decay_last)
+            apply_(weights, directions, rates, decay_last=plan.decay_last)
     if plan.keep_weights:
         kept = bucket.rows(first, last)[PREV_PARAM]
         kept.copy_(before if chunk.usable is None else torch.where(chunk.usable, before, kept))
@@ -124,24 +118,19 @@ def directions_of(bucket: Bucket, first: int, last: int, grads: Sequence[Tensor]
 
 
 def apply_(
-    weights: Sequence[Tensor],
-    directions: Sequence[Tensor],
-    *,
-    lr: float | Tensor,
-    weight_decay: float,
-    decay_last: bool,
+    weights: Sequence[Tensor], directions: Sequence[Tensor], rates: Sequence[updates.Rate], *, decay_last: bool
 ) -> None:
     """Takes a step as :func:`hf_soap.updates.take_step_` does, rounding low-precision weights once.
 
     Args:
         weights: Changed in place.
         directions: Of the same shapes, used up.
-        lr: Learning rate.
-        weight_decay: Decoupled weight decay.
+        rates: Learning rate and decay of each.
         decay_last: Whether the weights decay after the update, or both are taken from the same weights.
     """
     exact = [weight.to(direction.dtype) for weight, direction in zip(weights, directions, strict=True)]
-    updates.take_step_(exact, directions, lr=lr, weight_decay=weight_decay, decay_last=decay_last)
+    for run, (lr, weight_decay) in updates.equal_rates(rates):
+        updates.take_step_(exact[run], directions[run], lr=lr, weight_decay=weight_decay, decay_last=decay_last)
     for weight, value in zip(weights, exact, strict=True):
         if weight is not value:
             weight.copy_(value)

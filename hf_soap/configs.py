@@ -31,6 +31,9 @@ class _Guard(OptimizerConfig):
         "What state is kept in between steps; `float8` is for moments, what goes with them is bfloat16. Rounded at "
         "random, repeatably.",
     )
+    stacked_matrices: bool = option(
+        True, "Treat a 3-D tensor whose first dimension is the shortest (a mixture's experts) as a stack of matrices."
+    )
     pack_factors: bool = option(False, "Keep one triangle of each symmetric matrix: exact, and slightly slower.")
     distributed_refresh: bool | None = option(
         None, "Split refreshes among ranks with equal weights and gradients; `none` does so under the Trainer's DDP."
@@ -57,6 +60,12 @@ class _Factors(_Guard):
         "A longer side keeps an identity basis and no factor.",
         NON_NEGATIVE,
         remedy="use 0 to factor no side at all, which is Adam",
+    )
+    max_aspect_ratio: float | None = option(
+        8.0,
+        "A flatter matrix gets a factor on its short side only; `none` sets no limit.",
+        POSITIVE,
+        remedy="use none for no limit",
     )
     merge_dims: bool = option(
         False, "Merge small neighbouring dimensions of tensors with more than two (convolutions)."

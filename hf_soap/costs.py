@@ -70,18 +70,17 @@ class Share:
 
 def shares(optimizer: BlockOptimizer, *, ranks: int, mode: Mode) -> Iterator[Share]:
     """Yields what becomes of each trainable parameter that has entries; arguments as of :func:`cost`."""
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            if not param.requires_grad or not param.numel():
-                continue
-            whole = optimizer.plan(group, param.shape)
-            stays = mode == "owner" and whole.rule.elementwise(whole.layout)
-            owned = mode in ("owner", "ddp, owner") and not stays and ranks > 1
-            if owned or ranks == 1 or mode == "ddp":
-                yield Share(group, param, whole, owned)
-            else:
-                plan = optimizer.plan(group, largest_part(param, ranks), sharded=True)
-                yield Share(group, param, plan, owned)
+    for member in optimizer.members():
+        param, settings = member.param, member.settings
+        if not param.requires_grad or not param.numel():
+            continue
+        whole = optimizer.plan(settings, param.shape)
+        stays = mode == "owner" and whole.rule.elementwise(whole.layout)
+        owned = mode in ("owner", "ddp, owner") and not stays and ranks > 1
+        if owned or ranks == 1 or mode == "ddp":
+            yield Share(settings, param, whole, owned)
+        else:
+            yield Share(settings, param, optimizer.plan(settings, param.shape, part=largest_part(param, ranks)), owned)
 
 
 def largest_part(param: Tensor, ranks: int) -> tuple[int, ...]:

@@ -1,7 +1,8 @@
-"""Which parameter follows which rule: the Trainer's param groups, split further."""
+"""Which parameter follows which rule, in the param groups of the Trainer."""
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_soap.buckets import state_dtype
+from hf_soap.members import OVERRIDES
 from hf_soap.sharding import local
 from hf_soap.stepping import BlockOptimizer
 
@@ -20,19 +22,22 @@ if TYPE_CHECKING:
     from hf_soap.blocks import Plan
     from hf_soap.schema import OptimizerConfig
 
+logger = logging.getLogger(__name__)
+
 LORA = re.compile(r"lora_(embedding_)?[AB]\b")
 """Names of LoRA matrices in peft: (r, in), (out, r)."""
 
 Overrides = dict[str, Any]
 ADAM: Overrides = {"rule": "adam"}
 ONE_SIDED: Overrides = {"one_sided": True}
+BOTH_SIDES: Overrides = {"one_sided": False, "max_aspect_ratio": None}
 
 
-def split_groups(params: Iterable[Any], model: nn.Module | None, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Splits param groups by the rule that each parameter follows; the first match wins.
+def with_overrides(params: Iterable[Any], model: nn.Module | None, config: OptimizerConfig) -> list[dict[str, Any]]:
+    """Says for each parameter which settings differ from those of its param group; the first match wins.
 
-    In this order: ``adam_modules``, ``one_sided_modules``, LoRA matrices (``lora_sides``), embeddings and output head
-    where the optimizer leaves them to Adam, the optimizer's defaults.
+    In this order: ``adam_modules``, ``one_sided_modules``, adapters (``lora_sides``), embeddings and output
+    head where the optimizer leaves them to Adam, the optimizer's defaults.
     Tied weights are found under each of their names.
 
     Args:
@@ -41,7 +46,8 @@ def split_groups(params: Iterable[Any], model: nn.Module | None, config: Optimiz
         config: The options.
 
     Returns:
-        Param groups with the settings of each, with names where a model was given; empty ones are dropped.
+        The same groups in the same order, empty ones too, since a scheduler may have a function for each; with names
+        where a model was given, and with the settings of each parameter under ``overrides`` where any differ.
 
     Raises:
         ValueError: If a pattern matches no trainable parameter, or there is no model to match it with.
@@ -63,19 +69,29 @@ def split_groups(params: Iterable[Any], model: nn.Module | None, config: Optimiz
                 if trainable
                 else f"{key}={pattern.pattern!r} needs parameter names; build the optimizer with its model"
             )
-
+    sides = getattr(config, "lora_sides", "rank")
+    if model is None and sides != "rank":
+        logger.warning(
+            "lora_sides=%s cannot be followed without the model, whose names say which matrices are an adapter's. "
+            "Shapes decide instead: a matrix flatter than %s : 1 gets a factor on its short side.",
+            sides,
+            getattr(config, "max_aspect_ratio", None),
+        )
     embeddings = _embeddings(model) if model is not None and config.adam_embeddings else set()
-    split: list[dict[str, Any]] = []
+    adapters = _adapters(model) if model is not None else set()
     named = all(param in names for group in groups for param in group["params"])
     for group in groups:
-        routed: defaultdict[tuple[tuple[str, Any], ...], list[Any]] = defaultdict(list)
+        overrides = []
         for param in group["params"]:
-            overrides = _route(param, names.get(param, ()), patterns, config)
-            if overrides is None:
-                overrides = ADAM if param in embeddings else {}
-            routed[tuple(overrides.items())].append((names[param][0], param) if named else param)
-        split.extend({**group, **dict(overrides), "params": members} for overrides, members in routed.items())
-    return split
+            own = _overrides(param, names.get(param, ()), patterns, config, is_adapter=param in adapters)
+            if own is None:
+                own = ADAM if param in embeddings else {}
+            overrides.append(dict(own))
+        if any(overrides):
+            group[OVERRIDES] = overrides
+        if named:
+            group["param_names"] = [names[param][0] for param in group["params"]]
+    return groups
 
 
 def routing_table(optimizer: BlockOptimizer) -> str:
@@ -90,17 +106,17 @@ def routing_table(optimizer: BlockOptimizer) -> str:
         One line per rule, and a heading.
     """
     totals: dict[str, list[int]] = {}
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            if not param.requires_grad:
-                continue
-            plan, whole = optimizer.plan_of(group, param), optimizer.owned(group, param)
-            count = totals.setdefault(describe(plan, owned=whole), [0, 0, 0])
-            count[0] += 1
-            count[1] += param.numel() if whole else local(param).numel()
-            count[2] += 2 * plan.layout.factor_numel() * state_dtype(param).itemsize
+    for member in optimizer.members():
+        param = member.param
+        if not param.requires_grad:
+            continue
+        plan, whole = optimizer.plan_of(member.settings, param), optimizer.owned(member.settings, param)
+        count = totals.setdefault(describe(plan, owned=whole), [0, 0, 0])
+        count[0] += 1
+        count[1] += param.numel() if whole else local(param).numel()
+        count[2] += 2 * plan.layout.factor_numel() * state_dtype(param).itemsize
     rows = [("rule", "tensors", "parameters", "factors and bases")]
-    rows += [(rule, f"{n:,}", f"{size:,}", f"{octets / 2**20:,.1f} MiB") for rule, (n, size, octets) in totals.items()]
+    rows += [(rule, f"{n:,}", f"{size:,}", f"{held / 2**20:,.1f} MiB") for rule, (n, size, held) in totals.items()]
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     return "\n".join(
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
@@ -116,8 +132,9 @@ def describe(plan: Plan, *, owned: bool) -> str:
         owned: Whether one rank preconditions the whole of it.
     """
     blocks = plan.layout.blocks
+    flat = ", the others too long" if plan.layout.too_long else ""
     parts = f" of each of {blocks} blocks" if blocks > 1 else ""
-    return f"{plan.rule.describe(plan.layout)}{parts}{', by owner' if owned else ''}"
+    return f"{plan.rule.describe(plan.layout)}{flat}{parts}{', by owner' if owned else ''}"
 
 
 def _listed(params: Any) -> list[Tensor]:
@@ -140,12 +157,35 @@ def _embeddings(model: nn.Module) -> set[Tensor]:
     return tables | ({head.weight} if head is not None else set())
 
 
-def _route(
-    param: Tensor, names: Sequence[str], patterns: dict[str, re.Pattern[str]], config: OptimizerConfig
+def _adapters(model: nn.Module) -> set[Tensor]:
+    """Returns the parameters that adapters of peft add: those of its layers, and of its prompts."""
+    found: set[Tensor] = set()
+    for module in model.modules():
+        for name in getattr(module, "adapter_layer_names", ()):
+            part = getattr(module, name, None)
+            if isinstance(part, torch.nn.Module):
+                found.update(part.parameters())
+    prompts = getattr(model, "prompt_encoder", None)
+    if isinstance(prompts, torch.nn.Module) and hasattr(model, "peft_config"):
+        found.update(prompts.parameters())
+    return found
+
+
+def _overrides(
+    param: Tensor,
+    names: Sequence[str],
+    patterns: dict[str, re.Pattern[str]],
+    config: OptimizerConfig,
+    *,
+    is_adapter: bool,
 ) -> Overrides | None:
     for key, overrides in (("adam_modules", ADAM), ("one_sided_modules", ONE_SIDED)):
         if key in patterns and any(patterns[key].search(name) for name in names):
             return overrides
-    if hasattr(config, "lora_sides") and param.dim() == 2 and any(LORA.search(name) for name in names):
-        return {"rank": ONE_SIDED, "both": {}, "none": ADAM}[config.lora_sides]
-    return None
+    is_lora = any(LORA.search(name) for name in names)
+    if not hasattr(config, "lora_sides") or not (is_lora or is_adapter):
+        return None
+    if param.dim() == 2:
+        return {"rank": ONE_SIDED, "both": BOTH_SIDES, "none": ADAM}[config.lora_sides]
+    # Blocks of rotations, banks of vectors: their dimensions are no sides of a matrix.
+    return ADAM if param.dim() > 2 and not is_lora and config.lora_sides != "both" else None

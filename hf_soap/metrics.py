@@ -14,7 +14,7 @@ from torch import Tensor
 from hf_soap import bases, sharding
 from hf_soap.probe import Sums
 from hf_soap.stepping import BlockOptimizer
-from hf_soap.storage import decoded
+from hf_soap.storage import decoded, is_own
 
 COLUMNS = (
     *("update", "weight", "entries", "rotation", "rotations", "root_change", "roots", "refresh"),
@@ -88,10 +88,9 @@ def slug(label: str) -> str:
 def rules_of(optimizer: BlockOptimizer) -> dict[Tensor, str]:
     """Says for each trainable parameter in a few words which rule it follows."""
     plans = {
-        param: optimizer.plan_of(group, param)
-        for group in optimizer.param_groups
-        for param in group["params"]
-        if param.requires_grad and param.numel()
+        member.param: optimizer.plan_of(member.settings, member.param)
+        for member in optimizer.members()
+        if member.param.requires_grad and member.param.numel()
     }
     return {param: plan.rule.describe(plan.layout) for param, plan in plans.items()}
 
@@ -101,13 +100,17 @@ def _state_sums(optimizer: BlockOptimizer, rules: dict[Tensor, str]) -> defaultd
     shares: defaultdict[tuple[torch.device, torch.dtype], list[tuple[str, Tensor]]] = defaultdict(list)
     for param, label in rules.items():
         kept = optimizer.state.get(param, {})
-        if not kept:
+        if "step" not in kept:
             continue
         seeded = bool(kept["step"] > 0)
         sums[label]["tensors"] += 1
         sums[label]["seeded"] += seeded
         # Without a basis, a factor lives in the space of the gradients, where it need not be diagonal.
-        roles = [role for role in kept if role.startswith("factor_") and role.replace("factor", "basis") in kept]
+        roles = [
+            role
+            for role in kept
+            if is_own(role) and role.startswith("factor_") and role.replace("factor", "basis") in kept
+        ]
         for factor in decoded({role: kept[role] for role in roles if seeded}, torch.float32).values():
             share = bases.off_diagonal_share(factor)
             shares[share.device, share.dtype].append((label, share))

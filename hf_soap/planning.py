@@ -47,7 +47,7 @@ def build(model: nn.Module, params: Iterable[Any], config: schema.OptimizerConfi
         ValueError: If options exclude each other, or a pattern matches no parameter.
     """
     kwargs = config.constructor_kwargs()
-    return registry.ENTRIES[config.name].optimizer(grouping.split_groups(params, model, config), **kwargs)
+    return registry.ENTRIES[config.name].optimizer(grouping.with_overrides(params, model, config), **kwargs)
 
 
 @dataclass(frozen=True)

@@ -60,11 +60,11 @@ def onednn_is_exact() -> bool:
     settings = _settings("cpu")
     if settings is None or not torch.backends.mkldnn.is_available():
         return False
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device="cpu").manual_seed(0)
     before = settings.fp32_precision
     try:
         for size in (SMALLEST, 4 * SMALLEST):
-            one, other = (torch.rand(2, size, size, generator=generator) for _ in range(2))
+            one, other = (torch.rand(2, size, size, generator=generator, device="cpu") for _ in range(2))
             settings.fp32_precision = REDUCED["cpu"]
             got = torch.bmm(one, other).double()
             want = one.double() @ other.double()

@@ -87,7 +87,7 @@ def suggestion(model: nn.Module, optimizer: BlockOptimizer, config: schema.Optim
 
     def measure(candidate: schema.OptimizerConfig) -> costs.Cost:
         made = planning.build(model, params, candidate)
-        plans = [made.plan_of(group, p) for group in made.param_groups for p in group["params"] if p.requires_grad]
+        plans = [made.plan_of(m.settings, m.param) for m in made.members() if m.param.requires_grad]
         return costs.Cost(state=made.state_bytes(), work=sum(plan.work() for plan in plans))
 
     found = planning.settings_that_fit(config, measure, lambda cost: cost.state <= room)

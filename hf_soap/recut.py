@@ -45,7 +45,7 @@ def describe(shard: Shard, layout: Layout) -> Tensor:
     numbers = [len(shard.whole), len(layout.view)]
     for values in (shard.whole, shard.offset, shard.size, shard.largest, layout.view, layout.grid, layout.block):
         numbers += values
-    return torch.tensor(numbers, dtype=torch.int64)
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
 
 
 def understand(described: Tensor, state: Mapping[str, Tensor]) -> Piece:
@@ -75,9 +75,11 @@ def recut(
     """
     near = [piece for piece in pieces if _overlap(piece.shard, shard)]
     steps = [piece.state["step"].reshape(()) for piece in near]
-    step = torch.stack(steps).max() if steps else torch.zeros(())
+    step = torch.stack(steps).max() if steps else torch.zeros((), device="cpu")
     dtype = next((value.dtype for piece in near for role, value in piece.state.items() if role != "step"), None)
-    state = {role: torch.zeros(like.shape, dtype=dtype) for role, like in wanted.items() if role != "step"}
+    state = {
+        role: torch.zeros(like.shape, dtype=dtype, device="cpu") for role, like in wanted.items() if role != "step"
+    }
     if step > 0:
         known = [Piece(p.shard, p.layout, rule.restate(p.state, p.layout)) for p in near if p.state["step"] > 0]
         for role, value in state.items():
@@ -115,7 +117,7 @@ def _part(piece: Piece, role: str, shard: Shard) -> tuple[Ranges, Tensor]:
 
 
 def _joined(parts: Sequence[tuple[Ranges, Tensor]], shard: Shard, dtype: torch.dtype) -> Tensor:
-    joined = torch.zeros(shard.size, dtype=dtype)
+    joined = torch.zeros(shard.size, dtype=dtype, device="cpu")
     for ranges, part in parts:
         where = zip(ranges, shard.offset, strict=True)
         joined[tuple(slice(first - start, end - start) for (first, end), start in where)] = part

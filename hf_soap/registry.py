@@ -138,7 +138,7 @@ def _grouping_class(
 
     class FromTrainerGroups(optimizer):  # type: ignore[misc, valid-type]
         def __new__(cls, params: Iterable[Any], **kwargs: Any) -> Any:
-            made = optimizer(grouping.split_groups(params, named(), config), **kwargs)
+            made = optimizer(grouping.with_overrides(params, named(), config), **kwargs)
             logger.info("%s routes parameters as follows\n%s", config.name, grouping.routing_table(made))
             _report_sharding(made, config.name)
             return made

@@ -209,6 +209,20 @@ def from_all(value: Any) -> list[Any]:
     return values
 
 
+def raise_together(error: Exception | None) -> None:
+    """Raises on every rank what one of them has found; all ranks must call this.
+
+    Args:
+        error: What this rank found.
+
+    Raises:
+        ValueError: If any rank found an error; it names the first such rank.
+    """
+    for number, text in enumerate(from_all(None if error is None else str(error))):
+        if text is not None:
+            raise ValueError(f"{text} (found by rank {number} of {ranks()})") from error
+
+
 def wire_device(param: Tensor) -> torch.device:
     """Returns the device whose tensors the ranks of a parameter exchange; offloaded parts lie on another."""
     if not is_sharded(param) or param.device_mesh.device_type == "cpu":

@@ -2,28 +2,33 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from typing import Any, overload
+from functools import partial
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor
 
-from hf_soap import sharding
+from hf_soap import checkpoint, sharding
 from hf_soap.blocks import Chunk, Plan, adjacent
-from hf_soap.buckets import Bucket, GroupCache, state_dtype, warn_if_flattened
+from hf_soap.buckets import Bucket, BucketCache, state_dtype, warn_if_flattened
 from hf_soap.chunks import apply_, directions_of, stack_gradients, stages, step_tensors
+from hf_soap.members import Member
 from hf_soap.owners import SEEDED, UPDATED, Outcome, Ownership
-from hf_soap.probe import IDLE, Gauge, Probe
+from hf_soap.probe import IDLE, Gauge
 from hf_soap.refreshes import Updated
 from hf_soap.state import PlannedOptimizer
-from hf_soap.storage import COUNT
+from hf_soap.storage import COUNT, LAYOUT, is_own
 
 
 def unwrapped(optimizer: Any) -> Any:
     """Returns the optimizer in accelerate's wrapper, or the optimizer itself."""
     return getattr(optimizer, "optimizer", optimizer)
+
+
+def _among(params: set[Tensor], member: Member) -> bool:
+    return member.param in params
 
 
 class BlockOptimizer(PlannedOptimizer):
@@ -35,6 +40,8 @@ class BlockOptimizer(PlannedOptimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]
+    @torch.inference_mode(False)
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Updates every parameter that has a gradient.
@@ -46,7 +53,8 @@ class BlockOptimizer(PlannedOptimizer):
             What the closure returned.
 
         Raises:
-            ValueError: If a gradient is sparse or complex, before anything changed.
+            ValueError: If a gradient is sparse or complex, or a parameter has changed its shape since its state was
+                made, before anything changed.
             FloatingPointError: If ``max_skipped_in_a_row`` steps in a row were skipped.
         """
         loss = None
@@ -54,9 +62,9 @@ class BlockOptimizer(PlannedOptimizer):
             with torch.enable_grad():
                 loss = closure()
         self._settle()
-        self._guard.refuse_to_skip_for_ever(self.param_groups)  # a device's verdict on the step before
+        self._guard.refuse_to_skip_for_ever(self.param_groups)  # the finite check of the step before
         device = next((param.device for group in self.param_groups for param in group["params"]), torch.device("cpu"))
-        with nullcontext() if self._measuring is None else self._measuring.stepping(device):
+        with nullcontext() if self.probe is None else self.probe.stepping(device):
             if self._gradients_usable():
                 self._consolidated = None
                 self._refreshes.start()
@@ -66,118 +74,106 @@ class BlockOptimizer(PlannedOptimizer):
         return loss
 
     def _gradients_usable(self) -> bool:
-        return self._guard.admits(
-            self.param_groups,
-            defers=self._find_owners() is None,
-            name=type(self).__name__,
-        )
-
-    @property
-    def _measuring(self) -> Probe | None:
-        """Who measures this step."""
-        return self.probe
+        return self._guard.admits(self.param_groups, defers=self._find_owners() is None, name=type(self).__name__)
 
     def _step_all(self, *, allocate_only: bool) -> None:
         owners = self._find_owners()
-        for number, group, places in self._trainable():
-            own = places if owners is None else {i: p for i, p in places.items() if p not in owners.owner}
-            if not allocate_only:
-                self._count_empty_parts(own.values())
-            for bucket in self._group_buckets((number, 0), group, own):
-                if not allocate_only:
-                    self._step_bucket(group, bucket, bucket.grads())
+        cache = self._bucket_cache(0, lambda member: owners is None or member.param not in owners.owner)
+        if not allocate_only:
+            self._count_empty_parts(cache.empty)
+            for bucket in cache.buckets:
+                self._step_bucket(bucket, bucket.grads())
         if owners is not None:
             self._step_owned(owners, allocate_only=allocate_only)
 
     def _count_empty_parts(self, params: Iterable[Tensor]) -> None:
         """Counts a step of the parameters of which this rank has nothing: a checkpoint may take any rank's count."""
         for param in params:
-            if sharding.is_sharded(param) and param.numel() and not sharding.local(param).numel():
-                step = self._count_of_nothing(param)
-                if param.grad is not None:
-                    step += 1
-                    self._guard.counted(step)
+            step = self._count_of_nothing(param)
+            if param.grad is not None and sharding.is_sharded(param):
+                step += 1
+                self._guard.counted(step)
 
     def _count_of_nothing(self, param: Tensor) -> Tensor:
         """Returns the count of steps of a parameter of which this rank has nothing: a checkpoint asks every rank."""
-        step: Tensor | None = self.state[param].get("step")
-        if step is None:
-            step = self.state[param]["step"] = torch.zeros((), dtype=COUNT, device="cpu")
-        return step
+        state = self.state.setdefault(param, {})
+        if not isinstance(state.get("step"), Tensor):
+            state["step"] = torch.full((), float(state.get("step", 0)), dtype=COUNT, device="cpu")
+        return cast(Tensor, state["step"])
 
     def _is_synthetic(self) -> bool:
         """Whether this step is taken to make the state alone, as torch.distributed.checkpoint does before a load."""
-        if self.state:
+        if any(isinstance(key, Tensor) for key in self.state) or any(group["lr"] for group in self.param_groups):
             return False
-        if any(group["lr"] for group in self.param_groups):
-            return False
-        params = [param for group in self.param_groups for param in group["params"] if param.requires_grad]
+        params = [member.param for member in self._roster().trained]
         grads = [sharding.local_grad(param) for param in params]
         zero = not any(grad is not None and bool(grad.any()) for grad in grads)
         return sharding.agree(zero, params)  # a warmup starts at 0 too, and the gradient of one part may be zero
 
-    def _group_buckets(
-        self, key: tuple[int, int], group: dict[str, Any], places: dict[int, Tensor], *, whole: bool = False
-    ) -> list[Bucket]:
-        """Returns buckets of a group, built anew where parameters or state were replaced since the last step.
+    def _bucket_cache(self, key: int, belongs: Callable[[Member], bool], *, whole: bool = False) -> BucketCache:
+        """Returns buckets of parameters, built anew where parameters or state were replaced since the last step.
 
         Args:
-            key: Number of the group and of the exchange with owners.
-            group: The group.
-            places: Parameters by their place in the optimizer.
+            key: 0, or the number of the exchange with owners.
+            belongs: Says which trained parameters are meant.
             whole: Whether whole parameters are stepped, as their owner does, or this rank's parts.
         """
-        settings = {
-            key: group[key] for key in self.defaults.keys() & group.keys() if key not in ("lr", "weight_decay")
-        }
-        cached, params = self._buckets.get(key), list(places.values())
-        fits = cached is not None and cached.fits(params, self.state)
-        if cached is not None and fits and cached.settings != settings:
-            fits = cached.replan(lambda param: self.plan_of(group, param))
-            cached.settings = settings
-        if cached is not None and fits:
-            return cached.buckets
-        self._check_shapes(key[0], group)
-        members: dict[tuple[Plan, torch.dtype, torch.device], list[tuple[int, Tensor, torch.Size]]] = {}
-        for place, param in places.items():
-            part = sharding.local(param)
-            if not part.numel() and not (whole and param.numel()):
-                if sharding.is_sharded(param):  # torch takes no state at all for a new run
-                    self._count_of_nothing(param)
+        roster, cache = self._roster(), self._buckets.get(key)
+        kept = cache is not None and cache.fits(self.state)
+        if cache is not None and kept and (cache.roster is roster or cache.replan(roster, self.plan_of)):
+            return cache
+        shapes = {} if cache is None else cache.shapes()
+        dormant, empty = [], []
+        kinds: dict[tuple[Plan, torch.dtype, torch.device], list[tuple[Member, torch.Size]]] = {}
+        for member in filter(belongs, roster.trained):
+            param, part = member.param, sharding.local(member.param)
+            known = self.state.get(param, {})
+            # Ranks save together what they share: its state is made at once. All else waits for its first gradient.
+            if not (whole or "step" in known or param.grad is not None or sharding.is_sharded(param)):
+                dormant.append(member)
                 continue
-            kind = (self.plan_of(group, param), state_dtype(param), param.device)
-            warn_if_flattened(kind[0].layout, param)
-            members.setdefault(kind, []).append((place, param, param.shape if whole else part.shape))
-        buckets = [Bucket(plan, entries, self.state, dtype=dtype) for (plan, dtype, _), entries in members.items()]
-        self._buckets[key] = GroupCache(settings, params, buckets)
-        return buckets
+            if not part.numel() and not (whole and param.numel()):
+                self._count_of_nothing(param)
+                empty.append(param)
+                continue
+            self._refuse_other_shape(member, shapes.get(param, param.shape), known)
+            plan = self.plan_of(member.settings, param)
+            if LAYOUT in known:  # an entry of a state dict
+                self._adopt(member, plan)
+            warn_if_flattened(plan.layout, param)
+            kind = plan, state_dtype(param), param.device
+            kinds.setdefault(kind, []).append((member, param.shape if whole else part.shape))
+        buckets = [Bucket(plan, entries, self.state, dtype=dtype) for (plan, dtype, _), entries in kinds.items()]
+        self._buckets[key] = BucketCache(roster, dormant, empty, buckets)
+        return self._buckets[key]
 
-    def _check_shapes(self, number: int, group: dict[str, Any]) -> None:
-        """Refuses parameters that took the place of those of other shapes since the group was added."""
-        for param in group["params"]:
-            sharding.check_placements(param)
-        now = [param.shape for param in group["params"]]
-        before = self._made_for.get(number, now)
-        if now != before:
-            got, want = next(pair for pair in itertools.zip_longest(now, before) if pair[0] != pair[1])
+    def _refuse_other_shape(self, member: Member, before: torch.Size, known: Mapping[str, Any]) -> None:
+        if member.param.shape != before and any(map(is_own, known)):
             raise ValueError(
-                f"got a parameter of shape {got and tuple(got)} in the place of one of shape {want and tuple(want)}, "
-                "wanted the parameters that the optimizer was made for: DeepSpeed and FSDP1 put flat vectors there, "
-                "on which it could only be Adam; use FSDP2 (fully_shard) or DDP"
+                f"{member.name} has changed its shape from {tuple(before)} to {tuple(member.param.shape)} since its "
+                "state was made, wanted the same shape: the state would be scrambled; delete optimizer.state[param] "
+                "to let it start anew, or put another parameter in its place"
             )
 
+    def _adopt(self, member: Member, plan: Plan) -> None:
+        """Takes over an entry of a state dict that was put into the state as it is."""
+        known = self.state[member.param]
+        saved = {role: value for role, value in known.items() if is_own(role)}
+        job = checkpoint.Saved(member, plan, saved, self._wanted_state(member), None)
+        states, _ = checkpoint.restored([job], together=False, ours=True)
+        for role in saved:
+            del known[role]
+        known.update(states[member.param])
+
     def _step_bucket(
-        self,
-        group: dict[str, Any],
-        bucket: Bucket,
-        grads: Sequence[Tensor | None],
-        outcomes: dict[Tensor, Outcome] | None = None,
+        self, bucket: Bucket, grads: Sequence[Tensor | None], outcomes: dict[Tensor, Outcome] | None = None
     ) -> None:
         """Steps the members of a bucket that have a gradient; with ``outcomes`` only says where they should go."""
         plan = bucket.plan
         steps = [int(count) for count in bucket.steps.tolist()]
         fresh, ready = stages(bucket, grads, steps)
-        decay = group["weight_decay"] if plan.weight_decay is None else plan.weight_decay
+        of_group = {number: self.rates(self.param_groups[number], plan) for number in dict.fromkeys(bucket.groups)}
+        rates = [of_group[number] for number in bucket.groups]
         gauge = self._gauge(plan)
         size = bucket.tensors_per_chunk(watched=gauge.watches)
         alike = outcomes is None and not sharding.is_sharded(bucket.params[0])
@@ -185,7 +181,7 @@ class BlockOptimizer(PlannedOptimizer):
         usable = (
             None if self._guard.usable is None else self._guard.usable.to(device, non_blocking=device.type != "cpu")
         )
-        team = sharding.Team() if group["distributed_refresh"] and alike and sharding.ranks() > 1 else None
+        team = sharding.Team() if plan.splits_refreshes and alike and sharding.ranks() > 1 else None
         with bucket.exact_arithmetic(), bucket.stepping() as under_way:
             for seeding, flags in ((True, fresh), (False, ready)):
                 for first, last in adjacent(flags, size):
@@ -193,25 +189,26 @@ class BlockOptimizer(PlannedOptimizer):
                     t = tuple(step + 1 - plan.rule.seeds for step in steps[first:last])
                     count = bucket.steps[first:last].add_(1)
                     chunk = Chunk(
-                        plan.layout,
-                        t,
-                        tuple(bucket.index[first:last]),
-                        self._background,
-                        team,
-                        usable,
-                        gauge,
-                        self._failures,
-                        plan.refreshes_later,
+                        layout=plan.layout,
+                        t=t,
+                        index=tuple(bucket.index[first:last]),
+                        background=self._background,
+                        team=team,
+                        usable=usable,
+                        gauge=gauge,
+                        failures=self._failures,
+                        later=plan.refreshes_later,
                     )
                     given = [grad for grad in grads[first:last] if grad is not None]
+                    if plan.maximize:
+                        given = list(torch._foreach_neg(given))
+                    directions: list[Tensor] = []
                     if seeding:
                         grad = stack_gradients(given, bucket, chunk)
                         with bucket.working(first, last, chunk) as state:
                             plan.rule.seed(grad, state, chunk)
-                        directions: list[Tensor] = []
                     elif outcomes is None:
-                        lr = group["lr"] * plan.lr_scale
-                        step_tensors(bucket, first, last, given, chunk, lr=lr, weight_decay=decay)
+                        step_tensors(bucket, first, last, given, chunk, rates[first:last])
                     else:
                         directions = directions_of(bucket, first, last, given, chunk)
                     if outcomes is not None:
@@ -223,13 +220,13 @@ class BlockOptimizer(PlannedOptimizer):
                     under_way[:] = 0, 0
 
     def _gauge(self, plan: Plan) -> Gauge:
-        return IDLE if self._measuring is None else self._measuring.of(plan.rule.describe(plan.layout))
+        return IDLE if self.probe is None else self.probe.of(plan.rule.describe(plan.layout))
 
     def _step_owned(self, owners: Ownership, *, allocate_only: bool) -> None:
         """Steps the parameters that have owners, round by round, with the next round's gradients under way."""
         for param in owners.owner:
             if not owners.owns(param):
-                self.state[param].setdefault("step", torch.zeros((), dtype=COUNT))
+                self._count_of_nothing(param)
         coming = leaving = None
         for number, params in enumerate(owners.rounds):
             grads: dict[Tensor, Tensor] = {}
@@ -239,13 +236,11 @@ class BlockOptimizer(PlannedOptimizer):
                 if number + 1 < len(owners.rounds):
                     coming = owners.start_gradients(owners.rounds[number + 1])
             outcomes: dict[Tensor, Outcome] = {}
-            here = set(params)
-            for place, group, places in self._trainable():
-                mine = {i: p for i, p in places.items() if p in here and owners.owns(p)}
-                for bucket in self._group_buckets((place, 1 + number), group, mine, whole=True):
-                    if not allocate_only:
-                        self._step_bucket(group, bucket, [grads.get(param) for param in bucket.params], outcomes)
+            mine = {param for param in params if owners.owns(param)}
+            cache = self._bucket_cache(1 + number, partial(_among, mine), whole=True)
             if not allocate_only:
+                for bucket in cache.buckets:
+                    self._step_bucket(bucket, [grads.get(param) for param in bucket.params], outcomes)
                 if leaving is not None:
                     self._follow(owners.finish_directions(*leaving), owners)
                 leaving = params, owners.start_directions(params, outcomes)
@@ -254,18 +249,17 @@ class BlockOptimizer(PlannedOptimizer):
 
     def _follow(self, outcomes: dict[Tensor, Outcome], owners: Ownership) -> None:
         """Takes the step that owners have decided on, on this rank's parts of the parameters."""
-        for _, group, places in self._trainable():
-            alike: dict[tuple[float, float, bool, Gauge], list[tuple[Tensor, Tensor]]] = {}
-            for param in places.values():
-                happened, direction = outcomes.get(param, (0, None))
-                if happened and not owners.owns(param):
-                    self.state[param]["step"] += 1
-                if happened == UPDATED and direction is not None and direction.numel():
-                    plan = self.plan_of(group, param)
-                    decay = group["weight_decay"] if plan.weight_decay is None else plan.weight_decay
-                    kind = plan.lr_scale, decay, plan.decay_last, self._gauge(plan)
-                    alike.setdefault(kind, []).append((sharding.local(param), direction))
-            for (scale, decay, last, gauge), pairs in alike.items():
-                weights, directions = ([pair[i] for pair in pairs] for i in (0, 1))
-                with gauge.watching(weights):
-                    apply_(weights, directions, lr=group["lr"] * scale, weight_decay=decay, decay_last=last)
+        alike: dict[tuple[int, Plan], list[tuple[Tensor, Tensor]]] = {}
+        for member in self._roster().trained:
+            param = member.param
+            happened, direction = outcomes.get(param, (0, None))
+            if happened and not owners.owns(param):
+                self.state[param]["step"] += 1
+            if happened == UPDATED and direction is not None and direction.numel():
+                kind = member.number, self.plan_of(member.settings, param)
+                alike.setdefault(kind, []).append((sharding.local(param), direction))
+        for (number, plan), pairs in alike.items():
+            weights, directions = ([pair[i] for pair in pairs] for i in (0, 1))
+            rates = [self.rates(self.param_groups[number], plan)] * len(pairs)
+            with self._gauge(plan).watching(weights):
+                apply_(weights, directions, rates, decay_last=plan.decay_last)

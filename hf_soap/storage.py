@@ -26,6 +26,15 @@ COUNT = torch.float64
 ROUNDED = ("factor", "root", "basis", *MOMENTS, "prev_grad", "momentum")
 """Kinds of roles that may be rounded; what else there is, is small or must be exact."""
 
+LAYOUT = "layout"
+"""Role of the numbers that say how a tensor was cut, in a state dict only."""
+
+KINDS = {
+    *ROUNDED,
+    *("step", LAYOUT, "snapshot", "diagonal", "exp_avg_sq_row", "exp_avg_sq_col", "prev_param"),
+}
+"""Kinds of all roles of the family."""
+
 SCALE = "_scale"
 """Ending of the role that holds, for each block, what its entries of 8 bits are multiplied by."""
 
@@ -139,14 +148,19 @@ def decoded(kept: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
             value = value.view(torch.float8_e4m3fn).to(dtype).mul_(scale)
             value = value.square_() if role == "exp_avg_sq" else value
         value = value.to(dtype) if value.dtype == torch.bfloat16 else value
-        packed = _kind(role) in SYMMETRIC and value.shape[-2] != value.shape[-1]
-        state[role] = linalg.unpack(value) if packed else value
+        packed = _kind(role) in SYMMETRIC and value.dim() > 1 and value.shape[-2] == value.shape[-1] // 2 + 1
+        state[role] = linalg.unpack(value) if packed and value.shape[-1] > 2 else value
     return state
 
 
 def _alike(kept: Tensor, wanted: Tensor) -> bool:
     exact = (torch.float32, torch.float64)
     return kept.shape == wanted.shape and (kept.dtype == wanted.dtype or {kept.dtype, wanted.dtype} <= set(exact))
+
+
+def is_own(role: Any) -> bool:
+    """Whether state under this key is the family's; a wrapper may keep state of another kind beside it."""
+    return isinstance(role, str) and _kind(role.removesuffix(SCALE)) in KINDS
 
 
 def _kind(role: str) -> str:
@@ -182,8 +196,8 @@ NOISE_LENGTH = 2**19
 @lru_cache(maxsize=8)
 def _noise(device: torch.device) -> Tensor:
     """Uniform integers of 16 bits, the same on all devices and in all processes."""
-    generator = torch.Generator().manual_seed(15022551)
-    return torch.randint(2**16, (2 * NOISE_LENGTH,), dtype=torch.int32, generator=generator).to(device)
+    generator = torch.Generator(device="cpu").manual_seed(15022551)
+    return torch.randint(2**16, (2 * NOISE_LENGTH,), dtype=torch.int32, generator=generator, device="cpu").to(device)
 
 
 def _mixed(key: int, other: int) -> int:

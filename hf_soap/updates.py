@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache, lru_cache
 
 import torch
@@ -201,6 +201,27 @@ def graft_denominator(
         return exp_avg_sq.addcmul_(grad, grad).sqrt().add_(eps)
     root = exp_avg_sq.mul_(beta2).addcmul_(grad, grad, value=1 - beta2).sqrt()
     return (root.div_(debias) if kind == "adam" else root).add_(eps)
+
+
+Rate = tuple[float | Tensor, float]
+"""Learning rate, a number or a tensor of one element, and decoupled weight decay of one tensor."""
+
+
+def equal_rates(rates: Sequence[Rate]) -> Iterator[tuple[slice, Rate]]:
+    """Yields each run of adjacent tensors with equal rates, as a slice and the rates."""
+    first = 0
+    for last in range(1, len(rates) + 1):
+        if last == len(rates) or not _equal(rates[first], rates[last]):
+            yield slice(first, last), rates[first]
+            first = last
+
+
+def _equal(one: Rate, other: Rate) -> bool:
+    if one is other:
+        return True
+    (lr, decay), (other_lr, other_decay) = one, other
+    tensors = isinstance(lr, Tensor) or isinstance(other_lr, Tensor)  # whose values the device may have
+    return decay == other_decay and (lr is other_lr if tensors else bool(lr == other_lr))
 
 
 def take_step_(

@@ -26,7 +26,7 @@ class Verdict:
     def __post_init__(self) -> None:
         self._event: torch.cuda.Event | None = None
         if self.usable.device.type == "cuda":
-            self._read = torch.empty((), dtype=torch.bool, pin_memory=True)
+            self._read = torch.empty((), dtype=torch.bool, pin_memory=True, device="cpu")
             self._read.copy_(self.usable, non_blocking=True)
             self._event = torch.cuda.Event()
             self._event.record(torch.cuda.current_stream(self.usable.device))

@@ -63,6 +63,56 @@ def planned(shape: tuple[int, ...], **options: object) -> Layout:
         pytest.param((4, 6), {"max_precond_dim": 0}, Layout((4, 6), (1, 1), (4, 6), ()), id="limit 0"),
         pytest.param((4, 6), {"factored": False}, Layout((4, 6), (1, 1), (4, 6), ()), id="Adam"),
         pytest.param((1, 6), {}, Layout((1, 6), (1, 1), (1, 6), (1,)), id="a side of one entry has no basis"),
+        pytest.param((1, 6), {"max_aspect_ratio": 8.0}, Layout((6,), (1,), (6,), ()), id="a row is a vector"),
+        pytest.param((6, 1), {"max_aspect_ratio": 8.0}, Layout((6,), (1,), (6,), ()), id="a column is a vector"),
+        pytest.param(
+            (1, 6),
+            {"precondition_1d": True, "max_aspect_ratio": 8.0},
+            Layout((6,), (1,), (6,), (0,)),
+            id="a row, factored as a vector",
+        ),
+        pytest.param(
+            (4, 32), {"max_aspect_ratio": 8.0}, Layout((4, 32), (1, 1), (4, 32), (0, 1)), id="as flat as the ratio"
+        ),
+        pytest.param(
+            (4, 33), {"max_aspect_ratio": 8.0}, Layout((4, 33), (1, 1), (4, 33), (0,), (1,)), id="flatter, wide"
+        ),
+        pytest.param(
+            (33, 4), {"max_aspect_ratio": 8.0}, Layout((33, 4), (1, 1), (33, 4), (1,), (0,)), id="flatter, tall"
+        ),
+        pytest.param(
+            (96, 2, 5),
+            {"max_aspect_ratio": 8.0},
+            Layout((96, 2, 5), (1, 1, 1), (96, 2, 5), (1, 2), (0,)),
+            id="a depthwise convolution's channels outweigh it",
+        ),
+        pytest.param(
+            (3, 4, 5),
+            {"stacked_matrices": True},
+            Layout((12, 5), (3, 1), (4, 5), (0, 1), stack=3),
+            id="a stack of matrices",
+        ),
+        pytest.param(
+            (4, 4, 5), {"stacked_matrices": True}, Layout((4, 4, 5), (1, 1, 1), (4, 4, 5), (0, 1, 2)), id="no stack"
+        ),
+        pytest.param(
+            (3, 8, 5),
+            {"stacked_matrices": True, "block_size": 4},
+            Layout((24, 5), (6, 2), (4, 3), (0, 1), stack=3),
+            id="a stack of matrices in blocks",
+        ),
+        pytest.param(
+            (3, 7, 5),
+            {"stacked_matrices": True, "block_size": 4},
+            Layout((21, 5), (21, 2), (1, 3), (1,), stack=3),
+            id="no block of a stack holds rows of two matrices",
+        ),
+        pytest.param(
+            (3, 70, 5),
+            {"stacked_matrices": True, "max_precond_dim": 4},
+            Layout((3, 70, 5), (1, 1, 1), (3, 70, 5), ()),
+            id="a stack without factors",
+        ),
         pytest.param((6,), {}, Layout((6,), (1,), (6,), ()), id="vector"),
         pytest.param((6,), {"precondition_1d": True}, Layout((6,), (1,), (6,), (0,)), id="factored vector"),
         pytest.param((), {}, Layout((1,), (1,), (1,), ()), id="scalar"),

@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from transformers import Trainer
 
 from hf_soap import SOAP, SoapConfig
-from hf_soap.grouping import routing_table, split_groups
+from hf_soap.grouping import routing_table, with_overrides
 from hf_soap.registry import ENTRIES
 
 
@@ -22,8 +22,11 @@ def optimizer_for(model: nn.Module, folder: Path, **changes: Any) -> Any:
 
 
 def settings(optimizer: Any, model: nn.Module, *keys: str) -> dict[str, tuple[Any, ...]]:
-    """What the group of each parameter says about `keys`, by the parameter's first name."""
-    found = {p: tuple(group[key] for key in keys) for group in optimizer.param_groups for p in group["params"]}
+    """What holds for each parameter of `keys`, by the parameter's first name; AdamW has it in its groups."""
+    if not hasattr(optimizer, "members"):
+        found = {p: tuple(group[key] for key in keys) for group in optimizer.param_groups for p in group["params"]}
+    else:
+        found = {member.param: tuple(member.settings[key] for key in keys) for member in optimizer.members()}
     return {name: found[param] for name, param in model.named_parameters() if param in found}
 
 
@@ -120,17 +123,72 @@ def test_a_pattern_without_a_model_is_an_error() -> None:
     with pytest.raises(
         ValueError, match=r"adam_modules='x' needs parameter names; build the optimizer with its model"
     ):
-        split_groups([Parameter(torch.ones(2, 2))], None, SoapConfig(adam_modules="x"))
+        with_overrides([Parameter(torch.ones(2, 2))], None, SoapConfig(adam_modules="x"))
 
 
 @pytest.mark.parametrize("dims", [1, 2], ids=["nothing that decays", "nothing that does not"])
-def test_empty_groups_are_dropped(dims: int, tmp_path: Path) -> None:
-    """With two or more empty groups an FSDP checkpoint saves and cannot be loaded."""
+@pytest.mark.parametrize("name", ENTRIES)
+def test_groups_are_the_trainers_in_number_and_order(name: str, dims: int, tmp_path: Path) -> None:
+    """A group for each rule, and none for the empty ones, let schedules of the groups hit the wrong weights."""
     model = tiny.gpt2()
     for param in model.parameters():
         param.requires_grad_(param.dim() == dims)
-    (group,) = optimizer_for(model, tmp_path).param_groups
-    assert {param.dim() for param in group["params"]} == {dims}
+    theirs, ours = (
+        [group["params"] for group in optimizer_for(model, tmp_path, optim=optim, optim_args=args).param_groups]
+        for optim, args in (("adamw_torch", None), (name, f"adam_modules={'wte' if dims == 2 else 'ln_f'}"))
+    )
+    assert len(theirs) == len(ours) == 2
+    for one, other in zip(theirs, ours, strict=True):
+        assert len(one) == len(other)
+        assert all(a is b for a, b in zip(one, other, strict=True))
+
+
+def test_each_group_follows_its_own_lambda(tmp_path: Path) -> None:
+    """With LoRA and a trained head, the head silently got the lambda of the empty no-decay group."""
+    model = lora(modules_to_save=["lm_head"])
+    optimizer = optimizer_for(model, tmp_path, optim="mars", optim_args="adam_modules=lm_head")
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda t: 0.5, lambda t: 0.25])
+    scheduler.step()
+    (lr,) = {group["lr"] / group["initial_lr"] for group in optimizer.param_groups if group["params"]}
+    assert lr == 0.5
+    assert len(optimizer.param_groups) == 2
+
+
+def test_a_rule_of_a_whole_group_holds_for_what_has_no_other() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    optimizer = SOAP(with_overrides(model.parameters(), model, SoapConfig(one_sided_modules=r"0\.weight")))
+    optimizer.param_groups[0]["rule"] = "adam"
+    chosen = settings(optimizer, model, "rule", "one_sided")
+    assert chosen["0.weight"] == ("adam", True)
+    assert chosen["1.weight"] == ("adam", False)
+
+
+def test_overrides_stay_with_their_parameters_when_a_group_is_given_others() -> None:
+    """Training block by block puts other parameters of the model into a group."""
+    layers = [nn.Linear(6, 4), nn.Linear(4, 3), nn.Linear(3, 6)]
+    model = nn.Sequential(*layers)
+    optimizer = SOAP(with_overrides(model.parameters(), model, SoapConfig(adam_modules=r"1\.weight")))
+    for layer in (layers[1], layers[2], layers[1], layers[0]):
+        optimizer.param_groups[0]["params"] = list(layer.parameters())
+        rules = {member.param: member.settings["rule"] for member in optimizer.members()}
+        assert rules == {p: "adam" if p is layers[1].weight else "soap" for p in layer.parameters()}
+
+
+@pytest.mark.parametrize("overrides", [[{}], [{"rule": "adam"}, {"frequency": 3}], [{}, {"lr": -1.0}], [1, 2]])
+def test_wrong_overrides_are_refused(overrides: Any) -> None:
+    params = [Parameter(torch.ones(4, 4)) for _ in range(2)]
+    with pytest.raises(ValueError, match=r"overrides|frequency|lr"):
+        SOAP([{"params": params, "overrides": overrides}])
+
+
+def test_sides_of_lora_without_a_model_are_decided_by_shape(caplog: pytest.LogCaptureFixture) -> None:
+    """LoRA+ asks for class and keywords without a model, and its matrices silently got both sides."""
+    params = [Parameter(torch.zeros(8, 512)), Parameter(torch.zeros(512, 8))]
+    optimizer = SOAP(with_overrides(params, None, SoapConfig()))
+    assert optimizer.state_bytes() <= 3 * 2 * 4 * 2 * 8 * 512
+    assert not caplog.records
+    with_overrides(params, None, SoapConfig(lora_sides="both"))
+    assert "lora_sides=both cannot be followed without the model" in caplog.text
 
 
 def generator(params: list[Parameter]) -> Iterator[Parameter]:
@@ -143,33 +201,33 @@ def test_params_come_as_torch_takes_them(given: Any, grouped: bool) -> None:
     """A group that held a generator, model.parameters(), lost all of its parameters without a word."""
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
     params = list(model.parameters())
-    split = split_groups(
+    split = with_overrides(
         [{"params": given(params), "lr": 0.5}] if grouped else given(params), model, SoapConfig(adam_modules="bias")
     )
     optimizer = SOAP(split)
-    found = {id(param): group["rule"] for group in optimizer.param_groups for param in group["params"]}
+    found = {id(member.param): member.settings["rule"] for member in optimizer.members()}
     assert found == {id(param): "soap" if param.dim() == 2 else "adam" for param in params}
     assert {group["lr"] for group in optimizer.param_groups} == ({0.5} if grouped else {3e-3})
 
 
 def test_a_group_may_be_a_single_tensor() -> None:
     model = nn.Linear(3, 4, bias=False)
-    (group,) = split_groups([{"params": model.weight}], model, SoapConfig())
-    assert group["params"] == [("weight", model.weight)]
+    (group,) = with_overrides([{"params": model.weight}], model, SoapConfig())
+    assert group["params"] == [model.weight]
+    assert group["param_names"] == ["weight"]
 
 
 def test_named_parameters_come_as_torch_takes_them() -> None:
     model = nn.Linear(3, 4)
-    split = split_groups(model.named_parameters(), model, SoapConfig(adam_modules="bias"))
-    assert [(group.get("rule"), [name for name, _ in group["params"]]) for group in split] == [
-        (None, ["weight"]),
-        ("adam", ["bias"]),
-    ]
+    split = with_overrides(model.named_parameters(), model, SoapConfig(adam_modules="bias"))
+    (group,) = split
+    assert group["param_names"] == ["weight", "bias"]
+    assert group["overrides"] == [{}, {"rule": "adam"}]
 
 
 def test_parameters_that_the_model_does_not_name_are_kept_nameless() -> None:
     model, other = nn.Linear(3, 4), Parameter(torch.ones(3, 3))
-    optimizer = SOAP(split_groups([*model.parameters(), other], model, SoapConfig(adam_modules="weight")))
+    optimizer = SOAP(with_overrides([*model.parameters(), other], model, SoapConfig(adam_modules="weight")))
     assert sum(len(group["params"]) for group in optimizer.param_groups) == 3
     assert any(param is other for group in optimizer.param_groups for param in group["params"])
     assert settings(optimizer, model, "rule") == {"weight": ("adam",), "bias": ("soap",)}

@@ -41,8 +41,9 @@ def test_low_precision_parameters_keep_full_precision_state(row: Row, dtype: tor
     resumed = [Parameter(param.detach().clone()) for param in params]
     other = row(resumed)
     other.load_state_dict(through_a_file(optimizer.state_dict()))
-    for state in other.state.values():
-        assert {value.dtype for role, value in state.items() if role != "step"} == {torch.float32}
+    for param, state in other.state.items():
+        dtypes = {value.dtype for role, value in state.items() if role != "step"}
+        assert dtypes == ({torch.float32} if param.numel() else set())
     train(other, resumed, range(5, STEPS))
     assert {param.dtype for param in resumed} == {dtype}
     assert_same(snapshot(other, resumed), snapshot(uninterrupted, whole))

@@ -20,11 +20,10 @@ MODELS = {
 def loads(optimizer: BlockOptimizer) -> list[tuple[float, float]]:
     """Work and bytes of every matrix that an owner preconditions."""
     found = []
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            plan = optimizer.plan(group, param.shape)
-            if not plan.rule.elementwise(plan.layout):
-                found.append((plan.work(), optimizer._bytes_of(group, param)))
+    for member in optimizer.members():
+        plan = optimizer.plan(member.settings, member.param.shape)
+        if not plan.rule.elementwise(plan.layout):
+            found.append((plan.work(), optimizer._bytes_of(member)))
     return found
 
 

@@ -44,6 +44,7 @@ LAYERS = [
     "guard",
     "chunks",
     "buckets",
+    "members",
     "recut",
     "owners",
     "rules",

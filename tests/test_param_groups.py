@@ -25,7 +25,7 @@ from hf_soap import MARS, SOAP, Shampoo
         ("beta1", "write betas"),
         ("learning_rate", "write lr"),
         ("weight__decay", "did you mean weight_decay"),
-        ("maximize", "a setting that a group may have"),
+        ("amsgrad", "a setting that a group may have"),
         ("adam_modules", "a setting that a group may have"),
         ("state_dtyp", "did you mean state_dtype"),
         ("precondition_freq", "did you mean precondition_frequency"),

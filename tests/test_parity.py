@@ -18,6 +18,9 @@ from hf_soap.buckets import CHUNK_BYTES
 
 STEPS = 60
 TOLERANCE = 1e-10
+OFFICIAL: dict[str, Any] = {"max_aspect_ratio": None, "stacked_matrices": False}
+"""What the textbook does: a factor for every side, however the tensor is shaped."""
+
 SETTINGS = {"lr": 1e-2, "weight_decay": 0.01, "betas": (0.9, 0.95)}
 
 
@@ -41,7 +44,7 @@ def soap_difference(shapes: list[tuple[int, ...]], *, inject: bool = False, **op
     options = {**SETTINGS, **options}
     return largest_difference(
         shapes,
-        lambda params: SOAP(params, **options),
+        lambda params: SOAP(params, **OFFICIAL, **options),
         lambda weights: ReferenceSOAP(weights, **options),
         steps=STEPS,
         after_first=inject_full_rank if inject else None,

@@ -111,7 +111,9 @@ cuts = st.fixed_dictionaries(
         "merge_dims": st.booleans(),
         "precondition_1d": st.booleans(),
         "one_sided": st.booleans(),
-        "sharded": st.booleans(),
+        "max_aspect_ratio": st.none() | st.just(8.0),
+        "stacked_matrices": st.booleans(),
+        "parts": st.none() | st.integers(1, 3),
     }
 )
 
@@ -119,7 +121,10 @@ cuts = st.fixed_dictionaries(
 @given(shapes, cuts, orders)
 @cases(1.6)
 def test_blocks_go_back(shape: tuple[int, ...], options: dict[str, Any], order: str) -> None:
-    layout = plan_layout(shape, **options)
+    parts, whole = options.pop("parts"), shape
+    if parts is not None and shape:
+        shape = (-(-shape[0] // parts), *shape[1:])
+    layout = plan_layout(whole, part=shape if parts else None, **options)
     tensor = in_order(torch.arange(1.0, 1 + math.prod(shape)).view(shape), order)
     blocks = layout.to_blocks(tensor)
     assert blocks.shape == (layout.blocks, *layout.block)
@@ -147,7 +152,7 @@ def parts_of(shape: tuple[int, ...], count: int) -> list[Shard]:
 
 
 def cut_alike(shard: Shard, **options: Any) -> Layout:
-    return plan_layout(shard.largest, sharded=True, **options).fitted(shard.largest, shard.size)
+    return plan_layout(shard.whole, part=shard.largest, **options).fitted(shard.largest, shard.size)
 
 
 def piece(rule: Rule, shard: Shard, layout: Layout, grads: list[Tensor]) -> recut.Piece:

@@ -115,7 +115,8 @@ def test_a_run_goes_on_with_other_blocks(
 ) -> None:
     """A change of block_size made a checkpoint unusable; now the next steps stay close to those without it."""
     settings = {"lr": 1e-2, "precondition_frequency": 2}
-    params = parameters([(6, 6), (4, 9), (5,)])
+    # In float32, rounding of the first steps decides where factors that are not of full rank yet point.
+    params = parameters([(6, 6), (4, 9), (5,)], dtype=torch.float64)
     optimizer = make(params, **settings, **before)
     train(optimizer, params, range(20))
     again = [Parameter(param.detach().clone()) for param in params]
@@ -139,9 +140,11 @@ def test_a_run_goes_on_with_other_blocks(
 
 def test_a_factor_of_a_shard_stays_in_proportion() -> None:
     """At 64 ranks each would carry a whole 4096 x 4096 factor for 64 rows."""
-    layout = plan_layout((64, 4096), max_precond_dim=10000, sharded=True)
+    layout = plan_layout((4096, 4096), max_precond_dim=10000, part=(64, 4096))
     assert layout == Layout((64, 4096), (1, 16), (64, 256), (0, 1))
     assert layout.factor_numel() <= 5 * 64 * 4096
     assert plan_layout((64, 4096), max_precond_dim=10000).factor_numel() > 60 * 64 * 4096
-    assert plan_layout((768, 3072), max_precond_dim=10000, sharded=True).blocks == 1, "an MLP of GPT-2 stays whole"
-    assert plan_layout((1, 4096), max_precond_dim=10000, sharded=True).sides == (), "too thin for factors of a use"
+    assert plan_layout((1536, 3072), max_precond_dim=10000, part=(768, 3072)).blocks == 1, (
+        "an MLP of GPT-2 stays whole"
+    )
+    assert plan_layout((64, 4096), max_precond_dim=10000, part=(1, 4096)).sides == (), "too thin for factors of a use"

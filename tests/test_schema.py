@@ -206,7 +206,8 @@ def test_defaults_are_those_of_the_class(optimizer: type) -> None:
         known |= kwargs.keys()
         differ = {name for name, value in kwargs.items() if value != stated[name]}
         assert differ <= (set() if config is first else {"variant", "kl", "graft"}), "what names stand for"
-    assert stated.keys() - known == {"lr", "weight_decay"}
+    of_torch = {"maximize", "foreach", "fused", "differentiable"}  # for programs that treat all optimizers alike
+    assert stated.keys() - known == {"lr", "weight_decay", *of_torch}
     assert stated["lr"] == first.lr
 
 

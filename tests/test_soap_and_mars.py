@@ -11,6 +11,7 @@ from torch.nn import Parameter
 from torch.optim import AdamW
 
 from hf_soap import MARS, SOAP, Shampoo
+from hf_soap.blocks import is_vector
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -157,7 +158,7 @@ def test_shampoos_first_step_is_of_unit_length_whatever_has_one_entry(shape: tup
     optimizer.step()
     # Every factor of an even gradient has rank 1 and the eigenvalue ‖G‖², so that k of them divide by ‖G‖. A vector's
     # diagonal has its entries' squares instead.
-    expected = param.numel() ** 0.5 if len(shape) == 1 else 1.0
+    expected = param.numel() ** 0.5 if is_vector(shape) else 1.0
     torch.testing.assert_close(param.detach().norm().item(), expected, rtol=1e-4, atol=0)
 
 

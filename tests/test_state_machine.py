@@ -15,8 +15,6 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from torch import Tensor
 from torch.nn import Parameter
 
-from hf_soap.checks import CAPTURED
-
 NAMES = sorted(TABLE)
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -91,8 +89,6 @@ class AnyOrder(RuleBasedStateMachine):
     def construct(self, name: str, options: dict[str, Any], first: Any) -> None:
         exact = "exact" in options and name.startswith("mars")
         options = options if exact or "exact" not in options else {}
-        self.captured = "captured" in name
-        options = self.possible(options)
         self.lives, self.stays = (Side(TABLE[name], options) for _ in range(2))
         self.exact, self.seed = exact, 0
         self.add_group(first, {})
@@ -100,17 +96,11 @@ class AnyOrder(RuleBasedStateMachine):
     def both(self) -> tuple[Side, Side]:
         return self.lives, self.stays
 
-    def possible(self, settings: dict[str, Any]) -> dict[str, Any]:
-        """Settings that the optimizer takes, or none."""
-        fit = all(settings.get(name, wanted) == wanted for name, (wanted, _) in CAPTURED.items())
-        return settings if fit or not self.captured else {}
-
     @rule(members=members, settings=st.sampled_from(SETTINGS))
     def add_group(self, members: Any, settings: dict[str, Any]) -> None:
         if len(self.stays.groups) == 4:
             return
         self.seed += 1
-        settings = self.possible(settings)
         for side in self.both():
             made = [parameter(*member[:3], self.seed + 10 * i) for i, member in enumerate(members)]
             for param, (*_, frozen) in zip(made, members, strict=True):

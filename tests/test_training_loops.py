@@ -59,9 +59,9 @@ def test_names_of_a_compiled_model_are_those_of_the_model(tmp_path: Path) -> Non
     compiled = torch.compile(tiny.gpt2(), backend="eager")
     args = tiny.arguments(tmp_path, optim_args="adam_modules=^transformer.wte")
     optimizer = Trainer(compiled, args, train_dataset=tiny.Counting()).create_optimizer()
-    (adam,) = [group for group in optimizer.param_groups if group["rule"] == "adam"]
-    assert adam["params"] == [compiled.get_parameter("_orig_mod.transformer.wte.weight")]
-    assert adam["param_names"] == ["transformer.wte.weight"]
+    (adam,) = [member for member in optimizer.members() if member.settings["rule"] == "adam"]
+    assert adam.param is compiled.get_parameter("_orig_mod.transformer.wte.weight")
+    assert adam.name == "transformer.wte.weight"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

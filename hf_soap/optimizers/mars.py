@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, overload
+from typing import Any, ClassVar, Literal, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from hf_soap import configs, schema, updates
-from hf_soap.blocks import PREV_PARAM, Plan, plan_layout
+from hf_soap import configs, schema, sharding, updates
+from hf_soap.blocks import PREV_PARAM, Plan, is_stack, uncut
 from hf_soap.checks import check_choice, check_pair
+from hf_soap.members import Member
 from hf_soap.optimizers.soap import plan_factors, soap_rule, state_options
 from hf_soap.rules import AdamW, Lion, Mars, Orthogonal, Rule
 from hf_soap.sharding import is_sharded, local, local_grad, settle_gradient_
 from hf_soap.stepping import BlockOptimizer
+from hf_soap.updates import Rate
 
 
 class MARS(BlockOptimizer):
@@ -39,7 +41,7 @@ class MARS(BlockOptimizer):
         optimize_1d: Correct tensors that are no matrices too; ``"shampoo"`` and ``"m"`` update them by MARS-AdamW.
         lr_1d: Learning rate of tensors that are no matrices, following ``lr`` in proportion; None takes ``lr``.
         betas_1d: Decay rates of their moments.
-        weight_decay_1d: Their weight decay. None takes that of a group which sets its own, else 0.1.
+        weight_decay_1d: Their weight decay; None takes the group's. The published runs use 0.1.
         nonfinite: ``"skip"`` leaves out a step in which any gradient holds NaN or Inf; ``"off"`` does not look.
         max_skipped_in_a_row: Raise an error when this many steps in a row were skipped; 0 never does.
         shard_mode: With several ranks: ``"local"`` preconditions each rank's part of a matrix by itself, ``"owner"``
@@ -51,6 +53,15 @@ class MARS(BlockOptimizer):
         distributed_refresh: Split decompositions among ranks that hold equal weights and gradients (DDP): each does
             its share and gives it to the others. All ranks must step together. None is False but for the Trainer.
         shampoo_beta: Here and below, settings of SOAP for ``variant="soap"``; see :class:`SOAP`.
+        max_aspect_ratio: A matrix that is flatter than this gets a factor on its short side alone, since that of the
+            long side would outweigh it; so does any side with more entries than this many times all others together.
+            None sets no limit, as the official implementation does.
+        stacked_matrices: Take a tensor of three dimensions whose first is the shortest, such as the experts of a
+            mixture, for a stack of matrices, each with factors of its own.
+        maximize: Ascend instead of descending.
+        foreach: Accepted as torch's optimizers have it, and without effect, as is ``fused``.
+        fused: See ``foreach``.
+        differentiable: Must be False.
 
     Raises:
         ValueError: If a setting is of the wrong type or out of range, or a parameter is complex.
@@ -60,6 +71,7 @@ class MARS(BlockOptimizer):
     """
 
     config = configs.MarsSoapConfig
+    read_at_each_step: ClassVar[tuple[str, ...]] = ("lr", "weight_decay", "lr_1d", "weight_decay_1d")
 
     def __init__(
         self,
@@ -91,16 +103,21 @@ class MARS(BlockOptimizer):
         one_sided: bool = False,
         block_size: int | None = None,
         overlap_refresh: bool = False,
+        max_aspect_ratio: float | None = 8.0,
+        stacked_matrices: bool = True,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        differentiable: bool = False,
     ) -> None:
         defaults = {key: value for key, value in locals().items() if key not in ("self", "params", "__class__")}
         self._corrected = False
         super().__init__(params, {**defaults, "rule": variant})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group; what its vectors take over from its matrices is settled here."""
-        if param_group.get("weight_decay_1d", self.defaults["weight_decay_1d"]) is None:
-            param_group["weight_decay_1d"] = param_group.get("weight_decay", 0.1)
-        param_group.setdefault("base_lr", float(param_group.get("lr", self.defaults["lr"])))
+        """Adds a group, and notes the learning rate that ``lr_1d`` is in proportion to."""
+        if isinstance(param_group, dict):  # torch refuses all else
+            param_group.setdefault("base_lr", float(param_group.get("lr", self.defaults["lr"])))
         super().add_param_group(param_group)
 
     def _check_group(self, group: dict[str, Any]) -> None:
@@ -163,9 +180,14 @@ class MARS(BlockOptimizer):
 
     @property
     def has_previous_weights(self) -> bool:
-        """Whether some parameter was updated before, so that :meth:`at_previous_weights` has weights to go back to."""
-        self._settle()  # a step that did not count left no weights behind
-        return any(state["step"] > 0 and PREV_PARAM in state for state in self.state.values())
+        """Whether some parameter was updated before, so that :meth:`at_previous_weights` has weights to go back to.
+
+        All ranks that share parameters must ask together, and get the same answer: one may have no part of any.
+        """
+        self._settle()  # a step that did not count left no previous weights
+        params = [param for group in self.param_groups for param in group["params"]]
+        has_none = not any(self._previous(member) is not None for member in self.members())
+        return not sharding.agree(has_none, params)
 
     @contextmanager
     def at_previous_weights(self) -> Iterator[None]:
@@ -183,8 +205,8 @@ class MARS(BlockOptimizer):
         If the body raises, weights and gradients are put back as they were.
         """
         self._settle()
-        stash = [(group, p, p.grad) for group in self.param_groups for p in group["params"] if p.requires_grad]
-        moved = [(local(p), local(p).detach().clone(), self._previous(group, p)) for group, p, _ in stash]
+        stash = [(member, member.param, member.param.grad) for member in self.members() if member.param.requires_grad]
+        moved = [(local(p), local(p).detach().clone(), self._previous(member)) for member, p, _ in stash]
         try:
             with torch.no_grad():
                 for _, param, _ in stash:
@@ -199,52 +221,60 @@ class MARS(BlockOptimizer):
             raise
         else:
             with torch.no_grad():
-                for (group, param, grad), (_, _, previous) in zip(stash, moved, strict=True):
+                for (member, param, grad), (_, _, previous) in zip(stash, moved, strict=True):
                     settle_gradient_(param)
-                    behind = local_grad(param) if previous is not None else None
+                    other = local_grad(param) if previous is not None else None
                     param.grad = grad
                     if grad is not None:
                         settle_gradient_(param)
-                        self._correct(group, param, behind)
+                        self._correct(member, other)
             self._corrected = True
         finally:
             with torch.no_grad():
                 for weight, before, _ in moved:
                     weight.copy_(before)
 
-    def _previous(self, group: dict[str, Any], param: Tensor) -> Tensor | None:
-        state = self.state.get(param, {})
+    def _previous(self, member: Member) -> Tensor | None:
+        state = self.state.get(member.param, {})
         if PREV_PARAM not in state or not state["step"] > 0:
             return None
-        return self.plan_of(group, param).layout.from_blocks(state[PREV_PARAM], local(param).shape)
+        layout = self.plan_of(member.settings, member.param).layout
+        return layout.from_blocks(state[PREV_PARAM], local(member.param).shape)
 
-    def _correct(self, group: dict[str, Any], param: Tensor, behind: Tensor | None) -> None:
-        grad = local_grad(param)
-        if grad is None or not group["exact"] or not isinstance(self.plan_of(group, param).rule, Mars):
+    def _correct(self, member: Member, other: Tensor | None) -> None:
+        """Corrects a gradient in place by that at the previous weights, or by zero."""
+        settings, param, grad = member.settings, member.param, local_grad(member.param)
+        if grad is None or not settings["exact"] or not isinstance(self.plan_of(settings, param).rule, Mars):
             return
         if 0 in grad.stride() and not is_sharded(param):  # expanded: several entries are one place in memory
             grad = param.grad = grad.clone(memory_format=torch.contiguous_format)
-        other = torch.zeros_like(grad) if behind is None else behind
-        grad.copy_(updates.mars_correction(grad, other, beta1=group["betas"][0], gamma=group["gamma"]))
+        other = torch.zeros_like(grad) if other is None else other
+        grad.copy_(updates.mars_correction(grad, other, beta1=settings["betas"][0], gamma=settings["gamma"]))
 
-    def plan(self, group: dict[str, Any], shape: Sequence[int], *, sharded: bool = False) -> Plan:
-        """Returns the variant's rule behind the correction, or AdamW for what is no matrix."""
-        matrix = len(shape) == 2 or (group["rule"] == "soap" and len(shape) > 2)
-        whole = plan_layout(shape, max_precond_dim=0)
+    def rates(self, group: Mapping[str, Any], plan: Plan) -> Rate:
+        """Returns the group's rates, or those of vectors where the plan is auxiliary."""
+        lr, decay = group["lr"], group["weight_decay"]
+        if not plan.auxiliary:
+            return lr, decay
+        if group["lr_1d"] is not None:
+            lr = lr * (group["lr_1d"] / group["base_lr"])
+        return lr, decay if group["weight_decay_1d"] is None else group["weight_decay_1d"]
+
+    def plan(self, group: Mapping[str, Any], shape: Sequence[int], *, part: Sequence[int] | None = None) -> Plan:
+        """Returns the variant's rule after the correction, or AdamW for vectors and other non-matrix parameters."""
+        soap = group["rule"] == "soap"
+        matrix = len(shape) == 2 or (group["stacked_matrices"] and is_stack(shape)) or (soap and len(shape) > 2)
+        plain = uncut(shape if part is None else part)
         kept: dict[str, Any] = {"keep_weights": group["exact"], **state_options(group)}
         if group["rule"] == "adam" or not (matrix or group["optimize_1d"]):
             beta1, beta2 = group["betas_1d"]
-            scale = 1.0 if group["lr_1d"] is None else group["lr_1d"] / group["base_lr"]
-            adamw, decay = AdamW(beta1=beta1, beta2=beta2, eps=group["eps"]), group["weight_decay_1d"]
-            return Plan(adamw, whole, lr_scale=scale, weight_decay=decay, **kept)
-        soap = group["rule"] == "soap"
+            return Plan(AdamW(beta1=beta1, beta2=beta2, eps=group["eps"]), plain, auxiliary=True, **kept)
         inner = soap_rule(group) if soap else _mars_inner(group, matrix=matrix)
         rule = Mars(inner=inner, beta1=group["betas"][0], gamma=group["gamma"], exact=group["exact"])
-        layout = plan_factors(group, shape, sharded=sharded) if soap else whole
-        return Plan(rule, layout, decay_last=soap, **kept)
+        return Plan(rule, plan_factors(group, shape, part=part) if soap else plain, decay_last=soap, **kept)
 
 
-def _mars_inner(group: dict[str, Any], *, matrix: bool) -> Rule:
+def _mars_inner(group: Mapping[str, Any], *, matrix: bool) -> Rule:
     beta1, beta2 = group["betas"]
     if group["rule"] == "lion":
         return Lion(beta1=beta1)

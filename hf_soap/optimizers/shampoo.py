@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from torch import Tensor
@@ -61,6 +61,15 @@ class Shampoo(BlockOptimizer):
         pack_factors: Keep one triangle of each symmetric matrix.
         distributed_refresh: Split decompositions among ranks that hold equal weights and gradients (DDP): each does
             its share and gives it to the others. All ranks must step together. None is False but for the Trainer.
+        max_aspect_ratio: A matrix that is flatter than this gets a factor on its short side alone, since that of the
+            long side would outweigh it; so does any side with more entries than this many times all others together.
+            None sets no limit, as the official implementation does.
+        stacked_matrices: Take a tensor of three dimensions whose first is the shortest, such as the experts of a
+            mixture, for a stack of matrices, each with factors of its own.
+        maximize: Ascend instead of descending.
+        foreach: Accepted as torch's optimizers have it, and without effect, as is ``fused``.
+        fused: See ``foreach``.
+        differentiable: Must be False.
 
     Raises:
         ValueError: If a setting is of the wrong type or out of range, settings contradict each other, or a parameter
@@ -106,6 +115,12 @@ class Shampoo(BlockOptimizer):
         state_dtype: Literal["float32", "bfloat16", "float8"] = "float32",
         pack_factors: bool = False,
         distributed_refresh: bool | None = None,
+        max_aspect_ratio: float | None = 8.0,
+        stacked_matrices: bool = True,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        differentiable: bool = False,
     ) -> None:
         defaults = {key: value for key, value in locals().items() if key not in ("self", "params", "__class__")}
         super().__init__(params, {**defaults, "rule": "shampoo"})
@@ -136,10 +151,10 @@ class Shampoo(BlockOptimizer):
                 f"root_method='newton' wants an exponent -1/p with a whole p, got {exponent}; use root_method='eigh'"
             )
 
-    def plan(self, group: dict[str, Any], shape: Sequence[int], *, sharded: bool = False) -> Plan:
+    def plan(self, group: Mapping[str, Any], shape: Sequence[int], *, part: Sequence[int] | None = None) -> Plan:
         """Returns the Shampoo rule with the group's settings, or AdamW where KL-Shampoo has nothing to factor."""
         beta1, beta2 = group["betas"]
-        layout = plan_factors(group, shape, sharded=sharded)
+        layout = plan_factors(group, shape, part=part)
         if not layout.sides and (group["kl"] or group["rule"] == "adam"):
             adamw = rules.AdamW(beta1=beta1, beta2=beta2, eps=group["eps"])
             return Plan(adamw, layout, **state_options(group))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from torch import Tensor
@@ -59,6 +59,15 @@ class SOAP(BlockOptimizer):
         overlap_refresh: On a GPU, refresh beside the next forward and backward pass, on a stream of its own; the next
             step waits for it. The same numbers; of state that is rounded or packed, refreshes stay in the step. Read
             ``state`` directly only behind :meth:`state_dict` or ``skipped_steps``, which wait too.
+        max_aspect_ratio: A matrix that is flatter than this gets a factor on its short side alone, since that of the
+            long side would outweigh it; so does any side with more entries than this many times all others together.
+            None sets no limit, as the official implementation does.
+        stacked_matrices: Take a tensor of three dimensions whose first is the shortest, such as the experts of a
+            mixture, for a stack of matrices, each with factors of its own.
+        maximize: Ascend instead of descending.
+        foreach: Accepted as torch's optimizers have it, and without effect, as is ``fused``.
+        fused: See ``foreach``.
+        differentiable: Must be False.
 
     Raises:
         ValueError: If a setting is of the wrong type or out of range, or a parameter is complex.
@@ -100,6 +109,12 @@ class SOAP(BlockOptimizer):
         pack_factors: bool = False,
         distributed_refresh: bool | None = None,
         overlap_refresh: bool = False,
+        max_aspect_ratio: float | None = 8.0,
+        stacked_matrices: bool = True,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        fused: bool | None = None,
+        differentiable: bool = False,
     ) -> None:
         defaults = {key: value for key, value in locals().items() if key not in ("self", "params", "__class__")}
         super().__init__(params, {**defaults, "rule": "soap"})
@@ -108,13 +123,13 @@ class SOAP(BlockOptimizer):
         super()._check_group(group)
         check_choice("rule", group["rule"], ("soap", "adam"))
 
-    def plan(self, group: dict[str, Any], shape: Sequence[int], *, sharded: bool = False) -> Plan:
+    def plan(self, group: Mapping[str, Any], shape: Sequence[int], *, part: Sequence[int] | None = None) -> Plan:
         """Returns the SOAP rule with the group's settings; Adam is SOAP without a factored side."""
-        layout = plan_factors(group, shape, sharded=sharded)
+        layout = plan_factors(group, shape, part=part)
         return Plan(soap_rule(group), layout, decay_last=True, **state_options(group))
 
 
-def soap_rule(group: dict[str, Any]) -> Soap:
+def soap_rule(group: Mapping[str, Any]) -> Soap:
     """Makes the SOAP rule from the settings of a param group."""
     beta1, beta2 = group["betas"]
     return Soap(
@@ -136,21 +151,27 @@ def soap_rule(group: dict[str, Any]) -> Soap:
     )
 
 
-def state_options(group: dict[str, Any]) -> dict[str, Any]:
+def state_options(group: Mapping[str, Any]) -> dict[str, Any]:
     """Says how the state of a param group is kept, and who brings it up to date when."""
-    storage = Storage(group["state_dtype"], group["pack_factors"])
-    return {"storage": storage, "overlaps": group.get("overlap_refresh", False)}
+    return {
+        "storage": Storage(group["state_dtype"], group["pack_factors"]),
+        "maximize": group["maximize"],
+        "splits_refreshes": bool(group["distributed_refresh"]),
+        "overlaps": group.get("overlap_refresh", False),
+    }
 
 
-def plan_factors(group: dict[str, Any], shape: Sequence[int], *, sharded: bool) -> Layout:
+def plan_factors(group: Mapping[str, Any], shape: Sequence[int], *, part: Sequence[int] | None) -> Layout:
     """Cuts a tensor, or a part of one, as the settings of a param group say; ``rule="adam"`` factors no side."""
     return plan_layout(
         shape,
         max_precond_dim=group["max_precond_dim"],
+        max_aspect_ratio=group["max_aspect_ratio"],
+        stacked_matrices=group["stacked_matrices"],
         merge_dims=group["merge_dims"],
         precondition_1d=group["precondition_1d"],
         one_sided=group["one_sided"],
         block_size=group["block_size"],
         factored=group["rule"] != "adam",
-        sharded=sharded,
+        part=part,
     )

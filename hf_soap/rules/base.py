@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from hf_soap import updates
 from hf_soap.blocks import Chunk, Layout
 
 State = Mapping[str, Tensor]
@@ -97,8 +98,7 @@ class Rule:
         state: Mapping[str, list[Tensor]],
         t: Sequence[int],
         *,
-        lr: float | Tensor,
-        weight_decay: float,
+        rates: Sequence[updates.Rate],
         divisors: list[Tensor] | None = None,
     ) -> None:
         """Takes the whole step of :meth:`update` and the weights, where the rule :attr:`fuses` them.
@@ -108,8 +108,7 @@ class Rule:
             grads: Their gradients; used up where there are divisors.
             state: Their state by role, one tensor each, changed in place.
             t: 1-based number of the update of each.
-            lr: Learning rate.
-            weight_decay: Decoupled weight decay, taken from the weights before the update.
+            rates: Learning rate and decoupled weight decay of each; weights decay before the update.
             divisors: What each gradient is divided by first, scalars.
         """
         raise TypeError(f"{type(self).__name__} must define fused_step where it fuses")

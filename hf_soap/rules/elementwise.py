@@ -60,8 +60,7 @@ class AdamW(Rule):
         state: Mapping[str, list[Tensor]],
         t: Sequence[int],
         *,
-        lr: float | Tensor,
-        weight_decay: float,
+        rates: Sequence[updates.Rate],
         divisors: list[Tensor] | None = None,
     ) -> None:
         """Takes the step by torch's fused AdamW, which updates weights and moments in one pass."""
@@ -70,22 +69,24 @@ class AdamW(Rule):
             (divisor,) = divisors  # the kernel divides on its way, but by one number of float32 alone
         elif divisors is not None:
             torch._foreach_div_(grads, divisors)
-        torch._fused_adamw_(
-            params,
-            grads,
-            state["exp_avg"],
-            state["exp_avg_sq"],
-            [],
-            [updates.step_count(number, device) for number in t],
-            amsgrad=False,
-            lr=lr,
-            beta1=self.beta1,
-            beta2=self.beta2,
-            weight_decay=weight_decay,
-            eps=self.eps,
-            maximize=False,
-            grad_scale=divisor,
-        )
+        counts = [updates.step_count(number, device) for number in t]
+        for run, (lr, weight_decay) in updates.equal_rates(rates):
+            torch._fused_adamw_(
+                params[run],
+                grads[run],
+                state["exp_avg"][run],
+                state["exp_avg_sq"][run],
+                [],
+                counts[run],
+                amsgrad=False,
+                lr=lr,
+                beta1=self.beta1,
+                beta2=self.beta2,
+                weight_decay=weight_decay,
+                eps=self.eps,
+                maximize=False,
+                grad_scale=divisor,
+            )
         for changed in (state["exp_avg"], state["exp_avg_sq"]):
             updates.changed_by_kernel(changed)
 
@@ -128,12 +129,13 @@ class Lion(Rule):
         state: Mapping[str, list[Tensor]],
         t: Sequence[int],
         *,
-        lr: float | Tensor,
-        weight_decay: float,
+        rates: Sequence[updates.Rate],
         divisors: list[Tensor] | None = None,
     ) -> None:
         """Takes the step by torch's multi-tensor kernels."""
         if divisors is not None:
             torch._foreach_div_(grads, divisors)
         torch._foreach_lerp_(state["exp_avg"], grads, 1 - self.beta1)
-        updates.take_step_(params, torch._foreach_sign(state["exp_avg"]), lr=lr, weight_decay=weight_decay)
+        signs = torch._foreach_sign(state["exp_avg"])
+        for run, (lr, weight_decay) in updates.equal_rates(rates):
+            updates.take_step_(params[run], signs[run], lr=lr, weight_decay=weight_decay)

@@ -114,8 +114,7 @@ class Mars(Rule):
         state: Mapping[str, list[Tensor]],
         t: Sequence[int],
         *,
-        lr: float | Tensor,
-        weight_decay: float,
+        rates: Sequence[updates.Rate],
         divisors: list[Tensor] | None = None,
     ) -> None:
         """Corrects the gradients in the buffer of the previous ones and hands them to the inner rule's kernels."""
@@ -130,9 +129,7 @@ class Mars(Rule):
                 torch._foreach_lerp_(corrected, fresh, 1 + self.gamma * self.beta1 / (1 - self.beta1))
             norms = updates.norms(corrected, corrected[0].dtype)
             torch._foreach_clamp_min_(norms, 1.0)
-            self.inner.fused_step(
-                params[part], corrected, own, t[part], lr=lr, weight_decay=weight_decay, divisors=norms
-            )
+            self.inner.fused_step(params[part], corrected, own, t[part], rates=rates[part], divisors=norms)
             if not self.exact:
                 torch._foreach_copy_(corrected, fresh)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -41,16 +42,19 @@ class Orthogonal(Rule):
 
     def work(self, layout: Layout, *, refreshes_only: bool = False) -> float:
         """Five iterations of three products each."""
-        short, long = sorted(layout.block)
-        return 0.0 if refreshes_only else layout.blocks * 5 * (4.0 * short**2 * long + 2.0 * short**3)
+        *stack, rows, cols = layout.block
+        short, long = sorted((rows, cols))
+        matrices = layout.blocks * math.prod(stack)
+        return 0.0 if refreshes_only else matrices * 5 * (4.0 * short**2 * long + 2.0 * short**3)
 
     def workspace(self, layout: Layout) -> int:
         """The iterate, the next one, and three Gram matrices of the shorter side, beside the corrected gradient."""
-        short, long = sorted(layout.block)
-        return 5 * short * long + 3 * short**2
+        *stack, rows, cols = layout.block
+        short, long = sorted((rows, cols))
+        return math.prod(stack) * (5 * short * long + 3 * short**2)
 
     def update(self, grad: Tensor, state: State, chunk: Chunk) -> Tensor:
-        """Returns the scaled orthogonal factor of M, (blocks, rows, cols)."""
+        """Returns the scaled orthogonal factor of M, (blocks, ..., rows, cols), of each matrix by itself."""
         exp_avg = state["exp_avg"].lerp_(grad, 1 - self.beta1)
         rows, cols = exp_avg.shape[-2:]
         if self.scale == "aspect":

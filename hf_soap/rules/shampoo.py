@@ -132,7 +132,7 @@ class Shampoo(Rule):
         The factors that one gradient makes are singular: their roots would send what lies outside of its directions a
         thousand times too far on either side.
         """
-        mean = chunk.tensor_square_sum(grad).div_(chunk.layout.numel).view(-1, 1, 1)
+        mean = chunk.matrix_square_sum(grad).div_(chunk.layout.matrix_numel).view(-1, 1, 1)
         mean.clamp_(min=torch.finfo(mean.dtype).tiny)
         for side in chunk.layout.sides:
             factor = state[f"factor_{side}"]
@@ -159,8 +159,8 @@ class Shampoo(Rule):
         if self.kl:
             direction = self._within_reach(direction, chunk)
         if self.graft:
-            wanted = chunk.tensor_square_sum(layout.trim(grafted))
-            got = chunk.tensor_square_sum(layout.trim(direction))
+            wanted = chunk.matrix_square_sum(layout.trim(grafted))
+            got = chunk.matrix_square_sum(layout.trim(direction))
             # Roots of factors that were zero, or of gradients 1e19 times smaller, point nowhere.
             points = (got > torch.finfo(got.dtype).tiny) & got.isfinite()
             direction = torch.where(points, direction * (wanted.sqrt_() / got.sqrt()), grafted)
@@ -195,7 +195,7 @@ class Shampoo(Rule):
         share = beta ** (len(chunk.layout.sides) - 1) * (1 - beta)
         if not share:
             return direction
-        rms = (chunk.tensor_square_sum(chunk.layout.trim(direction)) / chunk.layout.numel).sqrt_()
+        rms = (chunk.matrix_square_sum(chunk.layout.trim(direction)) / chunk.layout.matrix_numel).sqrt_()
         scale: Tensor = share**-0.5 / rms.clamp_(min=share**-0.5)
         return direction * scale
 

@@ -181,8 +181,8 @@ class Soap(Rule):
         direction = self._rotate(direction, own, chunk.layout, back=True)
         del own  # a refresh wants the room of rounded copies
         if self.normalize_grads:
-            square_sum = chunk.tensor_square_sum(chunk.layout.trim(direction))
-            rms = square_sum.div_(chunk.layout.numel).sqrt_().add_(1e-30)
+            square_sum = chunk.matrix_square_sum(chunk.layout.trim(direction))
+            rms = square_sum.div_(chunk.layout.matrix_numel).sqrt_().add_(1e-30)
             # Squares of less are zero, and a direction of 1e-22 became one of 1e8.
             direction.div_(rms.clamp_(min=torch.finfo(rms.dtype).tiny ** 0.5))
         if self.correct_bias:
