@@ -248,8 +248,10 @@ class PlannedOptimizer(torch.optim.Optimizer):
             handle.remove()
 
     def _packed(self, plain: dict[str, Any], to_first: bool) -> dict[str, Any]:
-        owners, state = self._find_owners(), dict(plain["state"])
+        owners = self._find_owners()
         keys = [key for group in plain["param_groups"] for key in group["params"]]
+        # In the order of the groups: ranks gather what they have in the order in which they find it.
+        state = {key: plain["state"][key] for key in keys if key in plain["state"]}
         for key, member in zip(keys, self.members(), strict=True):
             known = state.get(key, {})
             if not any(map(is_own, known)):
@@ -260,7 +262,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
                 state[key] = checkpoint.packed(member.param, plan, known, wanted)
             else:
                 state[key] = checkpoint.packed_of_owner(member.param, plan, known, wanted, owner, to_first=to_first)
-        return {**plain, "state": state}
+        return {**plain, "state": {**state, **{key: v for key, v in plain["state"].items() if key not in state}}}
 
     @torch.inference_mode(False)
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
