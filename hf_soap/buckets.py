@@ -27,6 +27,10 @@ What a CPU works on stays in its cache. Other devices want few launches.
 """
 
 
+Kind = tuple[Plan, torch.dtype, torch.device]
+"""What tensors of a bucket have in common: plan, dtype of the state, and device."""
+
+
 class Bucket:
     """The stacked state of all tensors with the same blocks, handed out to ``optimizer.state[p]`` as views.
 
@@ -94,6 +98,13 @@ class Bucket:
             known[role] = view
         for role in [role for role in known if is_own(role) and role not in views]:
             del known[role]
+
+    def serves(self, kind: Kind, members: Mapping[Tensor, Member]) -> bool:
+        """Whether the bucket is what would be built of its parameters now, which are all among these members."""
+        if kind != (self.plan, self.dtype, self.params[0].device):
+            return False
+        found = [members.get(param) for param in self.params]
+        return [(m.place, m.number) for m in found if m is not None] == list(zip(self.index, self.groups, strict=True))
 
     def takes(self, plan: Plan) -> bool:
         """Whether the bucket as it is, state and all, would be built for another plan too."""
@@ -260,6 +271,26 @@ class BucketCache:
         if any(member.param.grad is not None for member in self.dormant):
             return False
         return all(bucket.unchanged() and bucket.intact(state) for bucket in self.buckets)
+
+    def still_serving(
+        self, kinds: Mapping[Kind, list[tuple[Member, torch.Size]]], state: Mapping[Tensor, dict[str, Any]]
+    ) -> list[Bucket]:
+        """Returns the buckets that can be kept, and takes their members off the lists.
+
+        Args:
+            kinds: Members to be stepped and their shapes, by what happens to them; changed in place.
+            state: The optimizer's state.
+        """
+        intact = [bucket for bucket in self.buckets if bucket.unchanged() and bucket.intact(state)]
+        kept = []
+        for kind, entries in kinds.items():
+            members = {member.param: member for member, _ in entries}
+            for bucket in intact:
+                if bucket.serves(kind, members):
+                    kept.append(bucket)
+                    taken = set(bucket.params)
+                    entries[:] = [entry for entry in entries if entry[0].param not in taken]
+        return kept
 
     def shapes(self) -> dict[Tensor, torch.Size]:
         """Returns the shapes that the parameters had when the buckets were made."""

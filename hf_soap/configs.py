@@ -198,7 +198,7 @@ class MarsConfig(_Guard):
     beta1_1d: float = option(0.9, "Decay rate of their first moment.", DECAY_RATE)
     beta2_1d: float = option(0.95, "Decay rate of their second moment.", DECAY_RATE)
     weight_decay_1d: float | None = option(
-        None, "Their weight decay; `none` takes the param group's, or 0.1 where the group sets none.", NON_NEGATIVE
+        None, "Their weight decay; `none` takes the param group's. The published runs use 0.1.", NON_NEGATIVE
     )
 
     def constructor_kwargs(self) -> dict[str, Any]:

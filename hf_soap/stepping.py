@@ -12,7 +12,7 @@ from torch import Tensor
 
 from hf_soap import checkpoint, sharding
 from hf_soap.blocks import Chunk, Plan, adjacent
-from hf_soap.buckets import Bucket, BucketCache, state_dtype, warn_if_flattened
+from hf_soap.buckets import Bucket, BucketCache, Kind, state_dtype, warn_if_flattened
 from hf_soap.chunks import apply_, directions_of, stack_gradients, stages, step_tensors
 from hf_soap.members import Member
 from hf_soap.owners import SEEDED, UPDATED, Outcome, Ownership
@@ -124,7 +124,7 @@ class BlockOptimizer(PlannedOptimizer):
             return cache
         shapes = {} if cache is None else cache.shapes()
         dormant, empty = [], []
-        kinds: dict[tuple[Plan, torch.dtype, torch.device], list[tuple[Member, torch.Size]]] = {}
+        kinds: dict[Kind, list[tuple[Member, torch.Size]]] = {}
         for member in filter(belongs, roster.trained):
             param, part = member.param, sharding.local(member.param)
             known = self.state.get(param, {})
@@ -143,7 +143,9 @@ class BlockOptimizer(PlannedOptimizer):
             warn_if_flattened(plan.layout, param)
             kind = plan, state_dtype(param), param.device
             kinds.setdefault(kind, []).append((member, param.shape if whole else part.shape))
-        buckets = [Bucket(plan, entries, self.state, dtype=dtype) for (plan, dtype, _), entries in kinds.items()]
+        buckets = [] if cache is None else cache.still_serving(kinds, self.state)
+        # What is left gets stacks of its own: growing the old ones would hold them twice for a moment.
+        buckets += [Bucket(plan, rest, self.state, dtype=dtype) for (plan, dtype, _), rest in kinds.items() if rest]
         self._buckets[key] = BucketCache(roster, dormant, empty, buckets)
         return self._buckets[key]
 

@@ -188,3 +188,21 @@ def test_tiny_models_keep_both_sides() -> None:
     for member in optimizer.members():
         if member.param.dim() == 2:
             assert len(optimizer.plan_of(member.settings, member.param).layout.sides) == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Gradients that come late
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_state_of_a_late_parameter_moves_nothing_of_the_others() -> None:
+    """Growing the stacks of all for an expert that is first routed to would hold the state twice for a moment."""
+    params = [Parameter(torch.randn(8, 8)) for _ in range(6)]
+    optimizer = SOAP(params)
+    train(optimizer, params[:4], range(3))
+    assert set(optimizer.state) == set(params[:4])
+    before = {param: optimizer.state[param]["factor_0"].data_ptr() for param in params[:4]}
+    train(optimizer, params, range(3, 6))
+    assert set(optimizer.state) == set(params)
+    assert before == {param: optimizer.state[param]["factor_0"].data_ptr() for param in params[:4]}
+    assert [int(optimizer.state[param]["step"]) for param in params] == [6, 6, 6, 6, 3, 3]
