@@ -3,6 +3,7 @@
 python tests/ranks.py MODULE.FUNCTION RANK RANKS MEETING-FILE JSON
 """
 
+import faulthandler
 import importlib
 import json
 import os
@@ -14,20 +15,23 @@ from typing import Any
 TESTS = Path(__file__).parent
 
 
-def run(function: str, ranks: int, meet_in: Path, **arguments: Any) -> None:
-    """Calls MODULE.FUNCTION(**arguments) in ``ranks`` processes; an assertion that fails in one fails here."""
+def run(function: str, ranks: int, meet_in: Path, *, seconds: int = 300, **arguments: Any) -> None:
+    """Calls MODULE.FUNCTION(**arguments) in ``ranks`` processes; an assertion that fails in one fails here.
+
+    A process that has not ended after ``seconds`` says where it waits, and fails.
+    """
     meet_in.mkdir(parents=True, exist_ok=True)
     meeting = meet_in / f"meeting-{function}-{ranks}-{len(list(meet_in.iterdir()))}"
     environment = {
         **os.environ,
-        "PYTHONPATH": f"{TESTS.parent}:{TESTS}",
+        "PYTHONPATH": ":".join((os.environ.get("HF_SOAP_SOURCE", str(TESTS.parent)), str(TESTS))),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
     }
     workers = [
         subprocess.Popen(
             [sys.executable, __file__, function, str(rank), str(ranks), str(meeting), json.dumps(arguments)],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), "RANKS_SECONDS": str(seconds)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -37,11 +41,11 @@ def run(function: str, ranks: int, meet_in: Path, **arguments: Any) -> None:
     outputs = []
     for worker in workers:
         try:
-            outputs.append(worker.communicate(timeout=300)[0])
+            outputs.append(worker.communicate(timeout=seconds + 30)[0])
         except subprocess.TimeoutExpired:
             for other in workers:
                 other.kill()
-            outputs.append(f"no end within 300 s: {worker.communicate()[0]}")
+            outputs.append(f"no end within {seconds} s: {worker.communicate()[0]}")
     failed = [
         f"rank {rank}:\n{text}" for rank, (text, w) in enumerate(zip(outputs, workers, strict=True)) if w.returncode
     ]
@@ -51,6 +55,8 @@ def run(function: str, ranks: int, meet_in: Path, **arguments: Any) -> None:
 def main() -> None:
     """Is one of the processes."""
     function, rank, ranks, meeting, arguments = sys.argv[1:]
+    faulthandler.enable()  # gloo aborts where messages do not match
+    faulthandler.dump_traceback_later(int(os.environ["RANKS_SECONDS"]), exit=True)
     module, _, name = function.partition(".")
     import torch
     import torch.distributed as dist

@@ -113,6 +113,10 @@ WAYS = {
     "python scripts/bench_async.py": Way("--steps 6 --frequency 3 --width 8 --layers 1"),
     "python scripts/bench_metrics.py": Way("--steps 4 --log-every 2"),
     "python scripts/bench_distributed.py": Way("--processes 2 --rounds 1"),
+    "python scripts/new_mixtral.py": Way(),
+    "hf-soap compare adamw soap soap:stacked_matrices=false": Way(
+        "--seq-len 16 --batch-size 4 --data books", behind="python scripts/new_mixtral.py"
+    ),
     "python scripts/update_readme.py": Way(slow=False),
     "bash scripts/quickstart.sh": Way(f"--steps 2 {TINY}"),
     "bash scripts/test.sh": Way("tests/test_schema.py"),
