@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, wraps
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +64,9 @@ def resolve(args: TrainingArguments) -> schema.OptimizerConfig:
     """Reads the options of the optimizer that ``args.optim`` names.
 
     A value comes from ``optim_args``; else, for betas and eps, from ``adam_beta1``, ``adam_beta2`` and
-    ``adam_epsilon`` where they differ from the Transformers defaults; else it is the published default.
+    ``adam_epsilon`` where they differ from the Transformers defaults; else it is the published default. The arguments
+    do not say whether somebody set ``adam_beta1=0.9`` or left it there, since a command line sets every one of them:
+    ``optim_args="beta1=0.9"`` is how to ask for a value that is AdamW's default, and what won is logged at INFO.
 
     Args:
         args: Training arguments whose ``optim`` is a name registered here.
@@ -77,13 +79,16 @@ def resolve(args: TrainingArguments) -> schema.OptimizerConfig:
     """
     name = optimizer_name(args)
     _refuse_flat_parameters(args, name)
-    config = ENTRIES[name].config
-    from_args = {
+    return schema.parse_optim_args(args.optim_args, ENTRIES[name].config, changed_adam_arguments(args))
+
+
+def changed_adam_arguments(args: TrainingArguments) -> dict[str, float]:
+    """Returns the options that ``adam_beta1``, ``adam_beta2`` and ``adam_epsilon`` set: those not at their default."""
+    return {
         option: getattr(args, argument)
         for option, (argument, default) in HF_ADAM.items()
         if getattr(args, argument) != default
     }
-    return schema.parse_optim_args(args.optim_args, config, from_args)
 
 
 def class_and_kwargs(args: TrainingArguments, model: nn.Module | None) -> tuple[type[BlockOptimizer], dict[str, Any]]:
@@ -110,14 +115,40 @@ def class_and_kwargs(args: TrainingArguments, model: nn.Module | None) -> tuple[
     kwargs = {"lr": args.learning_rate, **config.constructor_kwargs()}
     if kwargs["distributed_refresh"] is None:
         kwargs["distributed_refresh"] = under_ddp
-    _report_once(config.name, ", ".join(f"{key}={value}" for key, value in kwargs.items()))
+    _report_once(config.name, ", ".join(f"{key}={value}" for key, value in kwargs.items()), _passed_over(args, config))
     if args.learning_rate == HF_LEARNING_RATE:
-        _warn_learning_rate_once(
-            config.name, config.lr, "published with" if config.lr_is_published else "best started from"
-        )
+        _warn_learning_rate_once(config.name, _learning_rate_advice(config, model))
     if args.optim_target_modules:
         _warn_target_modules_once(config.name, str(args.optim_target_modules))
     return _grouping_class(entry.optimizer, config, model), kwargs
+
+
+def _passed_over(args: TrainingArguments, config: schema.OptimizerConfig) -> str:
+    """Says which defaults of Transformers did not count, and how to have them."""
+    changed, known = changed_adam_arguments(args), schema.option_fields(type(config))
+    passed = []
+    for option, (argument, default) in HF_ADAM.items():
+        ours = known[option].default
+        if option not in changed and getattr(config, option) == ours != default:
+            passed.append(
+                f"{option}={ours:g}, not {argument}={default:g} (optim_args='{option}={default:g}' has that)"
+            )
+    return f". Transformers' default for AdamW counts as not set: {'; '.join(passed)}" if passed else ""
+
+
+def _learning_rate_advice(config: schema.OptimizerConfig, model: nn.Module | None) -> str:
+    """Words a learning rate to start from, for the task as far as the model shows it."""
+    published = "is published with" if config.lr_is_published else "is best started from"
+    scratch = f"{config.name} {published} {config.lr:g} for training from scratch"
+    # Lion's updates have the size of their signs, for which its paper takes 3 to 10 times less than AdamW.
+    lion = getattr(config, "variant", "") == "lion"
+    tuned = "a tenth to a third of AdamW's usual rate" if lion else "about AdamW's usual rate, up to a few times that"
+    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
+        return f"for adapters start from {tuned}; {scratch}"
+    # Empty unless a model or its config was loaded from somewhere; the config of a new model may have been as well.
+    if origin := getattr(getattr(model, "config", None), "_name_or_path", None):
+        return f"to fine-tune {schema.shown(str(origin))} start from {tuned}; {scratch}"
+    return f"{scratch}; to fine-tune pretrained weights start from {tuned}"
 
 
 def optimizer_name(args: TrainingArguments) -> str:
@@ -181,6 +212,12 @@ def add_names(training_args: ModuleType) -> None:
             names._member_map_[member._name_] = member
             names._value2member_map_[value] = member
 
+    if not hasattr(names._missing_, "hf_soap"):
+        _extend_errors(names)
+        _extend_arguments(training_args.TrainingArguments)
+
+
+def _extend_errors(names: Any) -> None:
     listed = names._missing_
 
     def missing(cls: Any, value: object) -> Any:
@@ -188,7 +225,43 @@ def add_names(training_args: ModuleType) -> None:
             raise ValueError(f"unknown optim {value!r}: {match}Valid names are {', '.join(m.value for m in cls)}.")
         return listed(value)
 
+    missing.hf_soap = True  # type: ignore[attr-defined]
     names._missing_ = classmethod(missing)
+
+
+def _extend_arguments(cls: Any) -> None:
+    """Has ``optim_args`` of a file become text at once, and numbers that YAML reads as text numbers.
+
+    Whoever looks at the arguments later, the Trainer, a recipe, ``training_args.bin`` where this package is missing,
+    then meets what a command line would have given.
+    """
+    completes, sets_optimizer = cls.__post_init__, cls.set_optimizer
+
+    @wraps(completes)
+    def post_init(self: Any) -> None:
+        if optimizer_name(self) in ENTRIES:
+            _read_as_from_command_line(self)
+        completes(self)
+
+    @wraps(sets_optimizer)
+    def set_optimizer(self: Any, *args: Any, **kwargs: Any) -> Any:
+        done = sets_optimizer(self, *args, **kwargs)
+        if optimizer_name(self) in ENTRIES:
+            _read_as_from_command_line(self)
+        return done
+
+    cls.__post_init__, cls.set_optimizer = post_init, set_optimizer
+
+
+def _read_as_from_command_line(args: Any) -> None:
+    args.optim_args = schema.as_text(args.optim_args)
+    for name in ("learning_rate", "weight_decay", *(argument for argument, _ in HF_ADAM.values())):
+        value = getattr(args, name)
+        if isinstance(value, str):
+            try:
+                setattr(args, name, float(value))
+            except ValueError:
+                raise ValueError(f"{name} must be a number, got {schema.shown(value)}; for example 3.0e-3") from None
 
 
 def log_every(args: TrainingArguments) -> int:
@@ -233,18 +306,17 @@ def _follow_log_level(args: TrainingArguments) -> None:
 
 
 @cache
-def _report_once(name: str, settings: str) -> None:
-    logger.info("optim=%s runs with %s", name, settings)
+def _report_once(name: str, settings: str, passed_over: str) -> None:
+    logger.info("optim=%s runs with %s%s", name, settings, passed_over)
 
 
 @cache
-def _warn_learning_rate_once(name: str, usual: float, how: str) -> None:
+def _warn_learning_rate_once(name: str, advice: str) -> None:
     logger.warning(
-        "learning_rate is %g, the Transformers default for AdamW. %s is %s %g; set learning_rate.",
-        HF_LEARNING_RATE,
+        "optim=%s: learning_rate is %g, the Transformers default for AdamW. Set learning_rate: %s.",
         name,
-        how,
-        usual,
+        HF_LEARNING_RATE,
+        advice,
     )
 
 

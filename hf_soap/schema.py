@@ -12,8 +12,9 @@ import re
 import types
 import typing
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from numbers import Real
 from typing import Any, ClassVar, Literal, TypeVar
 
 Check = tuple[Callable[[Any], bool], str]
@@ -62,10 +63,15 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         check_values(type(self), {f.name: getattr(self, f.name) for f in fields(self)})
 
-    def to_optim_args(self) -> str:
-        """Returns the options that differ from their defaults as text for ``TrainingArguments(optim_args=...)``."""
-        changed = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default}
-        return ",".join(f"{key}={_to_text(value)}" for key, value in changed.items())
+    def to_optim_args(self, always: Collection[str] = ()) -> str:
+        """Returns the options that differ from their defaults as text for ``TrainingArguments(optim_args=...)``.
+
+        Args:
+            always: Options to write even where they have their defaults.
+        """
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        written = [f.name for f in fields(self) if values[f.name] != f.default or f.name in always]
+        return ",".join(f"{key}={_to_text(values[key])}" for key in written)
 
     def constructor_kwargs(self) -> dict[str, Any]:
         """Returns the keyword arguments for the optimizer's constructor."""
@@ -76,6 +82,9 @@ class OptimizerConfig:
 
 
 ConfigT = TypeVar("ConfigT", bound=OptimizerConfig)
+
+OptimArgs = str | Mapping[str, Any] | Sequence[str] | None
+"""What ``optim_args`` may be: text from Python or a command line, a mapping or a list from YAML or JSON."""
 
 
 def check_values(config: type[OptimizerConfig], values: Mapping[str, Any]) -> None:
@@ -94,7 +103,7 @@ def check_values(config: type[OptimizerConfig], values: Mapping[str, Any]) -> No
         if key not in known:
             raise ValueError(_unknown(config, key))
         if not _has_type(value, hints[key]):
-            raise ValueError(f"{key} must be {_type_name(hints[key])}, got {shown(value)}")
+            raise ValueError(f"{key} must be {_type_name(hints[key])}, got {shown(value)}{_meant(value, hints[key])}")
         meta = known[key].metadata
         if meta["check"] is not None and value is not None:
             test, wording = meta["check"]
@@ -107,29 +116,84 @@ def check_values(config: type[OptimizerConfig], values: Mapping[str, Any]) -> No
                 raise ValueError(f"{key} must be a regular expression, got {shown(value)}: {error}") from error
 
 
-def parse_optim_args(text: str | None, config: type[ConfigT], defaults: Mapping[str, Any] | None = None) -> ConfigT:
+def parse_optim_args(given: OptimArgs, config: type[ConfigT], defaults: Mapping[str, Any] | None = None) -> ConfigT:
     """Reads ``optim_args`` of TrainingArguments.
 
     Args:
-        text: ``key=value`` pairs split by commas; commas inside brackets belong to the value, so that
-            ``betas=(0.9,0.95)`` and regular expressions with groups can be written. A value may be quoted.
+        given: ``key=value`` pairs split by commas; commas inside brackets belong to the value, so that
+            ``betas=(0.9,0.95)`` and regular expressions with groups can be written. A value may be quoted. A mapping
+            or a list of pairs, as YAML and JSON have them, is read as :func:`as_text` says.
         config: Whose options to read.
-        defaults: Values for options that ``text`` does not name, instead of the published ones.
+        defaults: Values for options that are not given, instead of the published ones.
 
     Returns:
         The checked config.
 
     Raises:
-        ValueError: If the text cannot be read, or names an unknown option, twice the same, a wrong type or a value
-            out of range.
+        ValueError: If it cannot be read, or names an unknown option, twice the same, a wrong type or a value out of
+            range.
     """
     hints = typing.get_type_hints(config)
     values: dict[str, Any] = {}
-    for key, raw in _pairs(text or "", config):
+    for key, raw in _pairs(as_text(given) or "", config):
         if key in values:
             raise ValueError(f"optim_args names {key} twice, wanted it once; remove one of them")
         values[key] = _from_text(key, raw, hints[key])
     return config(**{**(defaults or {}), **values})
+
+
+def as_text(given: Any) -> str | None:
+    """Writes ``optim_args`` as the text that the Trainer and the command line know.
+
+    Args:
+        given: Text, which is returned as it stands; a mapping of options to numbers, text, true, false or none; or a
+            list of texts of the form ``key=value``. ``betas`` of a mapping may be a list of two numbers.
+
+    Returns:
+        The text, or None where there are no options.
+
+    Raises:
+        ValueError: If it is something else.
+    """
+    if given is None or isinstance(given, str):
+        return given
+    if isinstance(given, Mapping):
+        return ",".join(f"{_name_of(key)}={_value_of(key, value)}" for key, value in given.items()) or None
+    if isinstance(given, Sequence) and not isinstance(given, (bytes, bytearray)):
+        return ",".join(item for entry in given for item in _listed(entry)) or None
+    raise ValueError(
+        f"optim_args must be text such as 'eps=1e-8,beta1=0.9', a mapping of options to values, or a list of "
+        f"key=value, got {shown(given)}"
+    )
+
+
+def _name_of(key: Any) -> str:
+    if isinstance(key, str) and re.fullmatch(r"[\w-]+", key):
+        return key
+    raise ValueError(f"optim_args wants names of options as keys of a mapping, got {shown(key)}; for example eps")
+
+
+def _value_of(key: str, value: Any) -> str:
+    if isinstance(value, str):
+        return _whole(value.strip())
+    if value is None or isinstance(value, Real):  # true and false are numbers too
+        return _to_text(value)
+    if key == "betas" and isinstance(value, Sequence):
+        return f"({','.join(map(str, value))})"
+    raise ValueError(f"{key} must be a number, text, true, false or none, got {shown(value)}")
+
+
+def _listed(entry: Any) -> list[str]:
+    """Returns the pairs of one entry of a list, each so that it ends where the entry does."""
+    if not isinstance(entry, str):
+        raise ValueError(f"optim_args wants key=value as entries of a list, got {shown(entry)}; for example eps=1e-8")
+    pairs = [[part.strip() for part in item.partition("=")] for item in _split(entry)]
+    return [f"{key}{equals}{_whole(raw)}" for key, equals, raw in pairs]
+
+
+def _whole(raw: str) -> str:
+    """Puts a value in quotes where an open bracket or a comma would join it to the next option or cut it."""
+    return raw if not raw or _split(f"k={raw},k") == [f"k={raw}", "k"] else repr(raw)
 
 
 def patterns(text: str) -> list[str]:
@@ -146,10 +210,7 @@ def option_table(config: type[OptimizerConfig]) -> str:
     """Returns the options of an optimizer as a Markdown table: name, type, default, range and meaning."""
     hints = typing.get_type_hints(config)
     rows = ["| option | type | default | what it does |", "|---|---|---|---|"]
-    known = option_fields(config)
-    own_first = [key for cls in config.__mro__ for key in vars(cls).get("__annotations__", {}) if key in known]
-    for key in dict.fromkeys(own_first):
-        entry = known[key]
+    for key, entry in _own_first(config).items():
         check = entry.metadata["check"]
         kind = _type_name(hints[key]).replace("|", "\\|") + (f", {check[1]}" if check else "")
         rows.append(f"| `{key}` | {kind} | `{_to_text(entry.default)}` | {entry.metadata['help']} |")
@@ -176,9 +237,76 @@ def option_fields(config: type[OptimizerConfig]) -> dict[str, Field[Any]]:
     return {f.name: f for f in fields(config)}
 
 
+def _own_first(config: type[OptimizerConfig]) -> dict[str, Field[Any]]:
+    """Returns the options in the order of the config, its own before those it shares, which are set less often."""
+    known = option_fields(config)
+    listed = [key for cls in config.__mro__ for key in vars(cls).get("__annotations__", {}) if key in known]
+    return {key: known[key] for key in dict.fromkeys(listed)}
+
+
 def _unknown(config: type[OptimizerConfig], key: str) -> str:
-    choices = option_fields(config)
-    return f"unknown option {shown(key)} of {config.name}: {nearest(key, choices)}It takes {', '.join(choices)}."
+    choices = _own_first(config)
+    *first, last = near_options(key, choices) or [""]
+    meant = f"did you mean {' or '.join([', '.join(first), last] if first else [last])}? " if last else ""
+    return f"unknown option {shown(key)} of {config.name}: {meant}It takes {', '.join(choices)}."
+
+
+def near_options(name: str, choices: Collection[str]) -> list[str]:
+    """Returns up to three options that a name may be meant for, the most likely first.
+
+    Words are compared one by one, so that ``freq`` and ``precond_freq`` find ``precondition_frequency``.
+
+    Args:
+        name: What is no option.
+        choices: The options there are.
+    """
+    words = [word for word in re.split(r"[\W_]+", name.lower()) if word]
+
+    def share(choice: str) -> float:
+        others = choice.split("_")
+        return sum(max(_likeness(word, other) for other in others) for word in words) / (len(words) or 1)
+
+    best = max(map(share, choices), default=0.0)
+    if best < 0.49:
+        return difflib.get_close_matches(name.lower(), list(choices), n=3, cutoff=0.6)
+    alike = [choice for choice in choices if share(choice) == best]
+    return sorted(alike, key=lambda choice: -difflib.SequenceMatcher(None, name.lower(), choice).ratio())[:3]
+
+
+def _likeness(word: str, whole: str) -> float:
+    """Returns 1 for the same word, a little less for its beginning or a slip of the pen, 0 for another word."""
+    if word in (whole, whole.rstrip("0123456789")):
+        return 1.0
+    begins = len(word) > 1 and whole.startswith(word)
+    return 0.99 if begins or difflib.SequenceMatcher(None, word, whole).ratio() >= 0.8 else 0.0
+
+
+DTYPES = {
+    "bf16": "bfloat16",
+    "half": "bfloat16",
+    "fp16": "bfloat16",
+    "float16": "bfloat16",
+    "fp32": "float32",
+    "f32": "float32",
+    "float": "float32",
+    "single": "float32",
+    "fp8": "float8",
+    "f8": "float8",
+    "e4m3": "float8",
+    "float8_e4m3fn": "float8",
+    "float8_e5m2": "float8",
+}
+"""Usual names of what an option calls otherwise, or of what comes nearest to it."""
+
+
+def _meant(value: Any, hint: Any) -> str:
+    """Words which of the values of an option is meant, where it takes named ones."""
+    named = [part for part in _alternatives(hint) if typing.get_origin(part) is Literal]
+    choices = [choice for part in named for choice in typing.get_args(part)]
+    text = str(value).lower().removeprefix("torch.")
+    found = DTYPES.get(text, text)
+    match = f"did you mean {found}? " if found in choices else nearest(text, choices)
+    return f"; {match.strip()}" if match else ""
 
 
 def _remedy(entry: Field[Any]) -> str:
@@ -194,7 +322,7 @@ def _pairs(text: str, config: type[OptimizerConfig]) -> Iterable[tuple[str, str]
                 f"optim_args wants key=value pairs split by commas, got {shown(item)}; for example eps=1e-8"
             )
         if key == "betas":
-            betas = [beta.strip() for beta in raw.strip("()[]").split(",")]
+            betas = [beta.strip() for beta in raw.strip("'\"").strip("()[]").split(",")]
             if len(betas) != 2:
                 raise ValueError(
                     f"betas wants two numbers, got {shown(raw)}; write betas=(0.95,0.95), or beta1= and beta2="
@@ -208,7 +336,13 @@ def _pairs(text: str, config: type[OptimizerConfig]) -> Iterable[tuple[str, str]
             yield key, raw
 
 
-ELSEWHERE = {"lr": "learning_rate", "learning_rate": "learning_rate", "weight_decay": "weight_decay"}
+ELSEWHERE = {
+    "lr": "learning_rate",
+    "learning_rate": "learning_rate",
+    "wd": "weight_decay",
+    "decay": "weight_decay",
+    "weight_decay": "weight_decay",
+}
 """What users look for among the options and the Trainer has an argument for."""
 
 CLOSING = {"(": ")", "[": "]", "{": "}"}
@@ -242,6 +376,8 @@ def _from_text(key: str, raw: str, hint: Any) -> Any:
     if type(None) in args and raw.lower() in ("none", "null"):
         return None
     kind = next(arg for arg in args if arg is not type(None))
+    if raw == "false" and "off" in typing.get_args(kind):
+        return "off"  # which YAML reads as false
     if typing.get_origin(kind) is Literal or kind is str:
         return _unquoted(key, raw) if len(raw) > 1 and raw[0] == raw[-1] and raw[0] in "'\"" else raw
     if kind is bool:

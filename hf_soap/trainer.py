@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from enum import Enum
@@ -35,26 +35,28 @@ class SoapTrainerMixin(_Base):
 
     Args:
         *args: Positional arguments of the Trainer.
-        optimizer_config: Which optimizer and its options, in place of ``optim`` and ``optim_args``.
+        optimizer_config: Which optimizer and its options, in place of ``optim`` and ``optim_args``: a config such as
+            ``SoapConfig(precondition_frequency=20)``, or a mapping of options with ``"name": "soap"`` among them. The
+            mapping needs no name where ``optim`` has it.
         preflight: Look before the first step whether gradients and optimizer state fit into the device's memory: a
             warning if they do not fit into what is free, an error if the state is larger than the device.
         **kwargs: Keyword arguments of the Trainer.
 
     Raises:
-        ValueError: If ``optim_args`` is wrong, or contradicts ``optimizer_config``.
+        ValueError: If ``optim_args`` or ``optimizer_config`` is wrong, or they contradict each other.
     """
 
     def __init__(
         self,
         *args: Any,
-        optimizer_config: schema.OptimizerConfig | None = None,
+        optimizer_config: schema.OptimizerConfig | Mapping[str, Any] | None = None,
         preflight: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self._window: list[tuple[RandomState, Any]] = []
         if optimizer_config is not None:
-            _write_config(self.args, optimizer_config)
+            _write_config(self.args, _as_config(self.args, optimizer_config))
         if registry.optimizer_name(self.args) in registry.ENTRIES:
             registry.resolve(self.args)  # refuses wrong options before training starts
             if preflight:
@@ -185,9 +187,35 @@ class _Preflight(TrainerCallback):
                 logger.warning("optim=%s: %s", config.name, warning)
 
 
+def _as_config(args: TrainingArguments, given: Any) -> schema.OptimizerConfig:
+    if isinstance(given, schema.OptimizerConfig):
+        return given
+    if not isinstance(given, Mapping):
+        raise ValueError(
+            "optimizer_config must be a config such as hf_soap.SoapConfig(precondition_frequency=20), or a mapping of "
+            f"options with a name such as {{'name': 'soap'}}, got {schema.shown(given)}"
+        )
+    named = given.get("name", args.optim)
+    name = str(getattr(named, "value", named))
+    if name in registry.ENTRIES:
+        options = {key: value for key, value in given.items() if key != "name"}
+        return schema.parse_optim_args(options, registry.ENTRIES[name].config)
+    if "name" in given:
+        match = schema.nearest(name, registry.ENTRIES)
+        raise ValueError(
+            f"optimizer_config names the unknown optimizer {name!r}: {match}Names are {', '.join(registry.ENTRIES)}."
+        )
+    raise ValueError(
+        f"optimizer_config={schema.shown(given)} does not say of which optimizer, and optim={name!r} is none of this "
+        "package; add 'name': 'soap', or use hf_soap.SoapConfig"
+    )
+
+
 def _write_config(args: TrainingArguments, config: schema.OptimizerConfig) -> None:
     """Puts a config into the arguments as text, so that they say on disk what was trained."""
-    name, text = registry.optimizer_name(args), config.to_optim_args() or None
+    # Else adam_beta1 would decide where the config has the published beta1.
+    decided = registry.changed_adam_arguments(args)
+    name, text = registry.optimizer_name(args), config.to_optim_args(always=decided) or None
     if (name, args.optim_args) == (config.name, text):
         return  # an earlier trainer had the same arguments and config
     if args.optim_args:
