@@ -5,10 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from hf_soap import costs, grouping, registry, schema
@@ -30,6 +32,24 @@ LEVERS: dict[str, tuple[Any, ...]] = {
 """What is tried where a run does not fit: options of the optimizers, and values that save memory or time."""
 
 Measure = Callable[[schema.OptimizerConfig], costs.Cost]
+
+
+BATCHES = (32_768, 131_072, 524_288)
+"""Tokens in a step, of all ranks together, that work is compared at where nobody says how many there are."""
+
+ADAMW = ("adamw_torch_fused", "adamw_torch")
+"""Names of torch's AdamW, which plans are compared with."""
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """torch's AdamW in place of a config of ours; ``optim_args`` say nothing to it."""
+
+    name: str = ADAMW[0]
+
+    def to_optim_args(self) -> str:
+        """Returns no options."""
+        return ""
 
 
 def build(model: nn.Module, params: Iterable[Any], config: schema.OptimizerConfig) -> BlockOptimizer:
@@ -66,25 +86,35 @@ class Run:
     groups: Sequence[dict[str, Any]]
     ranks: int = 1
     sharded: bool = False
-    tokens: int = 500_000
+    tokens: int = BATCHES[1]
 
-    def mode(self, config: schema.OptimizerConfig) -> costs.Mode:
+    def mode(self, config: schema.OptimizerConfig | AdamW) -> costs.Mode:
         """Says where parameters and state lie under a config."""
         owner = getattr(config, "shard_mode", "local") == "owner"
         if self.sharded:
             return "owner" if owner else "local"
         return "ddp, owner" if owner else "ddp"
 
-    def cost(self, config: schema.OptimizerConfig) -> costs.Cost:
+    def cost(self, config: schema.OptimizerConfig | AdamW) -> costs.Cost:
         """Returns what the optimizer costs; raises ValueError where options exclude each other."""
+        if isinstance(config, AdamW):
+            parts = [math.prod(self._part(param)) * param.element_size() for _, param in self._trained()]
+            state = sum(2 * part + torch.float32.itemsize for part in parts)  # two moments, and the number of steps
+            # torch's word for what the version that is not fused holds at once on a GPU.
+            return costs.Cost(state=state, temporaries=0 if config.name == ADAMW[0] else sum(parts))
         optimizer = build(self.model, self.groups, config)
         return costs.cost(optimizer, ranks=self.ranks, mode=self.mode(config))
 
+    def _trained(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
+        return ((group, param) for group in self.groups for param in group["params"])
+
+    def _part(self, param: Tensor) -> tuple[int, ...]:
+        return costs.largest_part(param, self.ranks if self.sharded else 1)
+
     def weights(self, *, trained: bool) -> int:
         """Returns the bytes of all parameters on a rank, or of those that are trained, which gradients take again."""
-        shards = self.ranks if self.sharded else 1
         return sum(
-            math.prod(costs.largest_part(param, shards)) * param.element_size()
+            math.prod(self._part(param)) * param.element_size()
             for param in self.model.parameters()
             if param.requires_grad or not trained
         )
@@ -102,6 +132,18 @@ class Run:
         """Returns the operations of preconditioning as a share of those of forward and backward."""
         return cost.work / self.model_work
 
+    def routing(self, config: schema.OptimizerConfig | AdamW) -> list[Row]:
+        """Says what becomes of each tensor; see :func:`routing`."""
+        if not isinstance(config, AdamW):
+            optimizer = build(self.model, self.groups, config)
+            return routing(self.model, optimizer, ranks=self.ranks, mode=self.mode(config))
+        names: dict[Tensor, str] = {param: name for name, param in self.model.named_parameters()}
+        rows = _Rows()
+        for group, param in self._trained():
+            state = 2 * math.prod(self._part(param)) * param.element_size() + torch.float32.itemsize
+            rows.add(names[param], tuple(param.shape), "AdamW", (), decays=group["weight_decay"] != 0, state=state)
+        return rows.listed()
+
 
 def model_work(model: nn.Module, *, tokens: int) -> float:
     """Estimates the floating point operations of forward and backward.
@@ -114,7 +156,8 @@ def model_work(model: nn.Module, *, tokens: int) -> float:
         tokens: Tokens in a step.
     """
     config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    with suppress(AttributeError, ValueError):  # where there is none, or are several, which then have no experts
+        config = config.get_text_config()
     names = ("num_local_experts", "num_experts", "n_routed_experts")
     experts = next((getattr(config, name) for name in names if getattr(config, name, None)), 1)
     active = (getattr(config, "num_experts_per_tok", None) or experts) / experts
@@ -159,15 +202,40 @@ def routing(model: nn.Module, optimizer: BlockOptimizer, *, ranks: int, mode: co
         mode: Where parameters and state lie; what an owner has counts whole, else what the rank with most of it has.
     """
     names: dict[Tensor, str] = {param: name for name, param in model.named_parameters()}
-    rows: dict[tuple[Any, ...], Row] = {}
+    rows = _Rows()
     for share in costs.shares(optimizer, ranks=ranks, mode=mode):
         layout = share.plan.layout
         rule, sides = grouping.describe(share.plan, owned=share.owned), tuple(layout.block[i] for i in layout.sides)
-        key = (tuple(share.param.shape), rule, sides, share.group["weight_decay"] != 0)
-        known = rows.setdefault(key, Row(names[share.param], 0, *key, 0, 0))
-        tensors, factors, state = known.tensors + 1, known.factors + share.factors, known.state + share.state
-        rows[key] = replace(known, tensors=tensors, factors=factors, state=state)
-    return list(rows.values())
+        name, shape, decays = names[share.param], tuple(share.param.shape), share.group["weight_decay"] != 0
+        rows.add(name, shape, rule, sides, decays=decays, factors=share.factors, state=share.state)
+    return rows.listed()
+
+
+class _Rows:
+    """Puts tensors that are treated alike into one row."""
+
+    def __init__(self) -> None:
+        self._rows: dict[tuple[Any, ...], Row] = {}
+
+    def add(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        rule: str,
+        sides: tuple[int, ...],
+        *,
+        decays: bool,
+        state: int,
+        factors: int = 0,
+    ) -> None:
+        key = (shape, rule, sides, decays)
+        known = self._rows.setdefault(key, Row(name, 0, *key, 0, 0))
+        self._rows[key] = replace(
+            known, tensors=known.tensors + 1, factors=known.factors + factors, state=known.state + state
+        )
+
+    def listed(self) -> list[Row]:
+        return list(self._rows.values())
 
 
 def settings_that_fit(
@@ -224,6 +292,21 @@ class Setting:
 
 
 @dataclass(frozen=True)
+class Batch:
+    """What a step of so many tokens takes.
+
+    Attributes:
+        tokens: Tokens in a step, of all ranks together.
+        model_work: Operations of forward and backward on a rank.
+        overhead: Operations of preconditioning as a share of those.
+    """
+
+    tokens: int
+    model_work: float
+    overhead: float
+
+
+@dataclass(frozen=True)
 class Report:
     """What ``hf-soap plan`` says.
 
@@ -239,7 +322,9 @@ class Report:
         weights: Bytes of weights on a rank.
         gradients: Bytes of gradients on a rank.
         model_work: Operations of forward and backward on a rank in a step.
+        batches: The overhead at several numbers of tokens.
         asked: The settings as asked for.
+        adamw: torch's AdamW on the same ranks.
         fits: Whether they keep within the limits; None without limits.
         suggestions: Settings that do, where those do not, with the fewest changed options and the least work first.
     """
@@ -255,13 +340,20 @@ class Report:
     weights: int
     gradients: int
     model_work: float
+    batches: list[Batch]
     asked: Setting
+    adamw: Setting
     fits: bool | None
     suggestions: list[Setting]
 
 
 def report(
-    run: Run, config: schema.OptimizerConfig, *, memory: float | None = None, overhead: float | None = None
+    run: Run,
+    config: schema.OptimizerConfig | AdamW,
+    *,
+    memory: float | None = None,
+    overhead: float | None = None,
+    batches: Sequence[int] = (),
 ) -> Report:
     """Plans a run.
 
@@ -270,6 +362,7 @@ def report(
         config: The optimizer's options.
         memory: Bytes that a rank has; None does not look.
         overhead: Largest share of forward and backward that preconditioning may take; None does not look.
+        batches: Numbers of tokens in a step to give the overhead at; none gives it at those of the run alone.
 
     Returns:
         All figures.
@@ -282,12 +375,13 @@ def report(
         small = memory is None or run.memory(cost) <= memory
         return small and (overhead is None or run.overhead(cost) <= overhead)
 
-    def setting(options: schema.OptimizerConfig, cost: costs.Cost) -> Setting:
+    def setting(options: schema.OptimizerConfig | AdamW, cost: costs.Cost) -> Setting:
         return Setting(options.to_optim_args(), cost, run.memory(cost), run.overhead(cost))
 
-    cost, optimizer = run.cost(config), build(run.model, run.groups, config)
+    cost, adamw = run.cost(config), config if isinstance(config, AdamW) else AdamW()
     fine = fits(cost)
-    found = [] if fine else settings_that_fit(config, run.cost, fits)
+    found = [] if fine or isinstance(config, AdamW) else settings_that_fit(config, run.cost, fits)
+    at = [replace(run, tokens=tokens) for tokens in batches or (run.tokens,)]
     return Report(
         model=type(getattr(run.model, "get_base_model", lambda: run.model)()).__name__,
         parameters=sum(param.numel() for param in run.model.parameters()),
@@ -296,11 +390,13 @@ def report(
         ranks=run.ranks,
         mode=run.mode(config),
         tokens=run.tokens,
-        tensors=routing(run.model, optimizer, ranks=run.ranks, mode=run.mode(config)),
+        tensors=run.routing(config),
         weights=run.weights(trained=False),
         gradients=run.weights(trained=True),
         model_work=run.model_work,
+        batches=[Batch(each.tokens, each.model_work, each.overhead(cost)) for each in at],
         asked=setting(config, cost),
+        adamw=setting(adamw, run.cost(adamw)),
         fits=None if memory is None and overhead is None else fine,
         suggestions=[setting(*pair) for pair in found],
     )

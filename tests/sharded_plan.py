@@ -21,7 +21,7 @@ def plans_are_what_ranks_keep(names: list[str] | None = None) -> None:
     count, rank = dist.get_world_size(), dist.get_rank()
     for name in names or MODELS:
         folder = save_config(name, Path(os.environ["SHARED_FOLDER"]) / f"{name}-{rank}")
-        blueprint = model_without_weights(folder)
+        blueprint = model_without_weights(folder).model
         run = planning.Run(blueprint, trainer_groups(blueprint), ranks=count, sharded=True)
         for mode in ("local", "owner"):
             config = SoapConfig(shard_mode=mode)

@@ -10,8 +10,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from hf_soap.planning import ADAMW, BATCHES
+
 if TYPE_CHECKING:
-    from hf_soap.planning import Report, Row
+    from hf_soap.planning import AdamW, Report, Row
     from hf_soap.schema import OptimizerConfig
 
 GIB = 2**30
@@ -19,7 +21,9 @@ GIB = 2**30
 
 def plan(
     model: Annotated[str, typer.Argument(help="A config.json, a folder with one, or the name of a model on the Hub.")],
-    optim: Annotated[str, typer.Option(help="A name for TrainingArguments(optim=...).")] = "soap",
+    optim: Annotated[
+        str, typer.Option(help="A name for TrainingArguments(optim=...), one of ours or adamw_torch(_fused).")
+    ] = "soap",
     optim_args: Annotated[str, typer.Option(help="As TrainingArguments(optim_args=...) takes them.")] = "",
     fsdp: Annotated[int, typer.Option(min=1, help="Ranks over which FSDP2 shards the model.")] = 1,
     ddp: Annotated[int, typer.Option(min=1, help="Ranks with the whole model each.")] = 1,
@@ -28,7 +32,15 @@ def plan(
     lora_targets: Annotated[
         str | None, typer.Option(help="Layers with adapters: a regex, or all-linear.", show_default="peft's choice")
     ] = None,
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens in a step, of all ranks together.")] = 500_000,
+    batch_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens in a step, of all ranks together; patches or frames where there is no text. One number is "
+            "shown alone.",
+            show_default=f"{', '.join(map(str, BATCHES))}; limits go by the second",
+        ),
+    ] = None,
     gpu_memory: Annotated[
         float | None, typer.Option(min=0, help="GiB on each rank: suggests settings if this is too little.")
     ] = None,
@@ -37,12 +49,14 @@ def plan(
     ] = None,
     dtype: Annotated[str, typer.Option(help="Of the weights: float32 also for bf16=True.")] = "float32",
     model_class: Annotated[
-        str | None, typer.Option(help="A class of transformers.", show_default="what the config names")
+        str | None,
+        typer.Option(help="A class of transformers.", show_default="what the config names, else by its type"),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
-    """Say what an optimizer will do to each tensor of a model, and what memory and work that takes.
+    """Say what an optimizer will do to each tensor of a model, and what memory and work that takes beside AdamW.
 
+    The overhead of preconditioning is the smaller the more tokens there are in a step, hence several numbers of them.
     Nothing is allocated and no weights are read. Activations and buffers of communication are not counted.
     """
     from transformers.utils import logging
@@ -54,27 +68,37 @@ def plan(
     if fsdp > 1 and ddp > 1:
         raise typer.BadParameter("got --fsdp and --ddp, wanted one of them")
     config = _config(optim, optim_args, shard_mode)
-    built = model_without_weights(
+    built, chosen = model_without_weights(
         model, model_class=model_class, dtype=dtype, lora_r=lora_r, lora_targets=lora_targets
     )
-    run = planning.Run(built, trainer_groups(built), max(fsdp, ddp), sharded=fsdp > 1, tokens=batch_tokens)
+    tokens, batches = (BATCHES[1], BATCHES) if batch_tokens is None else (batch_tokens, (batch_tokens,))
+    run = planning.Run(built, trainer_groups(built), max(fsdp, ddp), sharded=fsdp > 1, tokens=tokens)
     memory = None if gpu_memory is None else gpu_memory * GIB
+    share = None if max_overhead is None else max_overhead / 100
     try:
-        report = planning.report(run, config, memory=memory, overhead=max_overhead and max_overhead / 100)
+        report = planning.report(run, config, memory=memory, overhead=share, batches=batches)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     if as_json:
-        typer.echo(json.dumps(asdict(report), indent=2))
+        typer.echo(json.dumps({"chosen": chosen, **asdict(report)}, indent=2))
     else:
-        _show(Console(markup=False, emoji=False), report, memory)
+        _show(Console(markup=False, emoji=False), report, memory, chosen)
 
 
-def _config(optim: str, optim_args: str, shard_mode: str | None) -> OptimizerConfig:
-    from hf_soap import registry, schema
+def _config(optim: str, optim_args: str, shard_mode: str | None) -> OptimizerConfig | AdamW:
+    from hf_soap import planning, registry, schema
 
+    if optim in planning.ADAMW:
+        if optim_args or shard_mode:
+            raise typer.BadParameter(
+                f"got options for {optim}, wanted none: --optim-args and --shard-mode are of ours"
+            )
+        return planning.AdamW(optim)
     if optim not in registry.ENTRIES:
-        match = schema.nearest(optim, registry.ENTRIES)
-        raise typer.BadParameter(f"unknown optimizer {optim!r}: {match}Names are {', '.join(registry.ENTRIES)}.")
+        names = (*registry.ENTRIES, *planning.ADAMW)
+        raise typer.BadParameter(
+            f"unknown optimizer {optim!r}: {schema.nearest(optim, names)}Names are {', '.join(names)}."
+        )
     try:
         config = schema.parse_optim_args(optim_args, registry.ENTRIES[optim].config)
     except ValueError as error:
@@ -90,13 +114,18 @@ PLACES = {
 }
 
 
-def _show(console: Console, report: Report, memory: float | None) -> None:
-    where = f"{report.ranks} ranks: {PLACES[report.mode]}" if report.ranks > 1 else "one process"
+def _show(console: Console, report: Report, memory: float | None, chosen: str) -> None:
+    place = PLACES[report.mode].split(",")[0] if report.optim in ADAMW else PLACES[report.mode]
+    where = f"{report.ranks} ranks: {place}" if report.ranks > 1 else "one process"
     trained = "" if report.trained == report.parameters else f", {report.trained:,} of them trained"
     options = f" with {report.asked.optim_args}" if report.asked.optim_args else ""
     console.print(f"{report.model}, {report.parameters:,} parameters{trained}; {report.optim}{options}; {where}")
+    if chosen:
+        console.print(f"{report.model} was chosen {chosen}")
     console.print(_routing(report.tensors, owners="owner" in report.mode and report.ranks > 1))
     console.print(_figures(report, memory))
+    console.print(_beside_adamw(report))
+    console.print(_work(report))
     if report.fits is False:
         console.print(_suggestions(report))
 
@@ -133,10 +162,31 @@ def _figures(report: Report, memory: float | None) -> Table:
     table.add_row("together", _size(asked.memory))
     if memory is not None:
         table.add_row("left for activations", _size(memory - asked.memory))
-    table.add_row("sent by the optimizer in a step", _size(cost.sent), end_section=True)
-    table.add_row("preconditioning, a step", f"{cost.work / 1e12:,.2f} TFLOP")
-    table.add_row(f"forward and backward of {report.tokens:,} tokens", f"{report.model_work / 1e12:,.2f} TFLOP")
-    table.add_row("overhead", f"{asked.overhead:.1%}")
+    table.add_row("sent by the optimizer in a step", _size(cost.sent))
+    return table
+
+
+def _beside_adamw(report: Report) -> Table:
+    rows = {report.optim: report.asked}
+    if report.optim not in ADAMW:
+        rows[f"AdamW ({ADAMW[0]})"] = report.adamw
+    table = Table("optimizer", "state", "temporaries", "together")
+    for name, setting in rows.items():
+        table.add_row(name, _size(setting.cost.state), _size(setting.cost.temporaries), _size(setting.memory))
+    return _right(table)
+
+
+def _work(report: Report) -> Table:
+    table = Table("tokens in a step, of all ranks", "forward and backward", "preconditioning", "overhead")
+    for batch in report.batches:
+        work = f"{report.asked.cost.work / 1e12:,.2f} TFLOP"
+        table.add_row(f"{batch.tokens:,}", f"{batch.model_work / 1e12:,.2f} TFLOP", work, f"{batch.overhead:.1%}")
+    return _right(table)
+
+
+def _right(table: Table) -> Table:
+    for column in table.columns[1:]:
+        column.justify = "right"
     return table
 
 
@@ -146,7 +196,8 @@ def _suggestions(report: Report) -> Table | str:
             "This does not fit, nor does any setting that was tried. Use more ranks under FSDP2 (--fsdp), LoRA "
             "(--lora-r) or bfloat16 weights (--dtype)."
         )
-    table = Table("optim_args", "state", "together", "overhead", title="This does not fit; these settings do")
+    overhead = f"overhead at {report.tokens:,} tokens"
+    table = Table("optim_args", "state", "together", overhead, title="This does not fit; these settings do")
     table.columns[0].overflow = "fold"
     for found in report.suggestions:
         table.add_row(found.optim_args, _size(found.cost.state), _size(found.memory), f"{found.overhead:.1%}")
