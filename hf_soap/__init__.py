@@ -54,7 +54,12 @@ extension.install()
 def __getattr__(name: str) -> Any:
     # The Trainer takes seconds to import, and an optimizer alone does not need it.
     if name in ("SoapTrainer", "SoapTrainerMixin"):
-        from hf_soap import trainer
+        try:
+            from hf_soap import trainer
+        except ModuleNotFoundError as error:
+            if error.name != "jinja2":
+                raise
+            raise ModuleNotFoundError(f"{name} needs jinja2: pip install 'hf-soap[trainer]'", name="jinja2") from error
 
         return getattr(trainer, name)
     if name == "SoapMetricsCallback":

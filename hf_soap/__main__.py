@@ -15,10 +15,17 @@ if (
     del sys.path[0]
 
 from collections.abc import Callable
-from typing import Any
+from importlib.util import find_spec
+from typing import Annotated, Any
+
+# Also what a command needs only at its end, after hours of training.
+if _missing := [name for name in ("jinja2", "rich", "tokenizers", "typer") if find_spec(name) is None]:
+    _command = " ".join(["hf-soap", *(word for word in sys.argv[1:2] if not word.startswith("-"))])
+    sys.exit(f"{_command} needs {' and '.join(_missing)}: pip install 'hf-soap[cli]'")
 
 import typer
 
+from hf_soap import __version__
 from hf_soap.cli.compare import compare
 from hf_soap.cli.options import options
 from hf_soap.cli.plan import plan
@@ -26,12 +33,28 @@ from hf_soap.cli.recipe import app as recipe
 from hf_soap.cli.run import run
 
 app = typer.Typer(
-    help="SOAP, Shampoo and MARS for the Hugging Face Trainer.",
     no_args_is_help=True,
     rich_markup_mode="markdown",
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"hf-soap {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """SOAP, Shampoo and MARS for the Hugging Face Trainer."""
+
+
 # Everything behind the program's name is the program's, --help included, but for --recipe.
 app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})(run)
 app.command()(compare)

@@ -100,10 +100,13 @@ def suggestion(model: nn.Module, optimizer: BlockOptimizer, config: schema.Optim
 def device_memory(device: torch.device) -> tuple[int, int] | None:
     """Returns the (free, total) bytes that a process may count on; None for a device that does not say.
 
-    Processes of one machine share the memory of its CPUs evenly.
+    Processes of one machine share the memory of its CPUs evenly. Without psutil CPUs do not say.
     """
     if device.type == "cpu":
-        import psutil
+        try:
+            import psutil
+        except ModuleNotFoundError:
+            return None
 
         memory, processes = psutil.virtual_memory(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         return memory.available // processes, memory.total // processes

@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/_venv.sh
 
-ensure_venv .venv '.[plot]' constraints.txt
+ensure_venv .venv '.[cli,plot]' constraints.txt
 
 # Threads that wait for work spin by default, which takes minutes longer where other programs want the cores as well.
 export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"

@@ -7,8 +7,9 @@ import json
 import math
 import platform
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -202,7 +203,11 @@ class RunLog:
 
 def versions() -> dict[str, str]:
     """Return the versions of Python and of the libraries that training goes through."""
-    return {"python": platform.python_version(), **{name: version(name) for name in VERSIONED}}
+    found = {"python": platform.python_version()}
+    for name in VERSIONED:
+        with suppress(PackageNotFoundError):  # peft is an extra
+            found[name] = version(name)
+    return found
 
 
 def machine() -> Json:

@@ -151,7 +151,10 @@ def _build_model(settings: RunSettings, corpus: Corpus) -> PreTrainedModel:
     model = _load_model(settings, corpus) if settings.model else _new_model(settings, corpus)
     if not settings.lora_r:
         return model
-    from peft import LoraConfig, get_peft_model
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ModuleNotFoundError as error:
+        raise ValueError("--lora-r needs peft: pip install 'hf-soap[peft]'") from error
 
     lora = LoraConfig(
         r=settings.lora_r,
