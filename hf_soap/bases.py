@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_soap.linalg import eye_like, one_by_one, symmetrize
+from hf_soap.linalg import eye_like, one_by_one, safe_scale, symmetrize
 
 
 def refresh(factor: Tensor) -> tuple[Tensor, Tensor]:
@@ -35,11 +35,12 @@ def refresh(factor: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def cholesky_qr(factor: Tensor) -> Tensor:
-    """The orthogonal factor of a QR decomposition by products, Cholesky and triangular solves, on no host's account.
+    """The orthogonal factor of a QR decomposition by products, Cholesky and triangular solves.
 
-    On GPUs Householder's reflections, one after the other, are what a refresh waits for. Here columns are scaled, the
-    Gram matrix is float64 and shifted at first, and two more passes remove what condition numbers of 1e8 leave.
-    Directions that a factor knows nothing of are held apart by float32's spacing at the largest eigenvalue.
+    On GPUs Householder's reflections, one after the other, are what a refresh waits for. This does not make the host
+    wait. Columns are scaled, the Gram matrix is float64 and shifted at first, and two more passes remove what
+    condition numbers of 1e8 leave. Directions that a factor knows nothing of are held apart by float32's spacing at
+    the largest eigenvalue.
 
     Args:
         factor: (blocks, n, n), float32, symmetric positive semi-definite up to rounding.
@@ -154,6 +155,7 @@ def orthonormalize(basis: Tensor) -> Tensor:
     """One Newton–Schulz step towards the nearest orthonormal basis, Q(3I − QᵀQ)/2.
 
     Products of thousands of rotations drift off orthonormality by rounding alone; one step squares the error away.
+    From a basis with a singular value above √3 the step would lead away. Such a basis is scaled down first.
 
     Args:
         basis: (..., n, n), already orthonormal to about 1e-2.
@@ -161,14 +163,18 @@ def orthonormalize(basis: Tensor) -> Tensor:
     Returns:
         (..., n, n).
     """
+    basis = basis / safe_scale(basis)
     gram = basis.mT @ basis
-    gram.mul_(-0.5).diagonal(dim1=-2, dim2=-1).add_(1.5)
-    return basis @ gram
+    # The largest row sum bounds the largest eigenvalue. It stays near 1 for what is nearly orthonormal.
+    reach = (gram.abs().sum(-1).amax(-1) / 3).clamp_(min=1.0)[..., None, None]
+    gram.div_(reach).mul_(-0.5).diagonal(dim1=-2, dim2=-1).add_(1.5)
+    return (basis @ gram).div_(reach.sqrt())
 
 
 def off_diagonal_share(factor: Tensor) -> Tensor:
     """Returns ‖A − diag A‖_F / ‖A‖_F of each matrix (..., n, n): 0 for an exact eigenbasis, nan-free at A = 0."""
-    total = factor.square().sum((-2, -1))
-    diagonal = factor.diagonal(dim1=-2, dim2=-1).square().sum(-1)
-    tiny = torch.finfo(factor.dtype).tiny
-    return ((total - diagonal).clamp_(min=0.0) / total.clamp_(min=tiny)).sqrt_()
+    scaled = factor / safe_scale(factor)
+    total = scaled.square().sum((-2, -1))
+    # The difference of two sums would be off by their rounding: 3e-4 in the share of a diagonal matrix in float32.
+    scaled.diagonal(dim1=-2, dim2=-1).zero_()
+    return (scaled.square().sum((-2, -1)) / total.clamp_(min=torch.finfo(factor.dtype).tiny)).sqrt_()

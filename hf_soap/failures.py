@@ -42,9 +42,10 @@ class Failures:
         if self._count >= max(1, 10 * self._logged):
             self._logged = self._count
             logger.warning(
-                "%d decompositions of factors have failed so far; the previous basis or root stays in use, and the "
-                "identity where there is none yet: %s",
-                self._count,
+                "%s so far; the previous basis or root stays in use, and the identity where there is none yet: %s",
+                "1 decomposition has failed"
+                if self._count == 1
+                else f"{self._count} decompositions of factors have failed",
                 reason,
             )
 

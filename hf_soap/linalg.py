@@ -22,6 +22,33 @@ def eye_like(matrix: Tensor) -> Tensor:
     return torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
 
 
+def safe_scale(matrix: Tensor) -> Tensor:
+    """Returns what to divide matrices (..., m, n) by so that sums of squares of their entries are in range.
+
+    Float32 squares lose everything below 1e-23 and overflow above 1e19, and factors are squares already.
+
+    Returns:
+        (..., 1, 1): a power of two that brings the largest entry into [1, 2), so that dividing is exact; 1 where the
+        largest entry is neither below 2⁻⁴⁰ nor above 2⁴⁰, so that most matrices stay as they are.
+    """
+    if not matrix.numel():
+        return matrix.new_ones(*matrix.shape[:-2], 1, 1)
+    largest = torch.linalg.vector_norm(matrix, torch.inf, dim=(-2, -1), keepdim=True)
+    _, exponent = torch.frexp(largest)
+    usual = ((largest >= 2.0**-40) & (largest <= 2.0**40)) | (largest == 0)
+    one = torch.ones_like(largest)
+    return torch.where(usual, one, torch.ldexp(one, exponent - 1))
+
+
+def power(rows: Tensor, exponent: float) -> Tensor:
+    """Returns ``rows`` (..., k) to the power of ``exponent``, each row computed by itself.
+
+    CPUs take several numbers at once and the last ones alone, which rounds them in another way: in one go, a row would
+    depend on where it lies in the batch.
+    """
+    return torch.cat([row**exponent for row in rows.reshape(-1, rows.shape[-1]).split(1)]).view(rows.shape)
+
+
 def pack(matrix: Tensor) -> Tensor:
     """Folds symmetric matrices (..., n, n) to (..., n // 2 + 1, n), which holds one triangle.
 
@@ -109,28 +136,86 @@ def add_gram_(factor: Tensor, tensor: Tensor, mode: int, *, beta: float, alpha: 
 def eigenbasis(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Eigendecomposition with the largest eigenvalue first.
 
-    LAPACK gives up on a few float32 matrices that it solves in float64, so a failed one is retried there.
+    LAPACK gives up on many singular float32 matrices: it raises, or it returns NaN without a word. The factor of an
+    embedding whose batch lacks most tokens is one of them. Such matrices are solved again, each by itself.
 
     Args:
         matrix: (..., n, n), symmetric, float32 or float64.
 
     Returns:
         Eigenvalues (..., n), descending, and the basis (..., n, n) with one eigenvector a column. NaN for a matrix
-        on which float64 does not converge either (one that is not finite, for example).
+        that is not finite.
     """
     try:
         values, basis = torch.linalg.eigh(matrix)
     except torch.linalg.LinAlgError:
         values, basis = one_by_one(_eigh, matrix, (1, 2))
+    else:
+        if not matrix.is_meta:  # which has no numbers to look at
+            # On a GPU this makes the host wait, as eigh itself does.
+            for place in map(tuple, (~_is_sound(values, basis)).nonzero().tolist()):
+                values[place], basis[place] = _eigh_of_hard(matrix[place])
     return values.flip(-1), basis.flip(-1)
 
 
 def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    try:
+    with suppress(torch.linalg.LinAlgError):
         values, basis = torch.linalg.eigh(matrix)
-    except torch.linalg.LinAlgError:
-        values, basis = (x.to(matrix.dtype) for x in torch.linalg.eigh(matrix.double()))
-    return values, basis
+        if bool(_is_sound(values, basis)):
+            return values, basis
+    return _eigh_of_hard(matrix)
+
+
+def _is_sound(values: Tensor, basis: Tensor) -> Tensor:
+    """Says of each decomposition whether its values are finite and its vectors have length 1, (...,), bool."""
+    lengths = torch.linalg.vector_norm(basis, dim=-2)
+    sound: Tensor = values.isfinite().all(-1) & ((lengths - 1).abs() < 1e-3).all(-1)  # false for NaN
+    return sound
+
+
+JITTERS = (0.0, 2.0**-48, 2.0**-40, 2.0**-32, 2.0**-24)
+"""Relative to the largest entry: how far the diagonal is moved, one after the other, until eigh succeeds."""
+
+
+def _eigh_of_hard(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Decomposes a matrix on which eigh gave up, in float64 and without the rows and columns that are zero.
+
+    Many equal eigenvalues are what eigh gives up on. Zero rows bring most of them, and have known eigenvectors. Where
+    eigh still gives up, a jitter on the diagonal, a different one for each row, tells the others apart.
+
+    Args:
+        matrix: (n, n), symmetric.
+
+    Returns:
+        Eigenvalues (n,), ascending, and the basis (n, n), in the dtype of the matrix; NaN if nothing helps.
+    """
+    failed = matrix.new_full(matrix.shape[-1:], torch.nan), torch.full_like(matrix, torch.nan)
+    if not bool(matrix.isfinite().all()):
+        return failed
+    filled = matrix.any(-1) | matrix.any(-2)
+    inner = matrix[filled][:, filled].double()
+    order = torch.cat([filled.nonzero(), (~filled).nonzero()]).squeeze(-1)
+    scale = inner.abs().amax() if len(inner) else inner.new_zeros(())
+    spread = scale * torch.arange(1, len(inner) + 1, dtype=inner.dtype, device=inner.device).sin_()
+    for jitter in JITTERS:
+        try:
+            values, basis = torch.linalg.eigh(inner + (jitter * spread).diag())
+        except torch.linalg.LinAlgError:
+            continue
+        if not bool(_is_sound(values, basis)):
+            continue
+        if jitter:
+            values = (basis * (inner @ basis)).sum(-2)
+        # Rounding of float64 is no eigenvalue, and an inverse root would make much of it.
+        noise = len(inner) * torch.finfo(inner.dtype).eps * scale
+        values = torch.where(values.abs() > noise, values, 0.0)
+        values = torch.cat([values, values.new_zeros(len(matrix) - len(inner))])
+        whole = torch.eye(len(matrix), dtype=inner.dtype, device=inner.device)
+        whole[: len(inner), : len(inner)] = basis
+        ascending = values.argsort(stable=True)
+        whole = torch.empty_like(whole).index_copy_(0, order, whole[:, ascending])
+        return values[ascending].to(matrix.dtype), whole.to(matrix.dtype)
+    return failed
 
 
 def one_by_one(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_soap.linalg import eigenbasis, eye_like, symmetrize
+from hf_soap.linalg import eigenbasis, eye_like, power, safe_scale, symmetrize
 
 
 def newton_schulz(matrix: Tensor, *, eps: float, steps: int = 5) -> Tensor:
@@ -24,7 +24,10 @@ def newton_schulz(matrix: Tensor, *, eps: float, steps: int = 5) -> Tensor:
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     wide: Tensor = matrix.mT if matrix.shape[-2] > matrix.shape[-1] else matrix
-    x: Tensor = wide / (wide.flatten(-2).norm(dim=-1)[..., None, None] + eps)
+    scale = safe_scale(wide)
+    x: Tensor = wide / scale
+    norm = x.flatten(-2).norm(dim=-1)[..., None, None] + eps / scale
+    x = x / norm.clamp_(min=torch.finfo(x.dtype).tiny)  # zeros stay zeros without eps too
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
@@ -43,7 +46,7 @@ def inverse_root(matrix: Tensor, *, exponent: float, ridge: float, method: str =
             are solved by eigh.
 
     Returns:
-        (..., n, n), symmetric; NaN where eigh fails in float64 too.
+        (..., n, n), symmetric; NaN for a matrix that is not finite.
     """
     if method == "newton":
         root, converged = coupled_newton(matrix, order=round(-1 / exponent), ridge=ridge)
@@ -52,10 +55,12 @@ def inverse_root(matrix: Tensor, *, exponent: float, ridge: float, method: str =
         failed = ~converged
         root[failed] = inverse_root(matrix[failed], exponent=exponent, ridge=ridge)
         return root
-    values, basis = eigenbasis(matrix)
-    values = values.clamp(min=0.0)
+    scale = safe_scale(matrix)
+    values, basis = eigenbasis(matrix / scale)
+    unit = scale.squeeze(-1)
+    values = (values * unit).clamp(min=0.0) / unit  # 0 where the dtype has nothing smaller
     values = values + ridge * values[..., :1]
-    powers = torch.where(values > 0, values**exponent, 0.0 * values)  # NaN stays NaN
+    powers = torch.where(values > 0, power(values, exponent), 0.0 * values) * power(unit, exponent)  # NaN stays NaN
     return symmetrize((basis * powers.unsqueeze(-2)) @ basis.mT)
 
 
@@ -83,12 +88,14 @@ def coupled_newton(
         Schur-Newton, Guo and Higham, SIAM J. Matrix Anal. Appl. 28 (2006), equation 3.6; used in arXiv:2002.09018.
     """
     tolerance = tolerance or (1e-10 if matrix.dtype == torch.float64 else 1e-5)
+    scale = safe_scale(matrix)
+    matrix = matrix / scale
     largest = spectral_norm(matrix)[..., None, None]
     eye = eye_like(matrix)
     damped = matrix + ridge * largest * eye
     z = (order + 1) / (2 * largest.clamp(min=torch.finfo(matrix.dtype).tiny) * (1 + ridge))
     m = damped * z
-    x = eye * z ** (1 / order)
+    x = eye * power(z, 1 / order)
     error = (m - eye).abs().amax((-2, -1))
     for _ in range(iterations):
         if not bool((error > tolerance).any()):
@@ -96,15 +103,21 @@ def coupled_newton(
         t = ((order + 1) * eye - m) / order
         new_x, new_m = x @ t, torch.linalg.matrix_power(t, order) @ m
         new_error = (new_m - eye).abs().amax((-2, -1))
-        # Past its best accuracy rounding makes an iterate worse: each matrix keeps its best.
-        better = (new_error < error) | (error > 0.5)
+        # Past its best accuracy rounding makes an iterate worse: each matrix keeps its best. One that is solved keeps
+        # what it has, whatever else is in the batch.
+        better = ((new_error < error) | (error > 0.5)) & (error > tolerance)
         keep = better[..., None, None]
         x, m, error = torch.where(keep, new_x, x), torch.where(keep, new_m, m), torch.where(better, new_error, error)
         if not bool(better.any()):
             break
     # The best accuracy of an ill-conditioned matrix lies above the tolerance, and is good enough for a root.
     good_enough = 1e-3 if matrix.dtype == torch.float32 else 1e-6
-    return symmetrize(x), (error <= max(tolerance, good_enough)) & x.isfinite().flatten(-2).all(-1)
+    root = symmetrize(x)
+    # M is near I for other roots of A too, with negative eigenvalues, where the norm was far too small an estimate.
+    _, indefinite = torch.linalg.cholesky_ex(root)
+    converged = (error <= max(tolerance, good_enough)) & (indefinite == 0)
+    root = root * power(scale, -1 / order)
+    return root, converged & root.isfinite().flatten(-2).all(-1)
 
 
 def spectral_norm(matrix: Tensor, iterations: int = 30) -> Tensor:
@@ -120,12 +133,17 @@ def spectral_norm(matrix: Tensor, iterations: int = 30) -> Tensor:
     Source:
         Scaling by it instead of the Frobenius norm saves Newton iterations: DASH, arXiv:2602.02016.
     """
+    if matrix.device.type == "cpu" and matrix.shape[:-2].numel() > 1:
+        # A batched product with a vector sums in another order than a single one: each as if it were alone.
+        flat = matrix.reshape(-1, 1, *matrix.shape[-2:])
+        return torch.cat([spectral_norm(one, iterations) for one in flat]).view(matrix.shape[:-2])
     # A start that no symmetry of the matrix makes orthogonal to the eigenvector, the same on every rank and run.
-    n = matrix.shape[-1]
+    n, scale = matrix.shape[-1], safe_scale(matrix)
+    matrix = matrix / scale
     vector = torch.arange(1, n + 1, dtype=matrix.dtype, device=matrix.device).sin_().add_(1.5)
     vector = (matrix.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt() * vector).unsqueeze(-1)
     tiny = torch.finfo(matrix.dtype).tiny
     for _ in range(iterations):
         vector = matrix @ (vector / vector.norm(dim=-2, keepdim=True).clamp_(min=tiny))
-    norm: Tensor = vector.norm(dim=-2).squeeze(-1)
+    norm: Tensor = (vector.norm(dim=-2, keepdim=True) * scale)[..., 0, 0]
     return norm
