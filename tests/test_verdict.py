@@ -88,9 +88,11 @@ def test_state_is_read_behind_the_verdict(read: str, deferring: None) -> None:
     optimizer.step()
     if read == "state_dict":
         saved = optimizer.state_dict()
-        assert {int(entry["step"]) for entry in saved["state"].values()} == {step}
+        # An empty parameter has no gradient to count.
+        assert {int(entry["step"]) for entry in saved["state"].values() if entry.keys() - {"step"}} == {step}
     elif read == "deepcopy":
-        assert int(next(iter(copy.deepcopy(optimizer).state.values()))["step"]) == step
+        copied = copy.deepcopy(optimizer)
+        assert {int(entry["step"]) for param, entry in copied.state.items() if param.numel()} == {step}
     else:
         saved = copy.deepcopy(optimizer.state_dict())
         optimizer.load_state_dict(saved)
