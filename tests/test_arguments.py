@@ -1,9 +1,10 @@
 """Options as files and programs give them, and what users are told about the values that win."""
 
+import contextlib
 import json
 import logging
 import pickle
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,19 @@ def test_a_pattern_in_a_file_means_what_it_means_in_text(pattern: str, shape: st
         found = parse_optim_args([f"adam_modules={pattern}", "eps=1e-6"], SoapConfig)
     assert found == SoapConfig(adam_modules=pattern, eps=1e-6)
     assert schema.patterns(found.to_optim_args()) == [pattern]
+
+
+@pytest.mark.parametrize("name", registry.ENTRIES)
+@pytest.mark.parametrize("value", [0.125, 1e-12, 3, True, False, None, "both", "off", "a|b"])
+def test_every_option_may_stand_in_a_mapping(name: str, value: Any) -> None:
+    """Those that can be set to the value are, through YAML and back."""
+    cls = registry.ENTRIES[name].config
+    config = cls()
+    for option in schema.option_fields(cls):
+        with contextlib.suppress(ValueError):
+            config = replace(config, **{option: value})
+    assert parse_optim_args(yaml.safe_load(yaml.safe_dump(asdict(config))), cls) == config
+    assert parse_optim_args(config.to_optim_args().split(","), cls) == config
 
 
 @pytest.mark.parametrize("argument", ["learning_rate", "weight_decay", "adam_beta2"])

@@ -15,10 +15,10 @@ HEADS = (
     "MultimodalLM",
     "Seq2SeqLM",
     "TextToWaveform",
-    # Decoders above are among the causal language models too, and so are encoders.
+    "CTC",
+    # Decoders of the above are among the causal language models too, and so are encoders.
     "MaskedLM",
     "CausalLM",
-    "CTC",
     "ObjectDetection",
     "SemanticSegmentation",
     "MaskGeneration",
