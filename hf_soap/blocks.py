@@ -119,6 +119,10 @@ class Layout:
             whole = whole[tuple(slice(v) for v in self.view)]
         return whole.reshape(tuple(shape))
 
+    def entries(self) -> Tensor:
+        """Returns how many entries of each block are no padding, (blocks,), on the CPU."""
+        return self.to_blocks(torch.ones(self.view, device="cpu")).flatten(1).sum(1)
+
     def trim(self, blocks: Tensor) -> Tensor:
         """Zeroes the padding of (tensors * blocks, d_1, ..., d_k), so that norms see only real entries."""
         if not self.padded:

@@ -252,6 +252,7 @@ class Saved:
         saved: Its saved state by role: plain tensors, or DTensors that are cut as :func:`packed` does.
         wanted: Tensors with the right shapes, by role.
         owner: The rank that wants all of it; None where each wants its part.
+        bare: What the same settings make of the whole parameter without factors, as of one that was cut too thin.
     """
 
     member: Member
@@ -259,6 +260,7 @@ class Saved:
     saved: dict[str, Any]
     wanted: dict[str, Tensor]
     owner: int | None
+    bare: Plan
 
     @property
     def cut(self) -> bool:
@@ -272,11 +274,10 @@ class Saved:
 
     @property
     def is_known(self) -> bool:
-        """Whether the state says how it was cut, or is what the same rule keeps where no side has a factor."""
+        """Whether the state says how it was cut, or is what these settings keep where no side has a factor."""
         if LAYOUT in self.saved:
             return True
-        plain = replace(self.plan, layout=uncut(self.member.param.shape))
-        kept = plain.computed(1, dtype=torch.float32, device=torch.device("meta"))
+        kept = self.bare.computed(1, dtype=torch.float32, device=torch.device("meta"))
         return _sizes(self.saved) == {**_sizes(kept), "step": 1}
 
     def gathered(self) -> Saved:
@@ -351,6 +352,7 @@ def _restored(job: Saved, state: dict[str, Tensor] | None, *, ours: bool) -> tup
         if job.owner != sharding.rank():
             return {"step": torch.as_tensor(job.saved["step"], device="cpu").max().to("cpu", COUNT)}, False
         state = _as_it_was(job)
+    step = torch.as_tensor(job.saved.get("step", 0), device="cpu").max() if state is None else state["step"]
     estimated = state is None and (LAYOUT in job.saved or not plan.entrywise)
     if state is None:
         if not (ours and job.is_known):
@@ -361,7 +363,6 @@ def _restored(job: Saved, state: dict[str, Tensor] | None, *, ours: bool) -> tup
             state = recut.recut(pieces, plan.rule, plan.layout, shard, {**computed, "step": wanted["step"]})
     part = sharding.local(param)
     if not shard.numel and (job.cut or not param.numel()):
-        step = state["step"] if plan.entrywise else torch.zeros((), dtype=COUNT, device="cpu")
         return {"step": step.to("cpu", COUNT)}, estimated
     state = plan.kept.converted(state, wanted)
     check_state(state, wanted, job.member.name, tuple(param.shape))

@@ -319,7 +319,9 @@ class PlannedOptimizer(torch.optim.Optimizer):
             if self.owned(member.settings, param):
                 owner = self._owner_of.setdefault(param, 0)  # 0 takes what is frozen
             plan = self.plan_of(member.settings, param)
-            jobs.append(checkpoint.Saved(member, plan, saved, self._wanted_state(member), owner))
+            jobs.append(
+                checkpoint.Saved(member, plan, saved, self._wanted_state(member), owner, self._bare_plan(member))
+            )
         spread = owners is not None or any(sharding.is_sharded(param) for param in members)
         spread = spread or any(
             sharding.is_sharded(v) for job in jobs for v in job.saved.values() if isinstance(v, Tensor)
@@ -335,6 +337,10 @@ class PlannedOptimizer(torch.optim.Optimizer):
                 estimated,
             )
         return states, keys
+
+    def _bare_plan(self, member: Member) -> Plan:
+        """What the settings of a parameter would make of it if no side had a factor."""
+        return self.plan({**member.settings, "max_precond_dim": 0}, member.param.shape)
 
     def fits(self, saved: Mapping[str, Mapping[str, tuple[int, ...]]]) -> bool:
         """Whether state of these shapes was saved by as many ranks and in the same parts as there are now.

@@ -161,7 +161,7 @@ class BlockOptimizer(PlannedOptimizer):
         """Takes over an entry of a state dict that was put into the state as it is."""
         known = self.state[member.param]
         saved = {role: value for role, value in known.items() if is_own(role)}
-        job = checkpoint.Saved(member, plan, saved, self._wanted_state(member), None)
+        job = checkpoint.Saved(member, plan, saved, self._wanted_state(member), None, self._bare_plan(member))
         states, _ = checkpoint.restored([job], together=False, ours=True)
         for role in saved:
             del known[role]

@@ -9,29 +9,35 @@ import json
 import os
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 TESTS = Path(__file__).parent
 
 
-def run(function: str, ranks: int, meet_in: Path, *, seconds: int = 300, **arguments: Any) -> None:
+def run(
+    function: str, ranks: int, meet_in: Path, *, seconds: int = 300, patience: int = 1800, **arguments: Any
+) -> None:
     """Calls MODULE.FUNCTION(**arguments) in ``ranks`` processes; an assertion that fails in one fails here.
 
-    A process that has not ended after ``seconds`` says where it waits, and fails.
+    A process that has not ended after ``seconds`` says where it waits, and fails; a collective gives up after
+    ``patience`` seconds.
     """
     meet_in.mkdir(parents=True, exist_ok=True)
     meeting = meet_in / f"meeting-{function}-{ranks}-{len(list(meet_in.iterdir()))}"
     environment = {
         **os.environ,
-        "PYTHONPATH": ":".join((os.environ.get("HF_SOAP_SOURCE", str(TESTS.parent)), str(TESTS))),
+        "PYTHONPATH": f"{TESTS.parent}:{TESTS}",
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
+        "RANKS_SECONDS": str(seconds),
+        "RANKS_PATIENCE": str(patience),
     }
     workers = [
         subprocess.Popen(
             [sys.executable, __file__, function, str(rank), str(ranks), str(meeting), json.dumps(arguments)],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank), "RANKS_SECONDS": str(seconds)},
+            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -62,7 +68,10 @@ def main() -> None:
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=int(rank), world_size=int(ranks))
+    patience = timedelta(seconds=int(os.environ["RANKS_PATIENCE"]))
+    dist.init_process_group(
+        "gloo", init_method=f"file://{meeting}", rank=int(rank), world_size=int(ranks), timeout=patience
+    )
     try:
         getattr(importlib.import_module(module), name)(**json.loads(arguments))
     except BaseException:

@@ -20,7 +20,7 @@ from hf_soap import MARS, sharding
 SETTINGS: dict[str, dict[str, Any]] = {
     "adamw": {"lr": 3e-3},
     "lion": {"lr": 1e-3, "variant": "lion", "optimize_1d": True},
-    "soap": {"lr": 3e-3, "variant": "soap", "precondition_frequency": 2},
+    "soap": {"lr": 3e-3, "variant": "soap", "max_precond_dim": 1},  # a part of one row has no factors either
 }
 
 
@@ -113,6 +113,7 @@ def classifier(folder: Path, *, sharded: bool, freeze: bool, **settings: Any) ->
     ]
     settings = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3, "logging_steps": 1, **settings}
     settings |= {"per_device_train_batch_size": 12 // dist.get_world_size(), "lr_scheduler_type": "constant"}
+    settings["average_tokens_across_devices"] = False  # else the mean over samples is taken for one over tokens
     args = arguments(folder, ddp_backend="gloo" if dist.get_world_size() > 1 else None, **settings)
     return SoapTrainer(model=model, args=args, train_dataset=rows)
 

@@ -42,7 +42,7 @@ OPTIMIZERS: dict[str, Callable[..., BlockOptimizer]] = {
 THIN = ((1, 8), (2, 8), (2, 20), (1, 5), (2,))
 """Without factors where cut in two or three, with factors where whole, but for the bias of a head of two labels."""
 
-UNEVEN = ((7, 10), (10,), (5, 7), (5,), (1, 5), (1,), (8, 4))
+UNEVEN = ((7, 10), (10,), (5, 7), (5,), (1, 5), (1,), (8, 4), (2, 8))
 """Three ranks share these unevenly, and have nothing of some."""
 
 
@@ -70,7 +70,13 @@ def optimizer_of(mode: str, name: str, model: nn.Module) -> BlockOptimizer:
 
 def gathered(state_dict: dict[str, Any]) -> dict[str, Any]:
     """A state dict with whole tensors; all ranks must call this."""
-    return {**state_dict, "state": {k: checkpoint.gathered(entry) for k, entry in state_dict["state"].items()}}
+    return {
+        **state_dict,
+        "state": {
+            k: {role: sharding.gathered(value) for role, value in entry.items()}
+            for k, entry in state_dict["state"].items()
+        },
+    }
 
 
 def save_parts(names: list[str], shapes: list[list[int]], mode: str = "local") -> None:
@@ -142,6 +148,10 @@ def assert_is_a_first_one(
     torch.testing.assert_close(
         momentum, want, rtol=0, atol=far * float(want.abs().max()), msg=lambda m: f"{what}: {m}"
     )
+    squares = new.get("exp_avg_sq", new.get("exp_avg_sq_row"))
+    if squares is not None:  # Adam's, of a tensor that gets factors: its mean is what is known of them
+        share = squares.mean() / old["exp_avg_sq"].to(squares.dtype).mean()
+        assert 0.7 < share < 1.4, f"{what}: the second moment is {share} times what it was"
     blocks = plan.layout.to_blocks(want)
     for side in plan.layout.sides:
         factor = new[f"factor_{side}"]

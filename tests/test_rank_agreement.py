@@ -1,9 +1,12 @@
 """Ranks that must decide alike: none may raise, or take another way, while the others wait for it."""
 
+import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 import ranks
+import sharded_changes
 import sharded_loading
 import torch
 from packaging import version
@@ -14,6 +17,9 @@ pytestmark = pytest.mark.skipif(
 
 SECONDS = 120
 """Until a process that waits says where, and fails."""
+
+PATIENCE = 20
+"""Seconds after which a collective in which not all ranks are gives up."""
 
 NAMES = list(sharded_loading.OPTIMIZERS)
 SHAPES = {"thin": sharded_loading.THIN, "uneven": sharded_loading.UNEVEN}
@@ -57,7 +63,7 @@ def test_exact_mars_trains_a_head_of_two_labels_on_three_ranks(name: str, shared
     ranks.run("sharded_exact.exact_mars_trains_a_head_alone", 3, shared, name=name, seconds=SECONDS)
 
 
-@pytest.mark.parametrize("exact", ["true", "false"])
+@pytest.mark.parametrize("exact", ["true", pytest.param("false", marks=pytest.mark.slow)])
 def test_exact_mars_trains_a_head_of_two_labels_in_the_trainer(exact: str, shared: Path) -> None:
     """As above, where SoapTrainer decides on the second pass; as one process, in float64."""
     settings = {"run": "a", "optim": "mars", "optim_args": f"exact={exact}", "seconds": SECONDS}
@@ -94,3 +100,74 @@ def test_the_trainer_resumes_a_head_of_two_labels(
         optim_args=options + owner,
         **common,
     )
+
+
+def problems_of(cases: list[sharded_changes.Case], folder: Path, most: int = 3) -> list[str]:
+    """Saves and loads what cases want; says what is wrong with the first few that are not as they should be.
+
+    Processes that do not agree are given up, and others go on with what follows.
+    """
+    for count in (1, 2, 3):
+        wanted = {(c.optimizer, c.saved, c.source) for c in cases if sharded_changes.LAYOUTS[c.source] == count}
+        layouts = sorted({source for *_, source in wanted})
+        settings = {"folder": str(folder), "layouts": layouts, "only": sorted(map(list, wanted))}
+        if count == 1:
+            sharded_changes.save_states(**settings)
+        elif layouts:
+            ranks.run("sharded_changes.save_states", count, folder / "meet", seconds=SECONDS, **settings)
+    found: list[str] = []
+    for count in (1, 2, 3):
+        mine = [case for case in cases if sharded_changes.LAYOUTS[case.target] == count]
+        start, several = (0, -1), {"seconds": 20 * SECONDS, "patience": PATIENCE}
+        while start[0] < len(mine) and len(found) < most:
+            settings = {"folder": str(folder), "chosen": list(map(dataclasses.asdict, mine)), "start": start}
+            crash = ""
+            try:
+                report = str(folder / "report")
+                ranks.run("sharded_changes.load_states", count, folder / "meet", report=report, **several, **settings)
+            except AssertionError as error:  # not of a case: a process is gone
+                crash = str(error)
+            lines = max(
+                ((folder / f"report-{rank}").read_text().splitlines() for rank in range(count)), key=len, default=[]
+            )
+            results = [json.loads(line) for line in lines]
+            for number, which, _, problem in results:
+                if problem:
+                    found.append(f"{mine[number]}, {named(which)}: {problem}")
+            broken = bool(results) and results[-1][2] == "broken"
+            if crash and not broken:
+                last = tuple(results[-1][:2]) if results else None
+                culprit = start if last is None else following(last, loaded=results[-1][2] == "loaded")
+                found.append(f"{mine[culprit[0]]}, {named(culprit[1])}: a process is gone: {crash}")
+                start = following(culprit)
+            elif broken and count > 1:
+                start = following((results[-1][0], results[-1][1]))
+            else:
+                break
+    return found[:most]
+
+
+def following(place: tuple[int, int], *, loaded: bool = False) -> tuple[int, int]:
+    """The place after one: the next parameter of the case, or the next case."""
+    number, which = place
+    ends = which + 1 == len(sharded_changes.SHAPES) or (loaded and which < 0)
+    return (number + 1, -1) if ends else (number, which + 1)
+
+
+def named(which: int) -> str:
+    return "all parameters" if which < 0 else f"one of shape {sharded_changes.SHAPES[which]}"
+
+
+def test_a_change_of_settings_loads_on_all_ranks_or_on_none(tmp_path: Path) -> None:
+    """Two of three ranks refused what the third, which has nothing of the matrix, loaded; others gathered by then."""
+    problems = problems_of(sharded_changes.sample(sharded_changes.cases()), tmp_path)
+    assert not problems, "\n\n".join(problems)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", sharded_changes.LAYOUTS)
+@pytest.mark.parametrize("optimizer", sharded_changes.OPTIONS)
+def test_every_change_of_settings_loads_on_all_ranks_or_on_none(optimizer: str, target: str, tmp_path: Path) -> None:
+    chosen = [c for c in sharded_changes.cases() if (c.optimizer, c.target) == (optimizer, target)]
+    problems = problems_of(chosen, tmp_path)
+    assert not problems, "\n\n".join(problems)

@@ -117,6 +117,8 @@ class Soap(Rule):
             restated["exp_avg_sq"] = mean.view(-1, *(1 for _ in layout.block)).expand_as(exp_avg).clone()
             for role, size in zip(V_FACTORS, layout.block, strict=False):
                 restated[role] = mean.repeat(1, size)
+        elif len(layout.block) == 2:  # where it has factors, V may be kept as a product
+            restated |= {role: state["exp_avg_sq"].mean(2 - axis) for axis, role in enumerate(V_FACTORS)}
         return {**restated, "exp_avg": exp_avg}
 
     def rebuild(self, state: State, chunk: Chunk) -> None:
@@ -125,6 +127,12 @@ class Soap(Rule):
         Source:
             In the eigenbasis V is close to a product of eigenvalues: arXiv:2409.11321, claim 1.
         """
+        if chunk.layout.sides and "exp_avg_sq" in state:
+            # Where it lay in the tensor says nothing of the eigenbasis: of each block the mean is kept.
+            exp_avg_sq = state["exp_avg_sq"]
+            entries = chunk.layout.entries().repeat(len(exp_avg_sq) // chunk.layout.blocks).to(exp_avg_sq)
+            mean = exp_avg_sq.flatten(1).sum(1) / entries.clamp_(min=1)
+            exp_avg_sq.copy_(mean.view(-1, *[1] * (exp_avg_sq.dim() - 1)).expand_as(exp_avg_sq))
         for side in chunk.layout.sides:
             factor, exp_avg = state[f"factor_{side}"], state["exp_avg"]
             basis = self._diagonalize_(factor, chunk)
