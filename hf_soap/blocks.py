@@ -234,6 +234,8 @@ def plan_layout(
         sides: tuple[int, ...] = ()
         if factored and (not vector or precondition_1d):
             sides = tuple(i for i, n in enumerate(block) if 1 < n <= max_precond_dim)
+        if one_sided and len(block) == 2:
+            sides = tuple(side for side in sides if side == (0 if block[0] <= block[1] else 1))
         too_long: tuple[int, ...] = ()
         if max_aspect_ratio is not None and not vector:
             too_long = tuple(i for i in sides if block[i] ** 2 > max_aspect_ratio * math.prod(block))
@@ -248,9 +250,6 @@ def plan_layout(
         too_long = whole.too_long if alike else layout.too_long
         sides = tuple(sorted({*layout.sides, *layout.too_long} - {*too_long}))
         layout = _limit_factors(replace(layout, sides=sides, too_long=too_long))
-    if one_sided and len(layout.block) == 2:
-        shorter = 0 if layout.block[0] <= layout.block[1] else 1
-        layout = replace(layout, sides=tuple(side for side in layout.sides if side == shorter))
     if stacked and not layout.sides:
         return uncut(shape if part is None else part)
     return layout
