@@ -155,7 +155,7 @@ def orthonormalize(basis: Tensor) -> Tensor:
     """One Newton–Schulz step towards the nearest orthonormal basis, Q(3I − QᵀQ)/2.
 
     Products of thousands of rotations drift off orthonormality by rounding alone; one step squares the error away.
-    From a basis with a singular value above √3 the step would lead away. Such a basis is scaled down first.
+    Singular values near √3 would become 0, and larger ones would grow: a basis that may have such is scaled first.
 
     Args:
         basis: (..., n, n), already orthonormal to about 1e-2.
@@ -166,7 +166,8 @@ def orthonormalize(basis: Tensor) -> Tensor:
     basis = basis / safe_scale(basis)
     gram = basis.mT @ basis
     # The largest row sum bounds the largest eigenvalue. It stays near 1 for what is nearly orthonormal.
-    reach = (gram.abs().sum(-1).amax(-1) / 3).clamp_(min=1.0)[..., None, None]
+    reach = gram.abs().sum(-1).amax(-1)[..., None, None]
+    reach = torch.where(reach > 2, reach, 1.0)
     gram.div_(reach).mul_(-0.5).diagonal(dim1=-2, dim2=-1).add_(1.5)
     return (basis @ gram).div_(reach.sqrt())
 

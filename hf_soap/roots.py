@@ -26,7 +26,7 @@ def newton_schulz(matrix: Tensor, *, eps: float, steps: int = 5) -> Tensor:
     wide: Tensor = matrix.mT if matrix.shape[-2] > matrix.shape[-1] else matrix
     scale = safe_scale(wide)
     x: Tensor = wide / scale
-    norm = x.flatten(-2).norm(dim=-1)[..., None, None] + eps / scale
+    norm = x.flatten(-2).norm(dim=-1)[..., None, None] + torch.full_like(scale, eps) / scale  # 1 / 2^-128 is infinite
     x = x / norm.clamp_(min=torch.finfo(x.dtype).tiny)  # zeros stay zeros without eps too
     for _ in range(steps):
         gram = x @ x.mT
@@ -41,7 +41,8 @@ def inverse_root(matrix: Tensor, *, exponent: float, ridge: float, method: str =
         matrix: A, (..., n, n), float32 or float64.
         exponent: Below 0; for ``"newton"`` -1/exponent must be a whole number.
         ridge: Relative to the largest eigenvalue. An eigenvalue that it leaves at 0 is mapped to 0, as in the
-            pseudo-inverse, so that a zero matrix has the root 0.
+            pseudo-inverse, so that a zero matrix has the root 0. Without a ridge, eigh counts as 0 what is not above
+            the rounding of the largest eigenvalue.
         method: ``"eigh"``, or ``"newton"`` for the coupled Newton iteration; matrices on which that does not converge
             are solved by eigh.
 
@@ -57,9 +58,11 @@ def inverse_root(matrix: Tensor, *, exponent: float, ridge: float, method: str =
         return root
     scale = safe_scale(matrix)
     values, basis = eigenbasis(matrix / scale)
-    unit = scale.squeeze(-1)
-    values = (values * unit).clamp(min=0.0) / unit  # 0 where the dtype has nothing smaller
-    values = values + ridge * values[..., :1]
+    values, unit = values.clamp(min=0.0), scale.squeeze(-1)
+    if ridge:
+        values = values + ridge * values[..., :1]
+    else:  # eigh makes up what is smaller: from exact zeros it made a root of 1e22
+        values = values * (values > torch.finfo(values.dtype).eps * values[..., :1])
     powers = torch.where(values > 0, power(values, exponent), 0.0 * values) * power(unit, exponent)  # NaN stays NaN
     return symmetrize((basis * powers.unsqueeze(-2)) @ basis.mT)
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+from collections.abc import Generator, Iterator
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,9 @@ SECONDS = 120
 
 PATIENCE = 20
 """Seconds after which a collective in which not all ranks are gives up."""
+
+FIRST_FEW = 5
+"""Problems after which a generated test ends: some take as long as a collective waits."""
 
 NAMES = list(sharded_loading.OPTIMIZERS)
 SHAPES = {"thin": sharded_loading.THIN, "uneven": sharded_loading.UNEVEN}
@@ -102,8 +107,8 @@ def test_the_trainer_resumes_a_head_of_two_labels(
     )
 
 
-def problems_of(cases: list[sharded_changes.Case], folder: Path, most: int = 3) -> list[str]:
-    """Saves and loads what cases want; says what is wrong with the first few that are not as they should be.
+def problems_of(cases: list[sharded_changes.Case], folder: Path) -> Iterator[str]:
+    """Saves and loads what cases want; yields what is not as it should be.
 
     Processes that do not agree are given up, and others go on with what follows.
     """
@@ -115,36 +120,39 @@ def problems_of(cases: list[sharded_changes.Case], folder: Path, most: int = 3) 
             sharded_changes.save_states(**settings)
         elif layouts:
             ranks.run("sharded_changes.save_states", count, folder / "meet", seconds=SECONDS, **settings)
-    found: list[str] = []
     for count in (1, 2, 3):
         mine = [case for case in cases if sharded_changes.LAYOUTS[case.target] == count]
-        start, several = (0, -1), {"seconds": 20 * SECONDS, "patience": PATIENCE}
-        while start[0] < len(mine) and len(found) < most:
-            settings = {"folder": str(folder), "chosen": list(map(dataclasses.asdict, mine)), "start": start}
-            crash = ""
-            try:
-                report = str(folder / "report")
-                ranks.run("sharded_changes.load_states", count, folder / "meet", report=report, **several, **settings)
-            except AssertionError as error:  # not of a case: a process is gone
-                crash = str(error)
-            lines = max(
-                ((folder / f"report-{rank}").read_text().splitlines() for rank in range(count)), key=len, default=[]
-            )
-            results = [json.loads(line) for line in lines]
-            for number, which, _, problem in results:
-                if problem:
-                    found.append(f"{mine[number]}, {named(which)}: {problem}")
-            broken = bool(results) and results[-1][2] == "broken"
-            if crash and not broken:
-                last = tuple(results[-1][:2]) if results else None
-                culprit = start if last is None else following(last, loaded=results[-1][2] == "loaded")
-                found.append(f"{mine[culprit[0]]}, {named(culprit[1])}: a process is gone: {crash}")
-                start = following(culprit)
-            elif broken and count > 1:
-                start = following((results[-1][0], results[-1][1]))
-            else:
-                break
-    return found[:most]
+        place: tuple[int, int] | None = (0, -1)
+        while place is not None and place[0] < len(mine):
+            place = yield from problems_from(place, mine, count, folder)
+
+
+def problems_from(
+    start: tuple[int, int], cases: list[sharded_changes.Case], count: int, folder: Path
+) -> Generator[str, None, tuple[int, int] | None]:
+    """Loads from a case and parameter on; yields problems, and returns where others must go on, or None."""
+    settings = {"folder": str(folder), "chosen": list(map(dataclasses.asdict, cases)), "start": start}
+    settings |= {"report": str(folder / "report"), "seconds": 20 * SECONDS, "patience": PATIENCE}
+    for old in folder.glob("report-*"):
+        old.unlink()
+    crash = ""
+    try:
+        ranks.run("sharded_changes.load_states", count, folder / "meet", **settings)
+    except AssertionError as error:  # not what a load raised: a process is gone
+        crash = str(error)
+    reports = [path.read_text().splitlines() for path in folder.glob("report-*")]
+    results = [json.loads(line) for line in max(reports, key=len, default=[])]
+    for number, which, _, problem in results:
+        if problem:
+            yield f"{cases[number]}, {named(which)}: {problem}"
+    if results and results[-1][2] == "broken" and count > 1:
+        return following((results[-1][0], results[-1][1]))
+    if crash:
+        last = results[-1] if results else None
+        culprit = following((last[0], last[1]), loaded=last[2] == "loaded") if last else start
+        yield f"{cases[culprit[0]]}, {named(culprit[1])}: a process is gone: {crash}"
+        return following(culprit)
+    return None
 
 
 def following(place: tuple[int, int], *, loaded: bool = False) -> tuple[int, int]:
@@ -160,7 +168,7 @@ def named(which: int) -> str:
 
 def test_a_change_of_settings_loads_on_all_ranks_or_on_none(tmp_path: Path) -> None:
     """Two of three ranks refused what the third, which has nothing of the matrix, loaded; others gathered by then."""
-    problems = problems_of(sharded_changes.sample(sharded_changes.cases()), tmp_path)
+    problems = list(islice(problems_of(sharded_changes.sample(sharded_changes.cases()), tmp_path), FIRST_FEW))
     assert not problems, "\n\n".join(problems)
 
 
@@ -169,5 +177,33 @@ def test_a_change_of_settings_loads_on_all_ranks_or_on_none(tmp_path: Path) -> N
 @pytest.mark.parametrize("optimizer", sharded_changes.OPTIONS)
 def test_every_change_of_settings_loads_on_all_ranks_or_on_none(optimizer: str, target: str, tmp_path: Path) -> None:
     chosen = [c for c in sharded_changes.cases() if (c.optimizer, c.target) == (optimizer, target)]
-    problems = problems_of(chosen, tmp_path)
+    problems = list(islice(problems_of(chosen, tmp_path), FIRST_FEW))
     assert not problems, "\n\n".join(problems)
+
+
+PRESENCE = ["an_expert_that_one_rank_uses", "a_rank_that_has_no_gradients", "a_parameter_that_is_thawed"]
+
+
+@pytest.mark.parametrize("function", PRESENCE)
+def test_gradients_that_some_ranks_lack(function: str, shared: Path) -> None:
+    ranks.run(f"sharded_presence.{function}", 3, shared, names=["soap", "mars"], seconds=SECONDS, patience=PATIENCE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("function", PRESENCE)
+def test_gradients_that_some_ranks_lack_with_every_optimizer(function: str, count: int, shared: Path) -> None:
+    settings = {"names": ["shampoo", "kl_shampoo", "mars_soap"], "seconds": SECONDS, "patience": PATIENCE}
+    ranks.run(f"sharded_presence.{function}", count, shared, **settings)
+
+
+@pytest.mark.parametrize("mode", ["local", "owner"])
+def test_a_setting_that_is_refused_in_mid_run_is_refused_by_all(mode: str, shared: Path) -> None:
+    """Ranks that have nothing of a matrix stepped on."""
+    settings = {"mode": mode, "seconds": SECONDS, "patience": PATIENCE}
+    ranks.run("sharded_presence.a_setting_that_does_not_fit_in_mid_run", 3, shared, **settings)
+
+
+def test_state_that_does_not_fit_one_device_stops_all(shared: Path) -> None:
+    """One rank said so before the first step, and the others waited in it."""
+    ranks.run("sharded_presence.state_that_does_not_fit_one_rank", 3, shared, seconds=SECONDS, patience=PATIENCE)
