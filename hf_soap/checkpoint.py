@@ -106,7 +106,7 @@ def merged_groups(
         if changed:
             words = ", ".join(f"{key}={value!r} (saved {before!r})" for key, (before, value) in changed.items())
             logger.info("Settings that differ from the checkpoint's; the current ones are used: %s", words)
-        merged.append({**old, **current})
+        merged.append({**{k: v for k, v in old.items() if k != OVERRIDES}, **current})
     return merged
 
 
@@ -476,6 +476,50 @@ def read(source: Path) -> dict[str, Any]:
     return whole
 
 
+def has_settings(source: Path, groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a folder of torch.distributed.checkpoint has all settings of param groups; else torch cannot load it.
+
+    Args:
+        source: The folder, which an earlier version may have written.
+        groups: The optimizer's param groups.
+    """
+    saved = _read_groups(source)
+    return len(saved) == len(groups) and all(
+        len(old["params"]) == len(new["params"]) and _settings(new) <= _settings(old)
+        for old, new in zip(saved, groups, strict=True)
+    )
+
+
+def _settings(group: Mapping[str, Any]) -> set[Any]:
+    overrides = group.get(OVERRIDES) or []
+    return {*group} - {OVERRIDES} | {(place, key) for place, own in enumerate(overrides) for key in own or ()}
+
+
+def read_part(source: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Reads what this rank has of an optimizer state that as many ranks saved; all ranks must call this together.
+
+    Args:
+        source: A folder of torch.distributed.checkpoint.
+        model: The sharded model.
+        optimizer: Its optimizer. It may have other param groups and settings than were saved.
+
+    Returns:
+        A state dict with the saved param groups, and tensors sharded as those of the optimizer.
+    """
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    state = get_optimizer_state_dict(model, optimizer)["state"]
+    load({"optimizer": {"state": state}}, storage_reader=FileSystemReader(source))
+    return {"state": state, "param_groups": _read_groups(source)}
+
+
+def _read_groups(source: Path) -> list[dict[str, Any]]:
+    groups: list[dict[str, Any]] = _read_folder(source, "optimizer.param_groups")["optimizer"]["param_groups"]
+    return groups
+
+
 def read_weights(source: Path) -> dict[str, Tensor]:
     """Reads all weights of a file, or of a folder of torch.distributed.checkpoint, into the memory of the CPU."""
     weights: dict[str, Tensor]
@@ -523,14 +567,15 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
     set_model_state_dict(model, dict(renamed), options=StateDictOptions(full_state_dict=True, strict=False))
 
 
-def _read_folder(source: Path) -> dict[str, Any]:
+def _read_folder(source: Path, *keys: str) -> dict[str, Any]:
+    """Reads a folder of torch.distributed.checkpoint on this rank alone: all of it, or what lies under the keys."""
     from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
     state: dict[str, Any] = {}
     _load_state_dict(
-        state, storage_reader=FileSystemReader(source), planner=_EmptyStateDictLoadPlanner(), no_dist=True
+        state, storage_reader=FileSystemReader(source), planner=_EmptyStateDictLoadPlanner(keys or None), no_dist=True
     )
     return state
 

@@ -31,7 +31,10 @@ PLAIN, FULL, SHARDED = "optimizer.pt", "optimizer.bin", "optimizer_0"
 
 
 def load_optimizer(trainer: Trainer, folder: Path) -> bool:
-    """Loads optimizer and scheduler where the Trainer cannot: saved on another number of ranks or in another format.
+    """Loads optimizer and scheduler where the Trainer cannot.
+
+    That is where they were saved on another number of ranks, in another format, or by a version that had other param
+    groups or settings.
 
     Args:
         trainer: A Trainer whose optimizer and scheduler are made.
@@ -60,14 +63,43 @@ def load_optimizer(trainer: Trainer, folder: Path) -> bool:
         fits = not optimizer.spreads_state()
     else:
         fits = native in saved and optimizer.fits(checkpoint.saved_shapes(native))
+    schedule, groups = torch.load(folder / "scheduler.pt", weights_only=True), optimizer.param_groups
+    alike = len(schedule.get(LAST_RATES, groups)) == len(groups)
     if native in saved and fits:
-        return False
-    source = native if native in saved else saved[0]
-    logger.warning("Loading the optimizer from %s, which was saved on other ranks or in another format.", source)
-    optimizer.load_state_dict(checkpoint.read(source))
+        if alike and (native.name != SHARDED or checkpoint.has_settings(native, groups)):
+            return False
+        logger.warning("Loading the optimizer from %s, which was saved with other param groups or settings.", native)
+        model: Any = trainer.model
+        is_sharded = native.name == SHARDED
+        state = checkpoint.read_part(native, model, optimizer) if is_sharded else checkpoint.read(native)
+    else:
+        source = native if native in saved else saved[0]
+        logger.warning("Loading the optimizer from %s, which was saved on other ranks or in another format.", source)
+        state = checkpoint.read(source)
+    optimizer.load_state_dict(state)
     scheduler: Any = trainer.lr_scheduler
-    scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
+    scheduler.load_state_dict(schedule if alike else _for_groups(groups, schedule, scheduler.state_dict()))
     return True
+
+
+LAST_RATES = "_last_lr"
+"""Where a scheduler keeps the current rate of each param group."""
+
+
+def _for_groups(groups: list[dict[str, Any]], saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Returns saved state of a scheduler for other param groups, whose rates were loaded with the optimizer.
+
+    Args:
+        groups: The optimizer's param groups.
+        saved: The scheduler's state, with as many rates as there were groups.
+        own: Its state as it is now.
+    """
+    count = len(saved[LAST_RATES])
+    of_groups = [key for key, value in saved.items() if isinstance(value, list) and len(value) == count and key in own]
+    rates = {LAST_RATES: [group["lr"] for group in groups]}
+    if "base_lrs" in saved:
+        rates["base_lrs"] = [group["initial_lr"] for group in groups]
+    return {**saved, **{key: own[key] for key in of_groups}, **rates}
 
 
 def load_model(trainer: Trainer, folder: Path, model: nn.Module) -> bool:

@@ -281,6 +281,17 @@ def test_lora_embeddings_are_lora_matrices(tmp_path: Path) -> None:
     assert all(shapes == {(4, 4)} for shapes in found.values())
 
 
+def test_a_resumed_run_may_drop_its_adam_modules() -> None:
+    """The saved settings of single parameters stayed in the groups, and refused the state that was loaded."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    saved = SOAP(with_overrides(model.parameters(), model, SoapConfig(adam_modules="bias|0.weight")))
+    bases(saved, model)
+    optimizer = SOAP(with_overrides(model.parameters(), model, SoapConfig()))
+    optimizer.load_state_dict(saved.state_dict())
+    assert set(settings(optimizer, model, "rule").values()) == {("soap",)}
+    assert bases(optimizer, model)["0.weight"] == {(4, 4)}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What it says
 # ---------------------------------------------------------------------------------------------------------------------
