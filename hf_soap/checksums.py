@@ -6,7 +6,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -76,15 +76,18 @@ def write(folder: Path, *, rank: int, writers: range, common: bool) -> None:
     (folder / NAME.format(rank)).write_text(json.dumps(noted, indent=1))
 
 
-def find_problem(folder: Path, *, share: tuple[int, int] = (0, 1)) -> str | None:
-    """Compares files with their checksums.
+def read(folder: Path) -> tuple[dict[str, tuple[int, int]], list[str]]:
+    """Reads what was noted of a checkpoint.
 
     Args:
         folder: The checkpoint.
-        share: Which part of the files to read, and of how many.
 
     Returns:
-        What is wrong with which file, or None if nothing is, or there are no checksums.
+        Size in bytes and CRC-32 of each file by its name, and the names of notes that other ranks wrote and that are
+        missing.
+
+    Raises:
+        ValueError: If one of the notes is unreadable.
     """
     noted: dict[str, tuple[int, int]] = {}
     writers = range(0)
@@ -94,9 +97,22 @@ def find_problem(folder: Path, *, share: tuple[int, int] = (0, 1)) -> str | None
             writers = range(*content["ranks"])
             noted |= {name: (int(size), int(crc)) for name, (size, crc) in content["files"].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            return f"{path.name} is unreadable ({error})"
-    if missing := [writer for writer in writers if not (folder / NAME.format(writer)).is_file()]:
-        return f"{NAME.format(missing[0])} is missing"
+            raise ValueError(f"{path.name} is unreadable ({error})") from error
+    names = [NAME.format(writer) for writer in writers]
+    return noted, [name for name in names if not (folder / name).is_file()]
+
+
+def find_problem(folder: Path, noted: Mapping[str, tuple[int, int]], *, share: tuple[int, int] = (0, 1)) -> str | None:
+    """Compares files with their checksums.
+
+    Args:
+        folder: The checkpoint.
+        noted: Size in bytes and CRC-32 of the files to compare, by name.
+        share: Which part of the files to read, and of how many.
+
+    Returns:
+        What is wrong with which file, or None if nothing is.
+    """
     for name, (size, crc) in sorted(noted.items())[share[0] :: share[1]]:
         path = folder / name
         try:
@@ -107,11 +123,6 @@ def find_problem(folder: Path, *, share: tuple[int, int] = (0, 1)) -> str | None
         except OSError as error:
             return f"{name} is unreadable ({error})"
     return None
-
-
-def exist(folder: Path) -> bool:
-    """Whether there are checksums in a folder."""
-    return any(folder.glob(NAME.format("*")))
 
 
 def writers(args: TrainingArguments) -> range:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pickle
 import re
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec
@@ -15,9 +16,11 @@ from typing import TYPE_CHECKING, Any, ParamSpec
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.serialization import MAGIC_NUMBER
 
 from hf_soap import checkpoint, checksums, sharding
 from hf_soap.stepping import BlockOptimizer, unwrapped
+from hf_soap.storage import LAYOUT
 
 if TYPE_CHECKING:
     from torch import nn
@@ -26,8 +29,17 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
+FSDP = "pytorch_model_fsdp"
+"""Where it saves weights with FSDP: with one of these endings, a file or a folder of parts."""
+
 PLAIN, FULL, SHARDED = "optimizer.pt", "optimizer.bin", "optimizer_0"
 """Where the Trainer saves an optimizer: without FSDP, with its FULL_STATE_DICT, with its SHARDED_STATE_DICT."""
+
+SCHEDULER = "scheduler.pt"
+WHOLE = ("model.safetensors", "pytorch_model.bin")
+ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
+INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+"""Weights by the names that the Trainer looks for, in its order."""
 
 
 def load_optimizer(trainer: Trainer, folder: Path) -> bool:
@@ -35,6 +47,8 @@ def load_optimizer(trainer: Trainer, folder: Path) -> bool:
 
     That is where they were saved on another number of ranks, in another format, or by a version that had other param
     groups or settings.
+
+    The Trainer loads optimizer and scheduler together or not at all, whatever the optimizer.
 
     Args:
         trainer: A Trainer whose optimizer and scheduler are made.
@@ -44,18 +58,23 @@ def load_optimizer(trainer: Trainer, folder: Path) -> bool:
         False if nothing was done, because the Trainer can load it or the optimizer is not of this package.
 
     Raises:
-        ValueError: If the saved state does not fit the parameters.
+        ValueError: If the saved state does not fit the parameters, or is of this package and the optimizer is not.
     """
     optimizer = unwrapped(trainer.optimizer)
-    if not isinstance(optimizer, BlockOptimizer):
-        return False
     saved = [folder / name for name in (PLAIN, FULL, SHARDED) if (folder / name).exists()]
+    has_both = bool(saved) and (folder / SCHEDULER).is_file()
+    if not isinstance(optimizer, BlockOptimizer):
+        if has_both and not trainer.is_deepspeed_enabled:
+            _refuse_state_of_family(optimizer, saved)
+        return False
     native = folder / _format(trainer)
-    if not saved or not (folder / "scheduler.pt").is_file():
+    if not has_both:
+        lacking = f"{SCHEDULER}, without which the Trainer loads no optimizer" if saved else "optimizer"
         logger.warning(
-            "%s has no optimizer or no scheduler (save_only_model=True?): %s starts without state, and the learning "
-            "rate from the beginning of its schedule, while steps are counted on.",
+            "%s has no %s (was it removed, or saved with save_only_model=True?): %s starts without state, and the "
+            "learning rate from the beginning of its schedule, while steps are counted on.",
             folder,
+            lacking,
             type(optimizer).__name__,
         )
         return False  # the Trainer starts afresh too
@@ -63,7 +82,7 @@ def load_optimizer(trainer: Trainer, folder: Path) -> bool:
         fits = not optimizer.spreads_state()
     else:
         fits = native in saved and optimizer.fits(checkpoint.saved_shapes(native))
-    schedule, groups = torch.load(folder / "scheduler.pt", weights_only=True), optimizer.param_groups
+    schedule, groups = torch.load(folder / SCHEDULER, weights_only=True), optimizer.param_groups
     alike = len(schedule.get(LAST_RATES, groups)) == len(groups)
     if native in saved and fits:
         if alike and (native.name != SHARDED or checkpoint.has_settings(native, groups)):
@@ -102,6 +121,44 @@ def _for_groups(groups: list[dict[str, Any]], saved: dict[str, Any], own: dict[s
     return {**saved, **{key: own[key] for key in of_groups}, **rates}
 
 
+def _refuse_state_of_family(optimizer: Any, saved: list[Path]) -> None:
+    """Refuses state of this package for an optimizer that would take it, and fail at its first step or run on it.
+
+    Raises:
+        ValueError: If any of the saved files or folders holds such state.
+    """
+    if checkpoint.is_of_family(optimizer.param_groups):
+        return  # a wrapper around one of ours
+    wrote = next((name for source in saved if (name := _written_by(source))), None)
+    if wrote is None:
+        return
+    wants, files = type(optimizer).__name__, " and ".join(path.name for path in saved)
+    raise ValueError(
+        f"got a checkpoint of {wrote}, wanted one of {wants}, in {saved[0].parent}. To go on with {wrote}, resume "
+        f"with the optim (such as optim={wrote.lower()!r}) and the optim_args that wrote it. To go on with the "
+        f"weights alone, remove {files} from the folder: {wants} then starts without state, and the learning rate "
+        "from the beginning of its schedule, while steps are counted on"
+    )
+
+
+def _written_by(source: Path) -> str | None:
+    """Returns the name of the class of this package that saved an optimizer, or None if another optimizer did."""
+    try:
+        if source.is_dir():  # its metadata lists roles without reading a tensor
+            known = {role for roles in checkpoint.saved_shapes(source).values() for role in roles}
+            if known & {"prev_grad", "prev_param"}:
+                return "MARS"
+            if LAYOUT not in known:  # in none of torch's, and in ours of every tensor that has a factor
+                return None
+            return "Shampoo" if "root_0" in known else "SOAP"
+        groups = checkpoint.read(source)["param_groups"]
+    except Exception:  # what cannot be read in this way is left to the Trainer, which reads it or says why not
+        return None
+    if not (groups and checkpoint.is_of_family(groups)):
+        return None
+    return "MARS" if "variant" in groups[0] else "Shampoo" if "root_method" in groups[0] else "SOAP"
+
+
 def load_model(trainer: Trainer, folder: Path, model: nn.Module) -> bool:
     """Loads weights where the Trainer cannot: saved with FSDP and loaded without it, or in another kind of state dict.
 
@@ -113,11 +170,10 @@ def load_model(trainer: Trainer, folder: Path, model: nn.Module) -> bool:
     Returns:
         False if nothing was done, because the Trainer can load them itself.
     """
-    full, sharded = folder / "pytorch_model_fsdp.bin", folder / "pytorch_model_fsdp_0"
+    full, sharded = folder / f"{FSDP}.bin", folder / f"{FSDP}_0"
     saved = {FULL: [full] if full.is_file() else [], SHARDED: [sharded] if sharded.is_dir() else []}
     if not any(saved.values()):  # with FSDP the Trainer may save these too, but does not load them without it
-        kinds = ("model*.safetensors", "adapter_model*.safetensors", "pytorch_model*.bin", "adapter_model.bin")
-        saved[PLAIN] = sorted(path for kind in kinds for path in folder.glob(kind))
+        saved[PLAIN] = [path for path in _plain_weights(folder)[0] if path.parent == folder]
     others = next((files for files in saved.values() if files), [])
     if saved.get(_format(trainer)) or not others:
         return False
@@ -153,35 +209,35 @@ def choose(trainer: Trainer, asked: str | bool | None) -> str | bool | None:
     share = (writers.index(trainer.args.process_index), len(writers))
     if asked is True:
         folder = trainer.args.output_dir or "."
-        found = last_complete_checkpoint(folder, model_only=trainer.args.save_only_model, share=share)
+        found = last_complete_checkpoint(folder, share=share)
         if found is None:
-            raise ValueError(
-                f"got resume_from_checkpoint=True, wanted a complete checkpoint in {folder}, found none; "
-                "pass the folder of one, or start without resume_from_checkpoint"
+            raise ValueError(  # in the Trainer's words, which programs look for
+                f"No valid checkpoint found in output directory ({folder}): got resume_from_checkpoint=True, wanted a "
+                "complete checkpoint there; pass the folder of one, or start without resume_from_checkpoint"
             )
         logger.info("Resuming from %s, the newest complete checkpoint.", found)
-        return str(found)
-    named = Path(asked or "")
-    if not asked or not all(sharding.from_all(os.path.isdir(named))):  # noqa: PTH112 - Path's raises on some errors
-        return asked
-    if problem := _said_by_any(_why_unfinished(named) or find_damage(named, share=share)):
-        other = last_complete_checkpoint(named.parent, model_only=trainer.args.save_only_model, share=share)
-        instead = f"resume from {other}" if other else "start without resume_from_checkpoint"
-        raise ValueError(
-            f"got a damaged checkpoint, wanted a whole one: in {named}, {problem}; {instead}, or remove "
-            f"{checksums.NAME.format('*')} if you changed files on purpose"
-        )
+        asked = str(found)
+    else:
+        named = Path(asked or "")
+        if not asked or not all(sharding.from_all(os.path.isdir(named))):  # noqa: PTH112 - Path's raises on some errors
+            return asked
+        if problem := _said_by_any(_why_unfinished(named) or find_damage(named, share=share)):
+            other = last_complete_checkpoint(named.parent, share=share)
+            instead = f"resume from {other}" if other else "start without resume_from_checkpoint"
+            raise ValueError(
+                f"got a damaged checkpoint, wanted a whole one: in {named}, {problem}; {instead}, or remove "
+                f"{checksums.NAME.format('*')} if you changed files on purpose"
+            )
+    if share[0] == 0:
+        _warn_of_missing(Path(asked))
     return asked
 
 
-def last_complete_checkpoint(
-    folder: str | Path, *, model_only: bool = False, share: tuple[int, int] | None = None
-) -> Path | None:
+def last_complete_checkpoint(folder: str | Path, *, share: tuple[int, int] | None = None) -> Path | None:
     """Finds the newest complete ``checkpoint-N`` folder, and warns about each newer one that it passes over.
 
     Args:
         folder: The Trainer's ``output_dir``.
-        model_only: Whether checkpoints hold no optimizer (``save_only_model``).
         share: Which part of the contents this rank compares with their checksums, and of how many: all ranks call
             this, and all get the same answer. None if one asks for itself.
 
@@ -191,7 +247,7 @@ def last_complete_checkpoint(
     numbers = _numbers_in(folder)
     for number in sorted(sharding.from_all(numbers)[0] if share else numbers, reverse=True):
         path = Path(folder) / f"checkpoint-{number}"
-        problem = find_problem(path, model_only=model_only, share=share or (0, 1))
+        problem = find_problem(path, share=share or (0, 1))
         if share:
             problem = _said_by_any(problem)
         if problem is None:
@@ -232,23 +288,16 @@ def _errors_said(check: Callable[P, str | None]) -> Callable[P, str | None]:
 
 
 @_errors_said
-def find_problem(folder: Path, *, model_only: bool = False, share: tuple[int, int] = (0, 1)) -> str | None:
-    """Says what keeps a checkpoint folder from being resumed, or None if all of its files are there and whole.
+def find_problem(folder: Path, *, share: tuple[int, int] = (0, 1)) -> str | None:
+    """Says what keeps a checkpoint folder from being resumed, or None if it was finished and nothing is damaged.
 
     Args:
         folder: The checkpoint.
-        model_only: Whether it was saved without optimizer.
         share: Which part of the contents to compare with their checksums, and of how many.
     """
-    if unfinished := _why_unfinished(folder):
-        return unfinished
-    if not any(folder.glob("*model*")):
-        return "no model weights"
-    wanted = [] if model_only else [folder / "scheduler.pt"]
-    if not model_only and not any(folder.glob("optimizer_[0-9]*")) and not (folder / FULL).is_file():
-        wanted.append(folder / PLAIN)
-    missing = next((f"{path.name} is missing" for path in wanted if not path.is_file()), None)
-    return missing or find_damage(folder, share=share)
+    if problem := _why_unfinished(folder) or find_damage(folder, share=share):
+        return problem
+    return None if any(folder.rglob("*model*")) else "no model weights"
 
 
 @_errors_said
@@ -269,49 +318,143 @@ def find_damage(folder: Path, *, share: tuple[int, int] = (0, 1)) -> str | None:
     Contents are compared with the checksums that were saved beside them, if they were; else files of torch.save with
     those that they hold, and the others are looked at for ends that a killed process left unwritten.
 
+    A missing file is no damage where the Trainer goes on without it, or with other files in its place: since
+    ``trainer_state.json`` is written last, somebody removed it.
+
     Args:
         folder: The checkpoint.
         share: Which part of the contents to compare with their checksums, and of how many.
     """
-    weights = [path for pattern in ("*.safetensors", "pytorch_model*.bin") for path in folder.glob(pattern)]
-    for index in folder.glob("*.index.json"):
-        try:
-            shards = set(json.loads(index.read_text())["weight_map"].values())
-        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-            return f"{index.name}: {error}"
-        if missing := sorted(shards - {path.name for path in weights}):
-            return f"{missing[0]} is missing"
-    for part in (*folder.glob("optimizer_[0-9]*"), *folder.glob("pytorch_model_fsdp_[0-9]*")):
-        if part.is_dir() and not (part / ".metadata").is_file():  # written last
+    weights, problem = _plain_weights(folder)
+    if problem:
+        return problem
+    parts = [part for part in (*folder.glob("optimizer_[0-9]*"), *folder.glob(f"{FSDP}_[0-9]*")) if part.is_dir()]
+    for part in parts:
+        if not (part / ".metadata").is_file():  # written last
             return f"{part.name} has no .metadata"
-    saved = [*weights, *(folder / name for name in (PLAIN, FULL, "scheduler.pt", "scaler.pt"))]
-    saved += sorted(folder.glob("rng_state*.pth"))  # half of one stops the Trainer, which warns of a missing one
-    noted = checksums.exist(folder)
+    try:
+        noted, lacking = checksums.read(folder)
+    except ValueError as error:
+        return str(error)
+    if lacking and parts:  # then nobody knows whether all parts of that rank are there
+        return f"{lacking[0]} is missing"
+    saved = [*weights, *(folder / name for name in (f"{FSDP}.bin", PLAIN, FULL, SCHEDULER, "scaler.pt"))]
+    saved += sorted(folder.glob("rng_state*.pth"))  # half of one stops the Trainer, which goes on without any
     for path in saved:
-        if path.is_file() and (problem := _damage(path, contents=not noted)):
-            return f"{path.name} is {problem}"
-    return checksums.find_problem(folder, share=share)
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and (problem := _damage(path, contents=name not in noted)):
+            return f"{name} is {problem}"
+    excused = _excused(folder, noted)
+    return checksums.find_problem(folder, {k: v for k, v in noted.items() if k not in excused}, share=share)
+
+
+def _plain_weights(folder: Path) -> tuple[list[Path], str | None]:
+    """Returns the files from which the Trainer loads weights without FSDP, and what keeps it from that, or None."""
+    for name in WHOLE:
+        if (folder / name).is_file():
+            return [folder / name], None  # whatever an index says
+    files: list[Path] = []
+    for place in (folder, *sorted(path for path in folder.iterdir() if path.is_dir())):  # one for each adapter
+        files += [place / name for name in ADAPTER if (place / name).is_file()][:1]
+    index = next((folder / name for name in INDEX if (folder / name).is_file()), None)
+    if index is None:
+        return files, None
+    try:
+        tensors: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        shards = {name: folder / name for name in sorted(set(tensors.values()))}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        return files, f"{index.name}: {error}"
+    for name, shard in shards.items():
+        if not shard.is_file():
+            return files, f"{name} is missing"
+        if shard.suffix == ".safetensors":
+            problem, held = _contents_of_safetensors(shard)
+            # The Trainer does not look: it would go on with weights that were never trained.
+            if lost := sorted(tensor for tensor, at in tensors.items() if at == name and tensor not in held):
+                problem = problem or f"without the tensor {lost[0]} that {index.name} looks for in it"
+            if problem:
+                return files, f"{name} is {problem}"
+    return [*files, *shards.values()], None
+
+
+def _excused(folder: Path, noted: Collection[str]) -> set[str]:
+    """Names of files that may differ from what was noted of them: the Trainer goes on without, or with others."""
+    gone = {name for name in noted if not (folder / name).is_file()}
+    loaded = {*_plain_weights(folder)[0], *folder.glob(f"{FSDP}.bin"), *folder.glob(f"{FSDP}_[0-9]*")}
+    places = {(path.parent, _is_of_adapter(path)) for path in loaded}
+    excused = set()
+    for name in gone:
+        path, part = folder / name, folder / name.partition("/")[0]
+        if _PART.match(name):
+            whole_is_gone = not part.exists()
+            if whole_is_gone and (part.name.startswith("optimizer") or (folder, False) in places):
+                excused.add(name)
+        elif not (name in INDEX or _WEIGHTS.fullmatch(path.name)) or (path.parent, _is_of_adapter(path)) in places:
+            excused.add(name)
+    if any(_WEIGHTS.fullmatch(name) for name in gone):  # weights were cut into other files
+        excused |= {*INDEX}
+    return excused
+
+
+def _is_of_adapter(path: Path) -> bool:
+    return path.name.startswith("adapter_model")
+
+
+def _warn_of_missing(folder: Path) -> None:
+    """Says what a run will go on without; of optimizer and scheduler :func:`load_optimizer` does."""
+    noted, gone = checksums.read(folder)
+    gone += sorted(name for name in noted if not (folder / name).is_file())
+    random = [name for name in gone if _RANDOM.fullmatch(name)]
+    if random or not any(folder.glob("rng_state*.pth")):
+        logger.warning(
+            "%s has no %s: random numbers, such as those of dropout, are others than in the run that saved it.",
+            folder,
+            ", ".join(random or ["rng_state.pth"]),
+        )
+    if weights := [name for name in gone if _WEIGHTS.fullmatch(Path(name).name) or name.startswith(FSDP)]:
+        logger.warning(
+            "%s has no %s any more: weights are loaded from other files, for which there are no checksums.",
+            folder,
+            ", ".join(weights),
+        )
+    ours = {*random, *weights, SCHEDULER, PLAIN, FULL}
+    if others := [name for name in gone if name not in ours and not _PART.match(name)]:
+        logger.warning("%s has no %s any more: the run goes on without.", folder, ", ".join(others))
 
 
 _NUMBER = re.compile(r"^checkpoint-(\d+)$")
+_WEIGHTS = re.compile(r"(?:model|adapter_model|pytorch_model)(?:-\d+-of-\d+|_fsdp)?\.(?:safetensors|bin)")
+_PART = re.compile(rf"(?:optimizer|{FSDP})_\d+/")
+_RANDOM = re.compile(r"rng_state(?:_\d+)?\.pth")
 
 
 def _damage(path: Path, *, contents: bool) -> str | None:
-    return _damage_of_safetensors(path) if path.suffix == ".safetensors" else _damage_of_zip(path, contents=contents)
+    if path.suffix == ".safetensors":
+        return _contents_of_safetensors(path)[0]
+    return _damage_of_zip(path, contents=contents)
 
 
-def _damage_of_safetensors(path: Path) -> str | None:
+def _contents_of_safetensors(path: Path) -> tuple[str | None, set[str]]:
+    """What is wrong with a file, or None, and the names of the tensors in it."""
     try:
-        with safe_open(path, framework="pt"):  # reads the header, which must fit the length of the file
-            return None
+        with safe_open(path, framework="pt") as file:  # reads the header, which must fit the length of the file
+            return None, set(file.keys())
     except (SafetensorError, OSError, ValueError) as error:
-        return f"cut off or unreadable ({error})"
+        return f"cut off or unreadable ({error})", set()
+
+
+_BEFORE_ZIP = pickle.dumps(MAGIC_NUMBER, protocol=2)
+"""How files of torch.save begin that are no zips, as all once were."""
 
 
 def _damage_of_zip(path: Path, *, contents: bool) -> str | None:
     try:
         if not zipfile.is_zipfile(path):
-            return "cut off"
+            with path.open("rb") as stream:
+                if stream.read(len(_BEFORE_ZIP)) != _BEFORE_ZIP:
+                    return "cut off"
+            torch.load(path, map_location="cpu", weights_only=True)  # fails where bytes are missing
+            return None
         if path.suffix != ".pth":  # random states hold arrays of numpy, which only the Trainer allows
             torch.load(path, map_location="cpu", mmap=True, weights_only=True)  # reads no tensors yet
         if not contents:

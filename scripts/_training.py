@@ -84,7 +84,7 @@ def start(args: TrainingArguments) -> Path | None:
         return Path(args.resume_from_checkpoint)
     if not Path(args.output_dir).is_dir():
         return None
-    checkpoint = last_complete_checkpoint(args.output_dir, model_only=args.save_only_model)
+    checkpoint = last_complete_checkpoint(args.output_dir)
     if checkpoint is not None:
         logger.info("continuing from %s; use another --output_dir to start anew", checkpoint)
     return None if checkpoint is None else Path(checkpoint)

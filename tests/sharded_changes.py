@@ -300,10 +300,10 @@ class Exchange:
         return heard
 
 
-def load_states(folder: str, chosen: list[dict[str, Any]], start: list[int], report: str) -> None:
+def load_states(folder: str, chosen: list[dict[str, Any]], start: list[int], report: str, *, each: bool) -> None:
     """Works through cases from a place on; leaves after each what became of it in a file of this rank.
 
-    All parameters at once; where that is refused, each by itself. A group of processes that does not agree is given
+    A group of processes that does not agree is given
     up: a collective of it may still be under way.
 
     Args:
@@ -311,6 +311,7 @@ def load_states(folder: str, chosen: list[dict[str, Any]], start: list[int], rep
         chosen: The cases, whose target has as many ranks as there are processes.
         start: Place of the first case, and of its first parameter, or -1 for all.
         report: Name of the file.
+        each: Load each parameter by itself where all at once are refused.
     """
     exchange, models = Exchange(), dict[str, Any]()
     with Path(f"{report}-{sharding.rank()}").open("w") as file:
@@ -324,7 +325,7 @@ def load_states(folder: str, chosen: list[dict[str, Any]], start: list[int], rep
                 if state == "broken" and sharding.ranks() > 1:
                     file.close()
                     os._exit(0)
-                if which < 0 and state == "loaded":
+                if which < 0 and (state == "loaded" or not each):
                     break
 
 
@@ -342,8 +343,9 @@ def result_of(
     if kinds != {"done"}:  # where all are through, or have raised, no collective is under way
         return "split" if kinds == {"done", "ValueError"} else "broken", f"ranks do not agree: {told(outcomes)}"
     outcomes = exchange(outcome_of(lambda: goes_on(optimizer, chosen, params)))
-    if {outcome.kind for outcome in outcomes} != {"done"}:
-        return "broken", f"it does not go on: {told(outcomes)}"
+    kinds = {outcome.kind for outcome in outcomes}
+    if kinds != {"done"}:  # assertions come after the last collective
+        return "split" if kinds <= {"done", "AssertionError"} else "broken", f"it does not go on: {told(outcomes)}"
     return "loaded", None
 
 

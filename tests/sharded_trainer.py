@@ -172,3 +172,24 @@ def nodes_read_their_own(folder: str) -> None:
             (newest / name).write_bytes(damaged)
         assert resume.choose(trainer, True) == str(own / "checkpoint-4"), name
         (newest / name).write_bytes(intact)
+
+
+def adamw_takes_none_of_ours(state_dict_type: str) -> None:
+    """Each of ours is told to AdamW by name, and removing what the error names lets it go on with the weights."""
+    folder, file = Path(os.environ["SHARED_FOLDER"]), {"FULL_STATE_DICT": "optimizer.bin"}
+    for optim, name in (("soap", "SOAP"), ("shampoo", "Shampoo"), ("mars_adamw", "MARS")):
+        own = folder / optim
+        trainer_for(own, state_dict_type, optim=optim, optim_args=None, max_steps=4).train()
+        named = file.get(state_dict_type, "optimizer_0")
+        said = rf"^got a checkpoint of {name}, wanted one of AdamW, in .*, remove {named} from the folder: AdamW"
+        adamw = {"optim": "adamw_torch", "optim_args": None, "plain": True, "max_steps": 5}
+        with pytest.raises(ValueError, match=said):
+            trainer_for(own, state_dict_type, **adamw).train(resume_from_checkpoint=True)
+        dist.barrier()
+        if dist.get_rank() == 0:
+            found = own / "checkpoint-4" / named
+            shutil.rmtree(found) if found.is_dir() else found.unlink()
+        dist.barrier()
+        trainer = trainer_for(own, state_dict_type, **adamw)
+        trainer.train(resume_from_checkpoint=True)
+        assert trainer.state.global_step == 5

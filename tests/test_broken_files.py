@@ -166,7 +166,7 @@ def test_a_new_optimizer_in_place_of_a_missing_one_is_said(copied: Path, caplog:
     for name in ("optimizer.pt", "checksums_0.json"):
         (folder / name).unlink()
     run(copied, resume=str(folder), max_steps=5)
-    assert f"{folder} has no optimizer or no scheduler" in caplog.text
+    assert f"{folder} has no optimizer (was it removed" in caplog.text
 
 
 def test_another_optimizers_checkpoints_are_left_to_the_trainer(tmp_path: Path) -> None:
@@ -196,8 +196,10 @@ def test_a_folder_that_is_written_once_more_is_incomplete_until_its_end(copied: 
     [
         (lambda text: text[:-9], "checksums_0.json is unreadable"),
         (lambda text: "[]", "checksums_0.json is unreadable"),
-        (lambda text: text.replace('"files": {', '"files": {"gone": [1, 2],'), "gone is missing"),
-        (lambda text: json.dumps({**json.loads(text), "ranks": [0, 2]}), "checksums_1.json is missing"),
+        (
+            lambda text: text.replace('"files": {', '"files": {"a/adapter_model.bin": [1, 2],'),
+            "a/adapter_model.bin is m",
+        ),
     ],
 )
 def test_damaged_checksums_are_noticed(change: Any, problem: str, copied: Path) -> None:
@@ -212,10 +214,12 @@ def test_a_file_that_the_disk_does_not_give_back_is_a_problem(name: str, copied:
     """Such an error stopped the run; raised on one of several ranks, it left the others waiting for its share."""
     folder = copied / "checkpoint-4"
     noted = json.loads((folder / "checksums_0.json").read_text())
-    noted["files"] |= {"extra.bin": [0, 0]}
+    noted["files"] |= {"extra.bin": [0, 0]} if name == "extra.bin" else {}
     (folder / "checksums_0.json").write_text(json.dumps(noted))
     (folder / name).unlink(missing_ok=True)
     (folder / name).symlink_to(UNREADABLE)
+    if name.startswith("model"):
+        (folder / "model.safetensors").unlink()  # or nobody reads the index
     assert re.match(rf"{re.escape(name)}( is|:) .*(Input/output error|cut off)", find_problem(folder))
     assert last_complete_checkpoint(copied) == copied / "checkpoint-2"
 
@@ -238,7 +242,7 @@ def test_a_save_without_optimizer_leaves_none_of_another_run(copied: Path) -> No
     assert {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} == own | {
         *("config.json", "generation_config.json", "model.safetensors", "trainer_state.json", "training_args.bin")
     }
-    assert find_problem(folder) == "scheduler.pt is missing"
+    assert find_problem(folder) is None
 
 
 def test_what_does_not_decide_about_the_run_may_be_edited(copied: Path) -> None:

@@ -107,7 +107,7 @@ def test_the_trainer_resumes_a_head_of_two_labels(
     )
 
 
-def problems_of(cases: list[sharded_changes.Case], folder: Path) -> Iterator[str]:
+def problems_of(cases: list[sharded_changes.Case], folder: Path, *, each: bool = True) -> Iterator[str]:
     """Saves and loads what cases want; yields what is not as it should be.
 
     Processes that do not agree are given up, and others go on with what follows.
@@ -124,15 +124,15 @@ def problems_of(cases: list[sharded_changes.Case], folder: Path) -> Iterator[str
         mine = [case for case in cases if sharded_changes.LAYOUTS[case.target] == count]
         place: tuple[int, int] | None = (0, -1)
         while place is not None and place[0] < len(mine):
-            place = yield from problems_from(place, mine, count, folder)
+            place = yield from problems_from(place, mine, count, folder, each=each)
 
 
 def problems_from(
-    start: tuple[int, int], cases: list[sharded_changes.Case], count: int, folder: Path
+    start: tuple[int, int], cases: list[sharded_changes.Case], count: int, folder: Path, *, each: bool
 ) -> Generator[str, None, tuple[int, int] | None]:
     """Loads from a case and parameter on; yields problems, and returns where others must go on, or None."""
     settings = {"folder": str(folder), "chosen": list(map(dataclasses.asdict, cases)), "start": start}
-    settings |= {"report": str(folder / "report"), "seconds": 20 * SECONDS, "patience": PATIENCE}
+    settings |= {"report": str(folder / "report"), "each": each, "seconds": 20 * SECONDS, "patience": PATIENCE}
     for old in folder.glob("report-*"):
         old.unlink()
     crash = ""
@@ -146,16 +146,16 @@ def problems_from(
         if problem:
             yield f"{cases[number]}, {named(which)}: {problem}"
     if results and results[-1][2] == "broken" and count > 1:
-        return following((results[-1][0], results[-1][1]))
+        return following((results[-1][0], results[-1][1]), loaded=not each)
     if crash:
         last = results[-1] if results else None
-        culprit = following((last[0], last[1]), loaded=last[2] == "loaded") if last else start
+        culprit = following((last[0], last[1]), loaded=last[2] == "loaded" or not each) if last else start
         yield f"{cases[culprit[0]]}, {named(culprit[1])}: a process is gone: {crash}"
-        return following(culprit)
+        return following(culprit, loaded=not each)
     return None
 
 
-def following(place: tuple[int, int], *, loaded: bool = False) -> tuple[int, int]:
+def following(place: tuple[int, int], *, loaded: bool) -> tuple[int, int]:
     """The place after one: the next parameter of the case, or the next case."""
     number, which = place
     ends = which + 1 == len(sharded_changes.SHAPES) or (loaded and which < 0)
@@ -168,7 +168,9 @@ def named(which: int) -> str:
 
 def test_a_change_of_settings_loads_on_all_ranks_or_on_none(tmp_path: Path) -> None:
     """Two of three ranks refused what the third, which has nothing of the matrix, loaded; others gathered by then."""
-    problems = list(islice(problems_of(sharded_changes.sample(sharded_changes.cases()), tmp_path), FIRST_FEW))
+    problems = list(
+        islice(problems_of(sharded_changes.sample(sharded_changes.cases()), tmp_path, each=False), FIRST_FEW)
+    )
     assert not problems, "\n\n".join(problems)
 
 
