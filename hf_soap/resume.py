@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 
-FSDP = "pytorch_model_fsdp"
-"""Where it saves weights with FSDP: with one of these endings, a file or a folder of parts."""
-
 PLAIN, FULL, SHARDED = "optimizer.pt", "optimizer.bin", "optimizer_0"
 """Where the Trainer saves an optimizer: without FSDP, with its FULL_STATE_DICT, with its SHARDED_STATE_DICT."""
+
+FSDP = "pytorch_model_fsdp"
+"""How the names begin under which it saves weights with FSDP: a file, or a folder of parts."""
 
 SCHEDULER = "scheduler.pt"
 WHOLE = ("model.safetensors", "pytorch_model.bin")
@@ -328,8 +328,8 @@ def find_damage(folder: Path, *, share: tuple[int, int] = (0, 1)) -> str | None:
     weights, problem = _plain_weights(folder)
     if problem:
         return problem
-    parts = [part for part in (*folder.glob("optimizer_[0-9]*"), *folder.glob(f"{FSDP}_[0-9]*")) if part.is_dir()]
-    for part in parts:
+    parts = {path.parent for kind in (".metadata", "*.distcp") for path in folder.glob(f"*/{kind}")}
+    for part in sorted(parts):
         if not (part / ".metadata").is_file():  # written last
             return f"{part.name} has no .metadata"
     try:
@@ -413,7 +413,7 @@ def _warn_of_missing(folder: Path) -> None:
         )
     if weights := [name for name in gone if _WEIGHTS.fullmatch(Path(name).name) or name.startswith(FSDP)]:
         logger.warning(
-            "%s has no %s any more: weights are loaded from other files, for which there are no checksums.",
+            "%s has no %s any more: weights are loaded from other files, for which there may be no checksums.",
             folder,
             ", ".join(weights),
         )
