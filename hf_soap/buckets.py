@@ -245,8 +245,8 @@ def check_state(known: Mapping[str, Any], wanted: Mapping[str, Tensor], name: st
                 f"{role} got {got.get(role, 'nothing')}, wanted {want.get(role, 'nothing')}" for role in differ
             )
             + ". Resume with the optimizer and the optim_args that wrote the checkpoint. To go on with the weights "
-            "alone, remove the optimizer's state from the checkpoint (the file optimizer.pt, or the folder "
-            "optimizer_0 of a sharded run), or drop it from what is given to load_state_dict"
+            "alone, remove the optimizer's state from the checkpoint (the file optimizer.pt; under FSDP the file "
+            "optimizer.bin or the folder optimizer_0): the learning rate then starts from the beginning of its schedule"
         )
 
 

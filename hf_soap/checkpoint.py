@@ -174,9 +174,9 @@ def packed(param: Tensor, plan: Plan, state: dict[str, Any], wanted: dict[str, T
             value = torch.zeros(like.shape, dtype=like.dtype, device=part.device)
         if not sharding.is_sharded(param):
             saved[role] = value.detach().clone()
-        elif role == "step" and (whole or not sharding.stack_sizes(param)):
+        elif role == "step" and not sharding.stack_sizes(param):
             saved[role] = value.detach().clone()  # all ranks count alike
-        elif role == "step":
+        elif role == "step":  # a rank without gradients has counted fewer
             saved[role] = sharding.to_stack(param, value.detach().clone().to(part.device))
         elif whole:
             saved[role] = sharding.to_whole(param, value.detach().clone().view(part.shape))
@@ -236,7 +236,7 @@ def packed_shapes(param: Tensor, plan: Plan, wanted: dict[str, Tensor], *, whole
     stack, entrywise = () if whole else sharding.stack_sizes(param), plan.entrywise
     shapes = {role: (*stack, *like.shape) for role, like in wanted.items()}
     if entrywise and sharding.is_sharded(param) and not whole:
-        shapes = {role: () if role == "step" else tuple(param.shape) for role in shapes}
+        shapes = {role: stack if role == "step" else tuple(param.shape) for role in shapes}
     if not entrywise:
         shapes[LAYOUT] = (*stack, *recut.describe(sharding.shard_of(param), plan.layout).shape)
     return shapes
@@ -278,7 +278,7 @@ class Saved:
         if LAYOUT in self.saved:
             return True
         kept = self.bare.computed(1, dtype=torch.float32, device=torch.device("meta"))
-        return _sizes(self.saved) == {**_sizes(kept), "step": 1}
+        return "step" in self.saved and _sizes(self.saved) == _sizes(kept)
 
     def gathered(self) -> Saved:
         """Returns the same with whole tensors in place of DTensors; all ranks must call this together."""
@@ -387,8 +387,9 @@ def _as_it_was(job: Saved) -> dict[str, Tensor] | None:
         like = wanted.get(role)
         tensor = value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
         taken: Tensor | None = tensor
-        if role == "step" and (entrywise or not cut or not sharding.stack_sizes(param)):
-            taken = tensor.max()  # several ranks may have saved one each
+        if role == "step":
+            own_count = _own_place(param, tensor) if cut and sharding.stack_sizes(param) else None
+            taken = tensor.max() if own_count is None else own_count  # several ranks may have saved one each
         elif cut:
             taken = _own_part(param, tensor) if entrywise else _own_place(param, tensor)
         elif entrywise and like is not None and tensor.numel() == like.numel():
@@ -405,7 +406,9 @@ def _fits(saved: Mapping[str, Any], wanted: Mapping[str, Tensor]) -> bool:
 
 
 def _sizes(state: Mapping[str, Any]) -> dict[str, int]:
-    return {role: value.numel() if isinstance(value, Tensor) else 1 for role, value in state.items()}
+    sizes = {role: value.numel() if isinstance(value, Tensor) else 1 for role, value in state.items()}
+    sizes.pop("step", None)  # each rank may have saved one
+    return sizes
 
 
 def _own_place(param: Tensor, value: Tensor) -> Tensor | None:

@@ -218,6 +218,8 @@ def raise_together(error: Exception | None) -> None:
     Raises:
         ValueError: If any rank found an error; it names the first such rank.
     """
+    if ranks() == 1 and error is not None:
+        raise error
     for number, text in enumerate(from_all(None if error is None else str(error))):
         if text is not None:
             raise ValueError(f"{text} (found by rank {number} of {ranks()})") from error

@@ -14,7 +14,7 @@ from hf_soap import checkpoint, sharding
 from hf_soap.blocks import Chunk, Plan, adjacent
 from hf_soap.buckets import Bucket, BucketCache, Kind, state_dtype, warn_if_flattened
 from hf_soap.chunks import apply_, directions_of, stack_gradients, stages, step_tensors
-from hf_soap.members import Member
+from hf_soap.members import Member, Roster
 from hf_soap.owners import SEEDED, UPDATED, Outcome, Ownership
 from hf_soap.probe import IDLE, Gauge
 from hf_soap.refreshes import Updated
@@ -122,6 +122,30 @@ class BlockOptimizer(PlannedOptimizer):
         kept = cache is not None and cache.fits(self.state)
         if cache is not None and kept and (cache.roster is roster or cache.replan(roster, self.plan_of)):
             return cache
+        # Settings changed, and for all ranks: then each must hear of what does not fit the state of one of them.
+        together = cache is not None and cache.roster is not roster and roster.same_parameters(cache.roster)
+        error = None
+        try:
+            self._buckets[key] = self._new_buckets(cache, roster, belongs, whole=whole)
+        except ValueError as caught:
+            error = caught
+        if together and self._shares_parameters():
+            sharding.raise_together(error)
+        if error is not None:
+            raise error
+        return self._buckets[key]
+
+    def _shares_parameters(self) -> bool:
+        """Whether other ranks have parts or state of the same parameters; all ranks say the same."""
+        if sharding.ranks() == 1:
+            return False
+        sharded = any(sharding.is_sharded(member.param) for member in self._roster().trained)
+        return sharded or self._find_owners() is not None
+
+    def _new_buckets(
+        self, cache: BucketCache | None, roster: Roster, belongs: Callable[[Member], bool], *, whole: bool
+    ) -> BucketCache:
+        """Builds what :meth:`_bucket_cache` returns; what is left of the old buckets is kept."""
         shapes = {} if cache is None else cache.shapes()
         dormant, empty = [], []
         kinds: dict[Kind, list[tuple[Member, torch.Size]]] = {}
@@ -146,8 +170,7 @@ class BlockOptimizer(PlannedOptimizer):
         buckets = [] if cache is None else cache.still_serving(kinds, self.state)
         # What is left gets stacks of its own: growing the old ones would hold them twice for a moment.
         buckets += [Bucket(plan, rest, self.state, dtype=dtype) for (plan, dtype, _), rest in kinds.items() if rest]
-        self._buckets[key] = BucketCache(roster, dormant, empty, buckets)
-        return self._buckets[key]
+        return BucketCache(roster, dormant, empty, buckets)
 
     def _refuse_other_shape(self, member: Member, before: torch.Size, known: Mapping[str, Any]) -> None:
         if member.param.shape != before and any(map(is_own, known)):

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hf_soap import cards, metrics, preflight, registry, schema
+from hf_soap import cards, metrics, preflight, registry, schema, sharding
 from hf_soap.optimizers import MARS
 from hf_soap.stepping import BlockOptimizer, unwrapped
 
@@ -182,9 +182,13 @@ class _Preflight(TrainerCallback):
     ) -> None:
         model, optimizer = kwargs["model"], unwrapped(kwargs["optimizer"])
         if isinstance(optimizer, BlockOptimizer):
-            config = registry.resolve(args)
-            for warning in preflight.check(model, optimizer, config):
-                logger.warning("optim=%s: %s", config.name, warning)
+            config, error = registry.resolve(args), None
+            try:
+                for warning in preflight.check(model, optimizer, config):
+                    logger.warning("optim=%s: %s", config.name, warning)
+            except ValueError as caught:
+                error = caught
+            sharding.raise_together(error)  # devices differ, and the others would wait in the first step
 
 
 def _as_config(args: TrainingArguments, given: Any) -> schema.OptimizerConfig:
