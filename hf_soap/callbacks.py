@@ -91,6 +91,9 @@ def attach(trainer: Trainer, *, every: int) -> None:
         trainer: Any trainer that is about to train.
         every: Steps between two entries of the one that is added; 0 adds none, and removes what another value added.
     """
+    # The first time, nothing is there that the Trainer made: a model card must not say that `optim` made it.
+    vars(trainer).setdefault("_given_optimizer", trainer.optimizer is not None)
+    vars(trainer).setdefault("_given_scheduler", trainer.lr_scheduler is not None)
     present = [one for one in trainer.callback_handler.callbacks if isinstance(one, SoapMetricsCallback)]
     for outdated in [one for one in present if isinstance(one, _ByOption) and one.every != every]:
         trainer.remove_callback(outdated)

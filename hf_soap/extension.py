@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 
+BEFORE_TRAINING: list[Callable[[Any], None]] = []
+"""Called with each Trainer that is about to make its optimizer; ``hf-soap run`` adds what writes recipes."""
+
+
 def install() -> None:
     """Extends transformers, now or as soon as it is imported. Calling it again changes nothing."""
     after_import("transformers.training_args", registry.add_names)
@@ -61,6 +65,8 @@ def _extend_making(cls: Any) -> None:
             from hf_soap import callbacks  # here: it takes transformers, and names must be registered without
 
             callbacks.attach(self, every=registry.log_every(self.args))
+            for call in BEFORE_TRAINING:
+                call(self)
             return method(self, *args, **kwargs)
 
         return attach_and_call

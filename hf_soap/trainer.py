@@ -46,6 +46,9 @@ class SoapTrainerMixin(_Base):
         ValueError: If ``optim_args`` or ``optimizer_config`` is wrong, or they contradict each other.
     """
 
+    completes_cards = True
+    """What a Trainer under ``hf-soap run`` gets, this one has by itself."""
+
     def __init__(
         self,
         *args: Any,
@@ -90,7 +93,7 @@ class SoapTrainerMixin(_Base):
         """Writes the card of the Trainer, with optimizer, loss curve, results and recipe; ``push_to_hub`` calls it."""
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
-            cards.complete(self)
+            cards.try_to_complete(self)
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """Computes the gradients of one batch; for exact MARS those of the accumulated batches are then corrected.

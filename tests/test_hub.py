@@ -9,16 +9,20 @@ from typing import Any
 
 import pytest
 import tiny
+import torch
 import yaml
 from hub import Hub, sha
 from huggingface_hub import ModelCard
-from peft import LoraConfig, get_peft_model
-from transformers import Trainer
+from peft import IA3Config, LoraConfig, get_peft_model
+from transformers import HfArgumentParser, Trainer, TrainerCallback
 
-from hf_soap import SoapConfig, SoapTrainer, SoapTrainerMixin, cards, recipes
+from hf_soap import SOAP, SoapConfig, SoapMetricsCallback, SoapTrainer, SoapTrainerMixin, cards, recipes
 
 ROOT = Path(__file__).parents[1]
 RUN_CLM = ROOT / "scripts" / "run_clm.py"
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import run_clm  # noqa: E402
 
 
 def card_of(trainer: Trainer) -> tuple[ModelCard, recipes.Recipe]:
@@ -138,6 +142,167 @@ def test_the_card_of_trls_sft_trainer(tmp_path: Path) -> None:
     assert recipe["max_length"] == 16
     recipes.check(recipe, source="the recipe")
     assert recipe["provenance"]["seen"].keys() & {"tokens", "samples"}
+
+
+@pytest.fixture
+def no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recipes, "LAUNCH", None)
+
+
+def adapted(model: Any) -> dict[str, Any]:
+    """What decides how adapters train: their layers, shapes, scales and dropout."""
+    layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "lora_A")}
+    assert layers
+    return {
+        name: (
+            layer.lora_A["default"].weight.shape,
+            layer.scaling["default"],
+            getattr(layer.lora_dropout["default"], "p", 0.0),
+            layer.use_dora.get("default", False),
+        )
+        for name, layer in layers.items()
+    }
+
+
+@pytest.mark.usefixtures("no_launch")
+@pytest.mark.parametrize("targets", [["c_attn"], ["c_attn", "c_fc"], "all-linear"], ids=str)
+def test_adapters_made_in_python_are_options_of_our_script(targets: Any, tmp_path: Path) -> None:
+    """The recipe of a LoRA run had no word about LoRA, and the card said that it repeats the run bit for bit."""
+    lora = LoraConfig(r=4, lora_alpha=12, target_modules=targets, task_type="CAUSAL_LM")
+    trainer = train(SoapTrainer, tmp_path / "run", get_peft_model(tiny.gpt2(), lora), max_steps=2)
+    trainer.create_model_card()
+    card, recipe = card_of(trainer)
+    recipes.check(recipe, source="the recipe")
+    assert (recipe["lora_r"], recipe["lora_alpha"]) == (4, 12)
+    assert "bit for bit" not in card.text.partition("The recipe does not hold")[0].partition("## Recipe")[2]
+    assert "- the model, a GPT2LMHeadModel, with its weights before training\n" in card.text
+
+    tiny.gpt2().save_pretrained(tmp_path / "model")
+    given = [f"--model_name_or_path={tmp_path / 'model'}", "--train_files=x"]
+    given += recipes.to_arguments({key: value for key, value in recipe.items() if key.startswith("lora")})
+    (script,) = HfArgumentParser(run_clm.ScriptArguments).parse_args_into_dataclasses(given)
+    script.block_size = 8
+    assert adapted(run_clm.build_model(script, tiny.tokenizer())) == adapted(trainer.model)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.usefixtures("no_launch")
+@pytest.mark.parametrize("case", ["one target", "a pattern", "more"])
+def test_adapters_made_in_python_are_options_of_trl(case: str, tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl")
+    lora = {
+        "one target": LoraConfig(r=4, target_modules=["c_attn"]),
+        "a pattern": LoraConfig(r=4, target_modules=r".*\.1\.attn\.c_attn"),
+        "more": LoraConfig(
+            r=4, lora_dropout=0.25, target_modules=["c_attn", "c_fc"], use_rslora=True, use_dora=True, lora_alpha=7
+        ),
+    }[case]
+    trainer = tiny.sft_trainer(tmp_path, SoapTrainerMixin, max_steps=1, extra={"peft_config": lora})
+    trainer.train()
+    trainer.create_model_card()
+    _, recipe = card_of(trainer)
+    recipes.check(recipe, source="the recipe")
+    assert recipe["use_peft"] is True
+    given = {key: value for key, value in recipe.items() if key in trl.ModelConfig.__dataclass_fields__}
+    (options,) = HfArgumentParser(trl.ModelConfig).parse_args_into_dataclasses(recipes.to_arguments(given))
+    again = get_peft_model(tiny.gpt2(), trl.get_peft_config(options))
+    assert adapted(again) == adapted(trainer.model)
+
+
+@pytest.mark.usefixtures("no_launch")
+@pytest.mark.parametrize(
+    ("config", "missing"),
+    [
+        ({"rank_pattern": {"0.attn.c_attn": 2}}, ["rank_pattern"]),
+        ({"bias": "all", "init_lora_weights": False}, ["bias", "init_lora_weights"]),
+        ({"target_modules": r".*\.c_attn"}, ["target_modules"]),
+    ],
+    ids=str,
+)
+def test_a_card_names_what_no_option_says_of_adapters(config: Any, missing: list[str], tmp_path: Path) -> None:
+    model = get_peft_model(tiny.gpt2(), LoraConfig(**{"r": 4, "target_modules": ["c_attn"], **config}))
+    trainer = train(SoapTrainer, tmp_path, model, max_steps=2)
+    trainer.create_model_card()
+    card, recipe = card_of(trainer)
+    recipes.check(recipe, source="the recipe")
+    assert recipe["lora_r"] == 4
+    assert [one for one in recipe["provenance"]["not_in_recipe"] if "LoraConfig" in one] == [
+        f"{name} of LoraConfig" for name in missing
+    ]
+    assert all(f"\n- {name} of LoraConfig\n" in card.text for name in missing)
+
+
+@pytest.mark.usefixtures("no_launch")
+def test_adapters_of_another_method_make_no_options(tmp_path: Path) -> None:
+    model = get_peft_model(tiny.gpt2(), IA3Config(target_modules=["c_attn"], feedforward_modules=[]))
+    trainer = train(SoapTrainer, tmp_path, model, max_steps=2)
+    trainer.create_model_card()
+    card, recipe = card_of(trainer)
+    assert not [key for key in recipe if "lora" in key or "peft" in key]
+    assert "\n- the adapter, which is IA3, not LoRA\n" in card.text
+
+
+class Nothing(TrainerCallback):
+    pass
+
+
+class HalfLoss(SoapTrainer):
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        return super().compute_loss(*args, **kwargs) / 2
+
+
+def third_of_loss(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Any:
+    return torch.nn.functional.cross_entropy(outputs.logits.flatten(0, 1), labels.flatten()) / 3
+
+
+def collate(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+@pytest.mark.usefixtures("no_launch")
+def test_a_card_names_what_was_given_in_python(tmp_path: Path) -> None:
+    """The card of an optimizer made by hand named AdamW and said that the recipe repeats the run."""
+    model = tiny.gpt2()
+    trainer = HalfLoss(
+        model,
+        tiny.arguments(tmp_path, optim="adamw_torch", max_steps=2, optim_args=None),
+        train_dataset=tiny.Counting(),
+        data_collator=collate,
+        compute_loss_func=third_of_loss,
+        callbacks=[Nothing(), SoapMetricsCallback(every=1)],
+        optimizers=(SOAP(model.parameters(), lr=1e-3), None),
+    )
+    for _ in range(2):  # in the second training the optimizer is there, whoever made it
+        trainer.train()
+    trainer.create_model_card()
+    card, recipe = card_of(trainer)
+    assert recipe["provenance"]["not_in_recipe"] == [
+        "the model, a GPT2LMHeadModel, with its weights before training",
+        "the training data",
+        "the data collator, collate",
+        "the optimizer, which was made by the program, of the class SOAP: optim and optim_args did not count",
+        "compute_loss_func, third_of_loss",
+        "the callback Nothing",
+        "the class HalfLoss, which has its own compute_loss",
+    ]
+    assert "`SOAP`, made by the program and not by `optim`" in card.text
+    assert "- optimizer: SOAP, see below" in card.text
+    assert "It does not repeat this run by itself" in card.text
+
+
+@pytest.mark.usefixtures("no_launch")
+def test_a_card_names_no_more_than_was_given(tmp_path: Path) -> None:
+    """The optimizer that a Trainer made for its first training is there at its second, and nobody gave it."""
+    trainer = train(SoapTrainer, tmp_path, max_steps=2, optim_args="log_every=1")
+    trainer.train()
+    trainer.create_model_card()
+    card, recipe = card_of(trainer)
+    assert recipe["provenance"]["not_in_recipe"] == [
+        "the model, a GPT2LMHeadModel, with its weights before training",
+        "the training data",
+        "the evaluation data",
+    ]
+    assert "made by the program" not in card.text
 
 
 # ---------------------------------------------------------------------------------------------------------------------

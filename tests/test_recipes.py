@@ -1,5 +1,6 @@
 """Recipes: what is read and refused, and what becomes of it on a command line."""
 
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -279,3 +280,33 @@ def test_options_of_the_program_join_the_recipe(
     }
     assert left_out == ["validation_file"]
     assert "left out of the recipe: validation_file: got '/mine.txt', wanted a path below" in caplog.text
+
+
+def test_options_in_a_file_are_options_of_the_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run from a file of options had none of the model and the data in its recipe, and the card said nothing."""
+    monkeypatch.chdir(tmp_path)
+    options = "model_type: gpt2\nlora_r: 8\nseed: 3\nlr_scheduler_kwargs: {min_lr: 1}\ntokenizer_name: null\n"
+    Path("options.yaml").write_text(options)
+    Path("data.json").write_text('{"text": "no options"}')
+    launch = recipes.Launch("run_clm.py", ("options.yaml", "--lora_r", "4", "--streaming"))
+    args = tiny.arguments(tmp_path)
+    want = {"model_type": "gpt2", "lora_r": 4, "seed": 3, "lr_scheduler_kwargs": '{"min_lr": 1}', "streaming": True}
+    assert recipes.options_of_launch(launch, args) == (want, [])
+    for arguments in (["data.json", "--seed", "3"], ["--seed", "3", "-x"], ["--seed", "3", "--", "data.json"]):
+        given, lacking = recipes.options_of_launch(recipes.Launch("train.py", tuple(arguments)), args)
+        assert given["seed"] == 3
+        assert lacking == ["arguments of the program that are no options with a long name"]
+
+
+def test_a_script_of_a_package_is_started_by_its_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`trl sft` starts a file inside of TRL, and the card told the reader to run sft.py, which is in no folder."""
+    monkeypatch.setattr(recipes, "LAUNCH", None)
+    installed = Path(sysconfig.get_path("purelib"))
+    for argv, module, program in (
+        ([str(installed / "trl" / "scripts" / "sft.py"), "--seed"], False, "-m trl.scripts.sft"),
+        (["trl.scripts.sft", "--seed"], True, "-m trl.scripts.sft"),
+        (["folder/sft.py", "--seed"], False, "sft.py"),
+        (["trl", "--seed"], False, "trl"),
+    ):
+        recipes.remember(argv, module=module)
+        assert recipes.Launch(program, ("--seed",)) == recipes.LAUNCH

@@ -16,6 +16,7 @@ from typing import Annotated
 import typer
 
 from hf_soap import recipes
+from hf_soap.cli import launched
 from hf_soap.cli.recipe import refusals
 from hf_soap.recipes import hub
 
@@ -55,7 +56,7 @@ def run(
     ```
     """
     launch = prepare(with_recipe(program, recipe, allow_key or ()))
-    recipes.remember(sys.argv)
+    launched.start(sys.argv, module=program[0] == "-m")
     _register_in_children()
     ctx.obj.append(launch)
 

@@ -9,10 +9,13 @@ import json
 import logging
 import math
 import re
+import sys
+import sysconfig
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, fields
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from hf_soap.recipes import plain_yaml
@@ -44,7 +47,7 @@ class Launch:
     """The command line by which a program was started.
 
     Attributes:
-        program: Its name: a script, a command or a module.
+        program: Its name: a script, a command, or ``-m`` and a module.
         arguments: What stood behind it.
     """
 
@@ -56,14 +59,26 @@ LAUNCH: Launch | None = None
 """Set where ``hf-soap run`` started this process's program, so that a model card can name its options."""
 
 
-def remember(argv: Sequence[str]) -> None:
+def remember(argv: Sequence[str], *, module: bool = False) -> None:
     """Takes down the command line of the program that ``hf-soap run`` starts.
 
     Args:
         argv: As ``sys.argv``.
+        module: Whether the first is the name of a module, for ``-m``.
     """
     global LAUNCH
-    LAUNCH = Launch(re.split(r"[/\\]", argv[0])[-1], tuple(argv[1:]))
+    name = argv[0] if module else _module_of(argv[0])
+    LAUNCH = Launch(f"-m {name}" if name else re.split(r"[/\\]", argv[0])[-1], tuple(argv[1:]))
+
+
+def _module_of(script: str) -> str:
+    """Returns the module that a script of an installed package is, as those are that `trl sft` starts, or nothing."""
+    installed = Path(sysconfig.get_path("purelib")).resolve()
+    path = Path(script).resolve()
+    if path.suffix != ".py" or not path.is_relative_to(installed):
+        return ""
+    parts = path.relative_to(installed).with_suffix("").parts
+    return ".".join(parts) if len(parts) > 1 and all(part.isidentifier() for part in parts) else ""
 
 
 # Files
@@ -262,18 +277,81 @@ def _plain(value: Any) -> Any:
     return json.dumps(value, default=str) if isinstance(value, dict) and value else value
 
 
-def of_run(args: Any) -> tuple[Recipe, list[str]]:
+def options_of_launch(launch: Launch, args: Any) -> tuple[Recipe, list[str]]:
+    """Reads the options of a program, those in a file of options included.
+
+    Such a file is the first argument of programs that take their arguments from transformers' HfArgumentParser, and
+    ``--config`` of TRL's. A recipe that only named it would say nothing on another machine.
+
+    Args:
+        launch: How the program was started.
+        args: Its TrainingArguments or a subclass, by whose names a file of options is known.
+
+    Returns:
+        Option names and values, and in words what is no option, such as an argument without a name.
+    """
+    arguments, known = list(launch.arguments), {entry.name for entry in fields(args)}
+    given = from_arguments(arguments)
+    in_file: Recipe = {}
+    lacking = []
+    config = str(given.get("config", ""))
+    if arguments and (found := _options_in_file(arguments[0], known)):
+        in_file = found
+        del arguments[0]
+    elif "trl.scripts.utils" in sys.modules and (found := _options_in_file(config, known)):
+        in_file = found
+        del given["config"]
+        if environment := in_file.pop("env", None):
+            lacking.append(f"the environment variables {', '.join(environment)}")
+        # accelerate reads its own from the same file.
+        if foreign := [key for key in in_file if key not in known and key not in SCRIPT_KEYS]:
+            lacking.append(f"{', '.join(foreign)} in {Path(config).name}")
+            in_file = {key: value for key, value in in_file.items() if key not in foreign}
+    in_file = {key: _plain(value) for key, value in in_file.items() if value is not None}
+    # What follows a bare -- belongs to no option either, and a short option's long name is not known.
+    named = next((i for i, argument in enumerate(arguments) if argument.startswith("--")), len(arguments))
+    short = any(re.match(r"-[A-Za-z]", argument) for argument in arguments)
+    if named or short or "--" in arguments:
+        lacking.append("arguments of the program that are no options with a long name")
+    return in_file | given, lacking
+
+
+def _options_in_file(path: str, known: Iterable[str]) -> Recipe:
+    """Reads a file of options, or returns nothing if it is none."""
+    try:
+        read = plain_yaml.load(Path(path).read_bytes()) if path.endswith((".yaml", ".yml", ".json")) else None
+    except (OSError, ValueError):
+        return {}
+    return read if isinstance(read, dict) and not read.keys().isdisjoint(known) else {}
+
+
+def takes_training_arguments(args: Any) -> bool:
+    """Whether the program that ``hf-soap run`` started seems to read TrainingArguments from its options.
+
+    Args:
+        args: What it trained with.
+    """
+    if LAUNCH is None:
+        return False
+    given, own = options_of_launch(LAUNCH, args)[0], {entry.name for entry in fields(args)}
+    # Loaded only where it is asked for, and by TRL's parser.
+    return "transformers.hf_argparser" in sys.modules and any(key.removeprefix("no_") in own for key in given)
+
+
+def of_run(args: Any, adapters: Mapping[str, Any] | None = None) -> tuple[Recipe, list[str]]:
     """Makes the recipe of this process's run: its training arguments and the other options of its program.
 
     Args:
         args: TrainingArguments or a subclass.
+        adapters: Options for the adapters of the model. They count where no program is known: one that is known
+            makes its adapters from its own options, and may have none of these.
 
     Returns:
         A recipe without provenance, and the options that no recipe may hold, such as files outside the working folder.
         They are left out with a line in the log.
     """
     own = {entry.name for entry in fields(args)}
-    given = from_arguments(LAUNCH.arguments) if LAUNCH else {}
+    given = options_of_launch(LAUNCH, args)[0] if LAUNCH else dict(adapters or {})
     others = {key: value for key, value in given.items() if key not in own and key.removeprefix("no_") not in own}
     recipe = from_training_arguments(args) | others
     left_out = [key for key in recipe if refusals({key: recipe[key]})]

@@ -58,7 +58,10 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
 
 
 class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
-    """Quotes what either version of YAML would not read as text."""
+    """Quotes what either version of YAML would not read as text, and writes a value that occurs twice out twice."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
 
 
 for _name, _pattern in _SCALARS.items():

@@ -30,7 +30,7 @@ def _register(_: ModuleType) -> None:
         # The launcher ran from a source tree, which this process does not have on its path.
         sys.path.append(os.path.dirname(_PACKAGE))  # noqa: PTH120
         importlib.import_module("hf_soap")
-    importlib.import_module("hf_soap.recipes").remember(sys.argv)
+    importlib.import_module("hf_soap.cli.launched").start(sys.argv)
 
 
 def _run_next_sitecustomize() -> None:

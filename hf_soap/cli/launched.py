@@ -1,0 +1,32 @@
+"""What ``hf-soap run`` does in the process of the program that it starts."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from hf_soap import extension, recipes
+
+logger = logging.getLogger(__name__)
+
+
+def start(argv: Sequence[str], *, module: bool = False) -> None:
+    """Takes down the program's command line, and has every Trainer that trains in this process write its recipe.
+
+    Args:
+        argv: As ``sys.argv``.
+        module: Whether the first is the name of a module, for ``-m``.
+    """
+    recipes.remember(argv, module=module)
+    if _follow not in extension.BEFORE_TRAINING:
+        extension.BEFORE_TRAINING.append(_follow)
+
+
+def _follow(trainer: Any) -> None:
+    try:
+        from hf_soap import cards  # here: it takes transformers, and most processes of a launcher train nothing
+
+        cards.follow(trainer)
+    except Exception as error:
+        logger.warning("no recipe and no model card will be written: %s", error)
