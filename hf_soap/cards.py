@@ -97,7 +97,7 @@ def write_recipe(trainer: Trainer) -> recipes.Recipe:
 
 
 def follow(trainer: Trainer) -> None:
-    """Has a Trainer write card and recipe behind its training, and whenever it writes a card of its own.
+    """Has a Trainer write card and recipe after its training, and whenever it writes a card of its own.
 
     Args:
         trainer: Any that is about to train; nothing happens to one that does so by itself.

@@ -27,7 +27,10 @@ import run_clm  # noqa: E402
 
 def card_of(trainer: Trainer) -> tuple[ModelCard, recipes.Recipe]:
     """The card in the output folder, and the recipe there, which must be the one in the card."""
-    folder = Path(str(trainer.args.output_dir))
+    return card_in(Path(str(trainer.args.output_dir)))
+
+
+def card_in(folder: Path) -> tuple[ModelCard, recipes.Recipe]:
     data = (folder / "recipe.yaml").read_bytes()
     assert recipes.embedded((folder / "README.md").read_bytes()) == data
     return ModelCard.load(folder / "README.md"), recipes.read(data, source="the recipe")
@@ -514,3 +517,177 @@ def test_push_pull_and_diff(hub: Hub, tmp_path: Path) -> None:
     offline = commands(hub, tmp_path, ["show", "user/model"], ["show", "user/absent"], HF_HUB_OFFLINE="1")
     assert offline[0] == (0, "seed: 5\n")
     assert "HF_HUB_OFFLINE is set" in offline[1][1]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Trainers of others, under hf-soap run
+# ---------------------------------------------------------------------------------------------------------------------
+
+PLAIN = """
+import os, sys
+from dataclasses import dataclass
+import tiny
+from transformers import HfArgumentParser, Trainer, TrainingArguments
+
+@dataclass
+class Own:
+    rows: int = 64
+    card: bool = False
+
+if __name__ == "__main__":
+    own, args = HfArgumentParser((Own, TrainingArguments)).parse_args_into_dataclasses()
+    trainer = Trainer(tiny.gpt2(), args, train_dataset=tiny.Counting(own.rows), eval_dataset=tiny.Counting(8))
+    trainer.train()
+    print("written by training:", sorted(os.listdir(args.output_dir)))
+    trainer.evaluate()
+    trainer.save_model()
+    trainer.save_state()
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    elif own.card:
+        trainer.create_model_card(language="en")
+    print("trained to the end")
+"""
+
+QUICK = (
+    "--optim soap --learning_rate 1e-2 --max_steps 3 --logging_steps 1 --save_strategy no --report_to none --use_cpu"
+)
+PATHS = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> Path:
+    (tmp_path / "plain.py").write_text(PLAIN)
+    return tmp_path
+
+
+def run_plain(hub: Hub, folder: Path, *options: str, launcher: tuple[str, ...] = ("-m", "hf_soap")) -> str:
+    done = python(hub, folder, *launcher, "run", "plain.py", *options, PYTHONPATH=PATHS)
+    assert done.returncode == 0, done.stderr
+    assert "trained to the end" in done.stdout
+    return done.stdout + done.stderr
+
+
+def test_the_trainer_of_transformers_leaves_a_recipe(hub: Hub, plain: Path) -> None:
+    """Under hf-soap run only a SoapTrainer left one; and a program need not ask for a card."""
+    said = run_plain(hub, plain, *QUICK.split(), "--rows", "32", "--output_dir", "first")
+    assert "written by training: ['README.md', 'loss.png', 'recipe.yaml']" in said
+    card, recipe = card_in(plain / "first")
+    assert card.text.count("## Recipe") == card.text.count("## Optimizer") == 1
+    assert (recipe["rows"], recipe["optim"], recipe["learning_rate"]) == (32, "soap", 1e-2)
+    assert "not_in_recipe" not in recipe["provenance"]
+    assert "hf-soap run plain.py --recipe recipe.yaml\n```\n\nrepeats this run, bit for bit" in card.text
+    assert "if plain.py takes these options" not in card.text
+
+
+def test_a_run_of_a_plain_trainer_is_repeated_and_pushed(hub: Hub, plain: Path) -> None:
+    """With what the evaluation after training gave, since the program writes its card after that."""
+    run_plain(
+        hub,
+        plain,
+        *QUICK.split(),
+        "--report_to=none",
+        "--output_dir",
+        "first",
+        "--push_to_hub",
+        "--hub_model_id",
+        "user/plain",
+    )
+    files = hub.files("user/plain")
+    assert recipes.embedded(files["README.md"]) == files["recipe.yaml"]
+    assert files["README.md"].count(b"## Recipe") == 1
+    assert "eval_loss" in recipes.read(files["recipe.yaml"], source="it")["provenance"]["results"]
+
+    run_plain(hub, plain, "--recipe", "user/plain", "--output_dir", "again", "--card")
+    assert outcome(plain / "again") == outcome(plain / "first")
+    card, recipe = card_in(plain / "again")
+    assert card.data.language == ["en"]
+    assert card.text.count("## Recipe") == 1
+    assert recipe["provenance"]["results"].keys() == {"eval_loss", "train_loss"}
+
+
+def test_no_card_is_worth_a_run(hub: Hub, plain: Path) -> None:
+    """Neither one that cannot be written, nor one that somebody else has written."""
+    (plain / "first" / "recipe.yaml").mkdir(parents=True)
+    said = run_plain(hub, plain, *QUICK.split(), "--output_dir", "first", "--card")
+    assert said.count("could not be written, and training goes on without: IsADirectoryError") == 2
+    (plain / "second").mkdir()
+    (plain / "second" / "README.md").write_text("# Mine\n")
+    said = run_plain(hub, plain, *QUICK.split(), "--output_dir", "second")
+    assert (plain / "second" / "README.md").read_text() == "# Mine\n"
+    assert "was not written by a Trainer and stays as it is" in said
+    assert recipes.read((plain / "second" / "recipe.yaml").read_bytes(), source="it")["optim"] == "soap"
+
+
+def test_a_program_without_options_is_not_said_to_take_them(hub: Hub, plain: Path) -> None:
+    """It decides by itself about what the recipe holds, and would not repeat the run with other options."""
+    program = PLAIN.replace(
+        "HfArgumentParser((Own, TrainingArguments)).parse_args_into_dataclasses()",
+        'Own(), tiny.arguments("out", max_steps=2)',
+    )
+    (plain / "plain.py").write_text(program)
+    run_plain(hub, plain)
+    card, recipe = card_in(plain / "out")
+    assert recipe["max_steps"] == 2
+    assert "if plain.py takes these options" in card.text
+
+
+@pytest.mark.slow
+def test_one_rank_writes(hub: Hub, plain: Path) -> None:
+    launcher = ("-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "hf_soap")
+    (plain / "out").mkdir()
+    (plain / "out" / "README.md").write_text("# Mine\n")
+    said = run_plain(hub, plain, *QUICK.split(), "--output_dir", "out", launcher=launcher)
+    assert said.count("was not written by a Trainer") == 1
+    recipe = recipes.read((plain / "out" / "recipe.yaml").read_bytes(), source="it")
+    assert recipe["provenance"]["not_in_recipe"] == ["that 2 processes trained together"]
+    run_plain(hub, plain, *QUICK.split(), "--output_dir", "two", launcher=launcher)
+    card, _ = card_in(plain / "two")
+    assert "\n- that 2 processes trained together\n" in card.text
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_trl_leaves_a_recipe_of_its_file_of_options(hub: Hub, tiny_model: Path, tmp_path: Path) -> None:
+    """It held `config: x.yaml`, which no program of the reader has, and nothing of LoRA."""
+    pytest.importorskip("trl")
+    (tmp_path / "model").symlink_to(tiny_model)
+    options = {
+        "model_name_or_path": "model",
+        "dataset_name": "model/data",
+        "max_length": 16,
+        "use_peft": True,
+        "lora_r": 4,
+        "lora_target_modules": ["c_attn", "c_fc"],
+        "optim": "soap",
+        "learning_rate": 1e-2,
+        "max_steps": 2,
+        "report_to": "none",
+        "use_cpu": True,
+        "bf16": False,
+        "num_processes": 1,
+        "logging_steps": 1,
+        "save_steps": 1,
+        "env": {"MINE": "1"},
+    }
+    (tmp_path / "options.yaml").write_text(yaml.safe_dump(options))
+    start = ["-m", "hf_soap", "run", "-m", "trl.scripts.sft"]
+    done = python(hub, tmp_path, *start, "--config", "options.yaml", "--output_dir", "first", "--seed", "3")
+    assert done.returncode == 0, done.stderr
+    card, recipe = card_in(tmp_path / "first")
+    recipes.check(recipe, source="the recipe")
+    assert "config" not in recipe
+    kept = {"model_name_or_path", "dataset_name", "use_peft", "lora_r", "lora_target_modules", "max_length"}
+    assert {key: recipe[key] for key in kept} == {key: options[key] for key in kept}
+    assert recipe["provenance"]["adapter"]["lora_alpha"] == 32
+    assert recipe["provenance"]["not_in_recipe"] == [
+        "the environment variables MINE",
+        "num_processes in options.yaml",
+    ]
+    assert "hf-soap run -m trl.scripts.sft --recipe recipe.yaml" in card.text
+    assert card.text.count("## Recipe") == 1
+    assert recipe["provenance"]["seen"]["steps"] == 2, "a card of TRL's from the middle of training is renewed"
+
+    done = python(hub, tmp_path, *start, "--recipe", "first", "--output_dir", "again")
+    assert done.returncode == 0, done.stderr
+    weights = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("first", "again")]
+    assert weights[0] == weights[1]
