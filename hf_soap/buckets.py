@@ -246,7 +246,7 @@ def check_state(known: Mapping[str, Any], wanted: Mapping[str, Tensor], name: st
             )
             + ". Resume with the optimizer and the optim_args that wrote the checkpoint. To go on with the weights "
             "alone, remove the optimizer's state from the checkpoint (the file optimizer.pt; under FSDP the file "
-            "optimizer.bin or the folder optimizer_0): the learning rate then starts from the beginning of its schedule"
+            "optimizer.bin or the folder optimizer_0); the learning rate then starts its schedule again"
         )
 
 

@@ -120,17 +120,20 @@ class BlockOptimizer(PlannedOptimizer):
         """
         roster, cache = self._roster(), self._buckets.get(key)
         kept = cache is not None and cache.fits(self.state)
-        if cache is not None and kept and (cache.roster is roster or cache.replan(roster, self.plan_of)):
+        if cache is not None and kept and cache.roster is roster:
             return cache
         # Settings changed, and for all ranks: then each must hear of what does not fit the state of one of them.
         together = cache is not None and cache.roster is not roster and roster.same_parameters(cache.roster)
         error = None
-        try:
-            self._buckets[key] = self._new_buckets(cache, roster, belongs, whole=whole)
-        except ValueError as caught:
-            error = caught
+        if cache is None or not kept or not cache.replan(roster, self.plan_of):
+            try:
+                self._buckets[key] = self._new_buckets(cache, roster, belongs, whole=whole)
+            except ValueError as caught:
+                error = caught
         if together and self._shares_parameters():
-            sharding.raise_together(error)
+            (wrong,) = sharding.summed([float(error is not None)], roster.trained[0].param)
+            if wrong:
+                sharding.raise_together(error)
         if error is not None:
             raise error
         return self._buckets[key]
