@@ -26,7 +26,8 @@ def newton_schulz(matrix: Tensor, *, eps: float, steps: int = 5) -> Tensor:
     wide: Tensor = matrix.mT if matrix.shape[-2] > matrix.shape[-1] else matrix
     scale = safe_scale(wide)
     x: Tensor = wide / scale
-    norm = x.flatten(-2).norm(dim=-1)[..., None, None] + torch.full_like(scale, eps) / scale  # 1 / 2^-128 is infinite
+    # A number over a tensor is the number times 1 / scale, which may be infinite where the quotient is not.
+    norm = x.flatten(-2).norm(dim=-1)[..., None, None] + torch.full_like(scale, eps) / scale
     x = x / norm.clamp_(min=torch.finfo(x.dtype).tiny)  # zeros stay zeros without eps too
     for _ in range(steps):
         gram = x @ x.mT
@@ -61,7 +62,7 @@ def inverse_root(matrix: Tensor, *, exponent: float, ridge: float, method: str =
     values, unit = values.clamp(min=0.0), scale.squeeze(-1)
     if ridge:
         values = values + ridge * values[..., :1]
-    else:  # eigh makes up what is smaller: from exact zeros it made a root of 1e22
+    else:  # what is smaller is rounding in eigh: of rows that are exactly zero it made roots of 1e22
         values = values * (values > torch.finfo(values.dtype).eps * values[..., :1])
     powers = torch.where(values > 0, power(values, exponent), 0.0 * values) * power(unit, exponent)  # NaN stays NaN
     return symmetrize((basis * powers.unsqueeze(-2)) @ basis.mT)
