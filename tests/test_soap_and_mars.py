@@ -208,3 +208,15 @@ def test_mars_updates_vectors_by_adamw_at_a_rate_in_proportion_to_the_schedule(v
 
 def test_every_test_shape_is_in_the_table() -> None:
     assert {len(shape) for shape in SHAPES} == {0, 1, 2, 3}
+
+
+def test_a_checkpoint_whose_vectors_decayed_otherwise_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    """Version 0.1.0 decayed vectors by 0.1 where nobody said anything, and a resumed run lost that without a word."""
+    param = Parameter(torch.ones(3))
+    before = MARS([param], weight_decay_1d=0.1)
+    MARS([param]).load_state_dict(before.state_dict())
+    assert "was trained with weight_decay_1d=0.1, and vectors now decay by their group's 0.0" in caplog.text
+    caplog.clear()
+    for settings in ({"weight_decay_1d": 0.1}, {"weight_decay_1d": 0.2}, {"weight_decay": 0.1}):
+        MARS([param], **settings).load_state_dict(before.state_dict())
+    assert not caplog.records

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal, overload
@@ -19,6 +20,8 @@ from hf_soap.rules import AdamW, Lion, Mars, Orthogonal, Rule
 from hf_soap.sharding import is_sharded, local, local_grad, settle_gradient_
 from hf_soap.stepping import BlockOptimizer
 from hf_soap.updates import Rate
+
+logger = logging.getLogger(__name__)
 
 
 class MARS(BlockOptimizer):
@@ -172,6 +175,23 @@ class MARS(BlockOptimizer):
         super().step()
         self._corrected = False
         return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads state as every optimizer of the family does.
+
+        Version 0.1.0 decayed vectors by 0.1 where neither their group nor ``weight_decay_1d`` said anything; what it
+        saved is then another decay than the group's, and a warning says how to keep it.
+        """
+        saved = [group.get("weight_decay_1d") for group in state_dict["param_groups"]]
+        now = [group["weight_decay"] for group in self.param_groups if group["weight_decay_1d"] is None]
+        if decays := {decay for decay in saved if decay is not None and decay not in now and now}:
+            logger.warning(
+                "The checkpoint was trained with weight_decay_1d=%s, and vectors now decay by their group's %s; set "
+                "weight_decay_1d to go on as before.",
+                " and ".join(map(str, sorted(decays))),
+                " and ".join(map(str, sorted(set(now)))),
+            )
+        super().load_state_dict(state_dict)
 
     @property
     def exact(self) -> bool:
