@@ -174,9 +174,9 @@ def packed(param: Tensor, plan: Plan, state: dict[str, Any], wanted: dict[str, T
             value = torch.zeros(like.shape, dtype=like.dtype, device=part.device)
         if not sharding.is_sharded(param):
             saved[role] = value.detach().clone()
-        elif role == "step" and not sharding.stack_sizes(param):
-            saved[role] = value.detach().clone()  # all ranks count alike
-        elif role == "step":  # a rank without gradients has counted fewer
+        elif role == "step" and (whole or not sharding.stack_sizes(param)):
+            saved[role] = value.detach().clone()  # all ranks count alike, and any number of them may load it
+        elif role == "step":
             saved[role] = sharding.to_stack(param, value.detach().clone().to(part.device))
         elif whole:
             saved[role] = sharding.to_whole(param, value.detach().clone().view(part.shape))
@@ -236,7 +236,7 @@ def packed_shapes(param: Tensor, plan: Plan, wanted: dict[str, Tensor], *, whole
     stack, entrywise = () if whole else sharding.stack_sizes(param), plan.entrywise
     shapes = {role: (*stack, *like.shape) for role, like in wanted.items()}
     if entrywise and sharding.is_sharded(param) and not whole:
-        shapes = {role: stack if role == "step" else tuple(param.shape) for role in shapes}
+        shapes = {role: () if role == "step" else tuple(param.shape) for role in shapes}
     if not entrywise:
         shapes[LAYOUT] = (*stack, *recut.describe(sharding.shard_of(param), plan.layout).shape)
     return shapes
