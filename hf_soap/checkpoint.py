@@ -352,7 +352,7 @@ def _restored(job: Saved, state: dict[str, Tensor] | None, *, ours: bool) -> tup
         if job.owner != sharding.rank():
             return {"step": torch.as_tensor(job.saved["step"], device="cpu").max().to("cpu", COUNT)}, False
         state = _as_it_was(job)
-    step = torch.as_tensor(job.saved.get("step", 0), device="cpu").max() if state is None else state["step"]
+    step = torch.as_tensor(job.saved.get("step", 0), device="cpu").max() if state is None else state.get("step")
     estimated = state is None and (LAYOUT in job.saved or not plan.entrywise)
     if state is None:
         if not (ours and job.is_known):
@@ -363,7 +363,7 @@ def _restored(job: Saved, state: dict[str, Tensor] | None, *, ours: bool) -> tup
             state = recut.recut(pieces, plan.rule, plan.layout, shard, {**computed, "step": wanted["step"]})
     part = sharding.local(param)
     if not shard.numel and (job.cut or not param.numel()):
-        return {"step": step.to("cpu", COUNT)}, estimated
+        return {} if step is None else {"step": step.to("cpu", COUNT)}, estimated
     state = plan.kept.converted(state, wanted)
     check_state(state, wanted, job.member.name, tuple(param.shape))
     return {role: value.to("cpu" if role == "step" else part.device) for role, value in state.items()}, estimated
