@@ -218,6 +218,8 @@ def plan_layout(
     """
     vector = len(shape) < 2 or (max_aspect_ratio is not None and is_vector(shape))
     stacked = stacked_matrices and factored and not vector and is_stack(shape)
+    if stacked and part is not None:  # a smaller part of each matrix cannot be padded to the same blocks
+        stacked = all(size % largest == 0 for size, largest in zip(shape[1:], part[1:], strict=True))
 
     def cut(size: Sequence[int]) -> Layout:
         view = (math.prod(size),) if vector else tuple(size)

@@ -292,6 +292,20 @@ class BucketCache:
                     entries[:] = [entry for entry in entries if entry[0].param not in taken]
         return kept
 
+    def release(self, new: BucketCache, state: Mapping[Tensor, dict[str, Any]]) -> None:
+        """Copies state out of stacks that no bucket has any more, which it would keep in memory.
+
+        Args:
+            new: The buckets in the place of these.
+            state: The optimizer's state, changed in place: that of parameters which are frozen or gone.
+        """
+        kept, stepped = set(map(id, new.buckets)), {param for bucket in new.buckets for param in bucket.params}
+        for bucket in self.buckets:
+            for param in () if id(bucket) in kept else bucket.params:
+                known = state.get(param)
+                if known is not None and param not in stepped:
+                    known.update({k: v.clone() for k, v in known.items() if is_own(k) and isinstance(v, Tensor)})
+
     def shapes(self) -> dict[Tensor, torch.Size]:
         """Returns the shapes that the parameters had when the buckets were made."""
         return {param: kind[0] for bucket in self.buckets for param, kind in bucket.kinds()}

@@ -326,7 +326,7 @@ def restored(jobs: Sequence[Saved], *, together: bool, ours: bool) -> tuple[dict
         try:
             states[job.member.param], guessed = _restored(job, state, ours=ours)
             estimated += guessed
-        except (ValueError, KeyError, RuntimeError) as caught:
+        except (ValueError, LookupError, RuntimeError) as caught:
             error = caught if isinstance(caught, ValueError) else _misfit(job, caught)
     if together:
         sharding.raise_together(error)

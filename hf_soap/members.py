@@ -14,6 +14,12 @@ from hf_soap import sharding
 OVERRIDES = "overrides"
 """Entry of a param group: for each of its parameters the settings that differ from the group's."""
 
+OF_GROUPS = {
+    *("lr", "weight_decay", "lr_1d", "weight_decay_1d", "nonfinite", "max_skipped_in_a_row", "shard_mode", "exact"),
+    *("foreach", "fused", "differentiable"),
+}
+"""Settings that all parameters of a group share: they are read for the group, or for the whole step."""
+
 Groups = Sequence[dict[str, Any]]
 
 
@@ -63,25 +69,34 @@ class Roster:
         return len(groups) == len(self._seen) and all(map(self._same, groups, self._seen))
 
     def same_parameters(self, other: Roster) -> bool:
-        """Whether another roster has the same trained parameters in the same order."""
+        """Whether another roster has the same trained parameters in the same groups and places."""
         pairs = zip(self.trained, other.trained, strict=False)
-        return len(self.trained) == len(other.trained) and all(a.param is b.param for a, b in pairs)
-
-    def _read(self, group: Mapping[str, Any]) -> tuple[Any, ...]:
-        params = list(group["params"])
-        flags = [param.requires_grad for param in params]
-        return params, flags, tuple(map(group.get, self._names)), list(group.get(OVERRIDES) or ())
-
-    def _same(self, group: Mapping[str, Any], seen: tuple[Any, ...]) -> bool:
-        params, flags, settings, overrides = seen
-        now = group["params"]
-        return (
-            len(params) == len(now)
-            and all(a is b for a, b in zip(params, now, strict=True))
-            and flags == [param.requires_grad for param in now]
-            and settings == tuple(map(group.get, self._names))
-            and overrides == list(group.get(OVERRIDES) or ())
+        return len(self.trained) == len(other.trained) and all(
+            a.param is b.param and (a.place, a.number) == (b.place, b.number) for a, b in pairs
         )
+
+    def same_settings(self, other: Roster) -> bool:
+        """Whether another roster was read from the same parameters and settings."""
+        return len(self._seen) == len(other._seen) and all(map(_alike, self._seen, other._seen))
+
+    def _read(self, group: Mapping[str, Any]) -> Seen:
+        params = list(group["params"])
+        # Copies: lists and mappings may be changed in place.
+        settings = [tuple(value) if type(value) is list else value for value in map(group.get, self._names)]
+        overrides = [dict(own) for own in group.get(OVERRIDES) or ()]
+        return params, [param.requires_grad for param in params], settings, overrides
+
+    def _same(self, group: Mapping[str, Any], seen: Seen) -> bool:
+        return _alike(self._read(group), seen)
+
+
+Seen = tuple[list[Tensor], list[bool], list[Any], list[dict[str, Any]]]
+"""What a group held: parameters, whether each is trained, settings, and what differs for each parameter."""
+
+
+def _alike(one: Seen, other: Seen) -> bool:
+    same = len(one[0]) == len(other[0]) and all(a is b for a, b in zip(one[0], other[0], strict=True))
+    return same and one[1:] == other[1:]
 
 
 def _members(groups: Groups) -> Iterator[Member]:
@@ -108,11 +123,13 @@ class Registered:
         self._shapes: list[list[torch.Size]] = []
         self._vectors: set[torch.Size] = set()
         self._overrides: dict[Tensor, dict[str, Any]] = {}
+        self._last: list[list[dict[str, Any]]] = []
 
     def add(self, group: dict[str, Any]) -> None:
         """Takes note of a new group, whose overrides are in order."""
         self._shapes.append([param.shape for param in group["params"]])
-        self._remember(group)
+        self._last.append([])
+        self._remember(len(self._shapes) - 1, group)
 
     def update(self, groups: Groups) -> None:
         """Takes note of replaced parameters, and puts the overrides of each group in their order.
@@ -123,23 +140,39 @@ class Registered:
         Raises:
             ValueError: If a parameter is a flat vector that DeepSpeed or FSDP1 has put in the place of others.
         """
-        del self._shapes[len(groups) :]
+        del self._shapes[len(groups) :], self._last[len(groups) :]
         for number, group in enumerate(groups):
             for param in group["params"]:
                 sharding.check_placements(param)
             shapes = [param.shape for param in group["params"]]
             if number == len(self._shapes):
                 self._shapes.append(shapes)
+                self._last.append([dict(own) for own in group.get(OVERRIDES) or ()])
             before = self._shapes[number]
             if shapes != before:
                 self._refuse_flat_vectors(shapes, before)
-                if group.get(OVERRIDES):
-                    group[OVERRIDES] = [dict(self._overrides.get(param, {})) for param in group["params"]]
+                if group.get(OVERRIDES) and group[OVERRIDES] == self._last[number]:  # nobody gave others with them
+                    group[OVERRIDES] = self._in_order(group)
                 self._shapes[number] = shapes
-            self._remember(group)
+            if len(group.get(OVERRIDES) or shapes) != len(shapes):
+                raise ValueError(
+                    f"{OVERRIDES} of param group {number} hold {len(group[OVERRIDES])} mappings, wanted one for each "
+                    f"of its {len(shapes)} parameters; give them together with the parameters"
+                )
+            self._remember(number, group)
 
-    def _remember(self, group: Mapping[str, Any]) -> None:
+    def _in_order(self, group: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Returns the overrides of each parameter; one that was not seen before has those of its place."""
+        params, by_place = group["params"], group[OVERRIDES]
+        place_counts = len(params) == len(by_place)
+        return [
+            dict(self._overrides.get(param, by_place[place] if place_counts else {}))
+            for place, param in enumerate(params)
+        ]
+
+    def _remember(self, number: int, group: Mapping[str, Any]) -> None:
         self._vectors.update(param.shape for param in group["params"] if param.dim() < 2)
+        self._last[number] = [dict(own) for own in group.get(OVERRIDES) or ()]
         if group.get(OVERRIDES):
             self._overrides.update(zip(group["params"], group[OVERRIDES], strict=True))
 
@@ -174,9 +207,10 @@ def check_overrides(group: Mapping[str, Any], settings: Collection[str]) -> None
             f"{OVERRIDES} of a param group must hold one mapping of settings for each of its "
             f"{len(group['params'])} parameters, got {overrides!r}"
         )
-    unknown = sorted({str(key) for own in overrides for key in own} - {*settings})
+    of_parameters = [name for name in settings if name not in OF_GROUPS]
+    unknown = sorted({str(key) for own in overrides for key in own} - {*of_parameters})
     if unknown:
         raise ValueError(
-            f"{OVERRIDES} of a param group got {', '.join(unknown)}, wanted settings of the optimizer: "
-            f"{', '.join(settings)}"
+            f"{OVERRIDES} of a param group got {', '.join(unknown)}, wanted settings that parameters of a group may "
+            f"have of their own: {', '.join(of_parameters)}; give a parameter a group for the others"
         )

@@ -124,6 +124,10 @@ class Ownership:
         """Whether these are the trainable parameters that it was made for."""
         return len(among) == len(self._among) and all(a is b for a, b in zip(among, self._among, strict=True))
 
+    def owns_exactly(self, params: Sequence[Tensor]) -> bool:
+        """Whether these are the parameters that have owners, in their order."""
+        return len(params) == len(self.owner) and all(a is b for a, b in zip(params, self.owner, strict=True))
+
     def owns(self, param: Tensor) -> bool:
         """Whether this rank preconditions a parameter."""
         return self.owner[param] == self.rank

@@ -57,6 +57,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
         self._failures = Failures()
         self._background = Background(self._failures)
         self._owners: Ownership | None = None
+        self._owners_roster: Roster | None = None
         self._consolidated: dict[str, Any] | None = None
         self._guard = Guard()
         self._refreshes = Refreshes()
@@ -148,7 +149,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
             check_overrides(group, self.defaults)
             for own in group.get(OVERRIDES) or [dict[str, Any]()]:
                 self._check_group({**group, **own})
-        except ValueError:
+        except Exception:
             self.param_groups.pop()
             raise
         self._registered.add(group)
@@ -178,7 +179,12 @@ class PlannedOptimizer(torch.optim.Optimizer):
         """Says who preconditions what; None where every rank steps what it has."""
         if sharding.ranks() == 1 or all(group["shard_mode"] != "owner" for group in self.param_groups):
             return None
-        trained = self._roster().trained
+        roster = self._roster()
+        trained = roster.trained
+        if self._owners is not None and roster is not self._owners_roster:
+            owned = [member.param for member in trained if self.owned(member.settings, member.param)]
+            self._owners = self._owners if self._owners.owns_exactly(owned) else None
+            self._owners_roster = roster
         if self._owners is None or not self._owners.fits([member.param for member in trained]):
             params, loads = [], []
             for member in trained:
@@ -189,6 +195,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
             among = [member.param for member in trained]
             self._owners = Ownership(params, loads, dtypes, among=among, known=self._owner_of)
             self._owner_of |= self._owners.owner
+            self._owners_roster = roster
             self._buckets.clear()
         return self._owners
 
@@ -291,8 +298,9 @@ class PlannedOptimizer(torch.optim.Optimizer):
             return {"state": checkpoint.foreign_state(given["state"], ours), "param_groups": groups}
 
         def put(_: torch.optim.Optimizer) -> None:
+            shared = Counter(map(id, rates))
             for group, rate in zip(self.param_groups, rates, strict=True):
-                if isinstance(rate, Tensor) and isinstance(group["lr"], Tensor):
+                if isinstance(rate, Tensor) and isinstance(group["lr"], Tensor) and shared[id(rate)] == 1:
                     group["lr"] = rate.fill_(float(group["lr"]))  # whoever holds it goes on with it
             for param, state in states.items():
                 self.state[param].update(state)

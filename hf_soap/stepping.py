@@ -120,15 +120,19 @@ class BlockOptimizer(PlannedOptimizer):
         """
         roster, cache = self._roster(), self._buckets.get(key)
         kept = cache is not None and cache.fits(self.state)
-        if cache is not None and kept and cache.roster is roster:
+        if cache is not None and kept and (cache.roster is roster or cache.roster.same_settings(roster)):
             return cache
         # Settings changed, and for all ranks: then each must hear of what does not fit the state of one of them.
-        together = cache is not None and cache.roster is not roster and roster.same_parameters(cache.roster)
+        together = (
+            cache is not None and roster.same_parameters(cache.roster) and not roster.same_settings(cache.roster)
+        )
         error = None
         if cache is None or not kept or not cache.replan(roster, self.plan_of):
             try:
                 self._buckets[key] = self._new_buckets(cache, roster, belongs, whole=whole)
-            except ValueError as caught:
+                if cache is not None:
+                    cache.release(self._buckets[key], self.state)
+            except Exception as caught:
                 error = caught
         if together and self._shares_parameters():
             (wrong,) = sharding.summed([float(error is not None)], roster.trained[0].param)

@@ -242,3 +242,15 @@ def test_runs_slice_blocks_and_keep_each_tensors_numbers() -> None:
     assert [blocks for blocks, _ in runs] == [slice(0, 6), slice(12, 24)]
     assert [part.t for _, part in runs] == [(1,), (3, 4)]
     assert [part.index for _, part in runs] == [(10,), (12, 13)]
+
+
+def test_parts_of_a_stack_that_are_cut_within_its_matrices_are_blocks_of_one_matrix_each() -> None:
+    """Where such a cut is uneven, the smaller part was padded at its end, and blocks held rows of two matrices."""
+    options = {"max_precond_dim": 100, "max_aspect_ratio": 8.0, "stacked_matrices": True}
+    even = plan_layout((3, 10, 7), part=(3, 5, 7), **options)  # type: ignore[arg-type]
+    assert (even.stack, even.block) == (3, (5, 7))
+    uneven = plan_layout((3, 9, 7), part=(3, 5, 7), **options)  # type: ignore[arg-type]
+    assert uneven.stack == 1
+    rows = torch.arange(3.0)[:, None, None].expand(3, 4, 7).contiguous()
+    blocks = uneven.fitted((3, 5, 7), (3, 4, 7)).to_blocks(rows)
+    assert torch.equal(blocks[:, :, :4], rows.unsqueeze(0))

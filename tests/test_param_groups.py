@@ -1,5 +1,6 @@
 """What may stand in a param group, and schedulers that change it at every step."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -110,3 +111,93 @@ def test_cycled_betas_copy_no_state(name: str) -> None:
     optimizer.param_groups[0]["betas"] = (0.8, 0.85)
     train(optimizer, params, range(3, 4))
     assert before == {id(param): [value.data_ptr() for value in optimizer.state[param].values()] for param in params}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Groups and overrides that change
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def ones(*shape: int) -> Parameter:
+    param = Parameter(torch.ones(shape))
+    param.grad = torch.ones(shape)
+    return param
+
+
+def test_a_parameter_that_moves_to_another_group_follows_its_rates() -> None:
+    """Groups were remembered by the order of the parameters alone, and the old group's learning rate went on."""
+    one, other = ones(4), ones(4)
+    optimizer = SOAP([{"params": [one], "lr": 0.1}, {"params": [other], "lr": 0.0}], weight_decay=0)
+    for _ in range(2):
+        optimizer.step()
+    assert torch.equal(other, torch.ones(4))
+    optimizer.param_groups[0]["params"] = [one, other]
+    optimizer.param_groups[1]["params"] = []
+    optimizer.step()
+    assert not torch.equal(other, torch.ones(4))
+    before = one.detach().clone()
+    optimizer.param_groups.insert(0, {**optimizer.param_groups[0], "params": [], "lr": 0.0})
+    optimizer.step()
+    assert not torch.equal(one, before)
+
+
+def test_settings_that_are_changed_in_place_are_seen() -> None:
+    """They were compared with themselves."""
+    param = ones(4, 4)
+    optimizer = SOAP([{"params": [param], "overrides": [{}]}], betas=[0.9, 0.9])  # type: ignore[arg-type]
+    optimizer.members()
+    optimizer.param_groups[0]["overrides"][0]["rule"] = "adam"
+    optimizer.step()
+    assert set(optimizer.state[param]) == {"exp_avg", "exp_avg_sq", "step"}
+    optimizer.param_groups[0]["betas"][0] = 0.5
+    optimizer.step()
+    assert optimizer._buckets[0].buckets[0].plan.rule.beta1 == 0.5  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("name", ["lr", "weight_decay", "nonfinite", "shard_mode", "lr_1d", "exact", "nonsense"])
+def test_overrides_of_what_a_group_shares_are_refused(name: str) -> None:
+    """They were accepted, and the group's value went on."""
+    with pytest.raises(ValueError, match=rf"overrides of a param group got {name}, wanted"):
+        MARS([{"params": [ones(4)], "overrides": [{name: 0.0}]}])
+
+
+def test_a_pruned_parameter_keeps_the_overrides_of_its_place() -> None:
+    optimizer = SOAP([{"params": [ones(8, 8), ones(6, 6)], "overrides": [{"rule": "adam"}, {"one_sided": True}]}])
+    optimizer.step()
+    group = optimizer.param_groups[0]
+    group["params"] = [ones(4, 8), group["params"][1]]
+    assert [member.settings["rule"] for member in optimizer.members()] == ["adam", "soap"]
+    assert optimizer.members()[1].settings["one_sided"]
+    group["params"], group["overrides"] = [ones(3, 8)], [{"rule": "soap"}]  # given together
+    assert [member.settings["rule"] for member in optimizer.members()] == ["soap"]
+    copied = copy.deepcopy(optimizer)
+    copied.param_groups[0]["params"] = []
+    copied.param_groups[0]["params"] = [ones(2, 2), ones(2, 2)]
+    with pytest.raises(ValueError, match="overrides of param group 0 hold 1 mappings, wanted one for each of its 2"):
+        copied.step()
+
+
+def test_a_group_that_is_refused_is_not_added() -> None:
+    optimizer = SOAP([ones(4, 4)])
+    for wrong in (5, [1], [{}, {}], [{"lr": 0.1}]):
+        with pytest.raises((TypeError, ValueError)):
+            optimizer.add_param_group({"params": [ones(3, 3)], "overrides": wrong})
+        assert len(optimizer.param_groups) == 1
+
+
+def test_frozen_parameters_do_not_keep_the_stack_of_the_others() -> None:
+    """The state of each stayed a view of the stack that it was in, and freezing one after the other kept them all."""
+    params = [ones(16, 16) for _ in range(8)]
+    optimizer = SOAP(params)
+    optimizer.step()
+
+    def held() -> int:
+        values = [value for state in optimizer.state.values() for value in state.values()]
+        return sum({v.untyped_storage().data_ptr(): v.untyped_storage().nbytes() for v in values}.values())
+
+    before = held()
+    for param in params[:-1]:
+        param.requires_grad_(False)
+        param.grad = None
+        optimizer.step()
+        assert held() == before
