@@ -37,9 +37,15 @@ def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-FIRST = [((2, "local"), (1, "one")), ((2, "local"), (2, "owner")), ((3, "local"), (3, "owner"))]
+FIRST = [
+    (((2, "local"), (1, "one")), "thin"),
+    (((2, "local"), (2, "owner")), "thin"),
+    (((3, "local"), (3, "owner")), "uneven"),
+]
+"""For the fast tests."""
+
 PAIRS = [
-    *FIRST,
+    *(pair for pair, _ in FIRST),
     ((2, "local"), (3, "owner")),
     ((3, "local"), (1, "one")),
     ((3, "local"), (2, "local")),
@@ -49,9 +55,13 @@ PAIRS = [
 ]
 
 
-@pytest.mark.parametrize("shapes", ["thin", "uneven"])
 @pytest.mark.parametrize(
-    ("before", "after"), [pair if pair in FIRST else pytest.param(*pair, marks=pytest.mark.slow) for pair in PAIRS]
+    ("before", "after", "shapes"),
+    [
+        pytest.param(*pair, shapes, marks=() if (pair, shapes) in FIRST else pytest.mark.slow)
+        for pair in PAIRS
+        for shapes in SHAPES
+    ],
 )
 def test_a_thin_matrix_gets_its_factors_back(
     before: tuple[int, str], after: tuple[int, str], shapes: str, shared: Path
