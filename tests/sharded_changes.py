@@ -1,6 +1,6 @@
 """State that was saved in one layout by one setting and is loaded in another by another, in every process.
 
-Nothing here waits for ever: a collective gives up after a while, and what each rank has come to is exchanged through a
+No wait here is without end: a collective gives up after a while, and what each rank has come to is exchanged through a
 store, which a rank that is stuck in a collective, or has left it by an error, does not disturb.
 """
 

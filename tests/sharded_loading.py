@@ -126,7 +126,7 @@ def loads_parts(names: list[str], shapes: list[list[int]], mode: str) -> None:
                     moved = (after - before[key]).abs().max()
                     assert moved < 20 * LR, f"{what}: {key} moved by {moved}"  # not where either is NaN
                 assert all(state["step"] == step + 1 for state in optimizer.state.values()), what
-    assert mode == "local" or any(sharding.from_all(checked)), "no matrix was without factors and has them now"
+    assert mode == "local" or any(sharding.from_all(checked)), "no matrix has factors now that had none before"
 
 
 def as_sharded(value: Tensor, param: Any) -> Tensor:

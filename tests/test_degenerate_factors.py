@@ -135,7 +135,7 @@ def test_zero_rows_are_known_eigenvectors(n: int, seed: int, scale: float) -> No
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("how", ["raises", "gives NaN"])
 def test_a_jitter_helps_where_float64_does_not(how: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """LAPACK has no matrix without zero rows for which it is known to fail in float64: it is made to."""
+    """No matrix without zero rows is known on which LAPACK fails in float64, so the test makes it fail."""
     solve, batch = torch.linalg.eigh, factors(33, 0).to(dtype)
     # Zero and the identity have no rows to tell apart but by the jitter; those without empty rows are not cut.
     batch = batch[[i for i, matrix in enumerate(batch) if matrix.any(-1).all()]]

@@ -730,7 +730,7 @@ def test_flat_vectors_in_place_of_matrices_are_refused(
 
 @each_kind
 def test_vectors_in_a_group_of_their_own_may_be_pruned(column: Column) -> None:
-    """Biases without weight decay have a group to themselves: there is no matrix that could have been flattened."""
+    """Biases without weight decay have a group of their own, which held no matrices to be flattened."""
     params = parameters([(5,), (7,)])
     optimizer = column(params)
     train(optimizer, params, range(2))
