@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from hf_soap import extension
-from hf_soap.configs import (
+from hf_soap.config.configs import (
     KlShampooConfig,
     KlSoapConfig,
     MarsAdamWConfig,
@@ -20,12 +19,15 @@ from hf_soap.configs import (
     ShampooConfig,
     SoapConfig,
 )
-from hf_soap.optimizers import MARS, SOAP, Shampoo
-from hf_soap.schema import OptimizerConfig
+from hf_soap.config.options import OptimizerConfig
+from hf_soap.optimizers.mars import MARS
+from hf_soap.optimizers.shampoo import Shampoo
+from hf_soap.optimizers.soap import SOAP
+from hf_soap.trainer import patches
 
 if TYPE_CHECKING:
-    from hf_soap.callbacks import SoapMetricsCallback
-    from hf_soap.trainer import SoapTrainer, SoapTrainerMixin
+    from hf_soap.trainer.callbacks import SoapMetricsCallback
+    from hf_soap.trainer.trainer import SoapTrainer, SoapTrainerMixin
 
 __version__ = "0.1.0"
 __all__ = [
@@ -48,14 +50,14 @@ __all__ = [
     "SoapTrainerMixin",
 ]
 
-extension.install()
+patches.install()
 
 
 def __getattr__(name: str) -> Any:
     # The Trainer takes seconds to import, and an optimizer alone does not need it.
     if name in ("SoapTrainer", "SoapTrainerMixin"):
         try:
-            from hf_soap import trainer
+            from hf_soap.trainer import trainer
         except ModuleNotFoundError as error:
             if error.name != "jinja2":
                 raise
@@ -63,7 +65,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(trainer, name)
     if name == "SoapMetricsCallback":
-        from hf_soap.callbacks import SoapMetricsCallback
+        from hf_soap.trainer.callbacks import SoapMetricsCallback
 
         return SoapMetricsCallback
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -26,7 +26,7 @@ if _missing := [name for name in ("jinja2", "rich", "tokenizers", "typer") if fi
 import typer
 
 from hf_soap import __version__
-from hf_soap.cli.compare import compare
+from hf_soap.cli.compare.command import compare
 from hf_soap.cli.options import options
 from hf_soap.cli.plan import plan
 from hf_soap.cli.recipe import app as recipe

@@ -22,7 +22,7 @@ from rich.table import Table
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_soap import Shampoo
-from hf_soap.cli.corpus import Corpus, build_corpus
+from hf_soap.cli.compare.corpus import Corpus, build_corpus
 
 SLICE = 20
 

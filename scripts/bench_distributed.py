@@ -25,8 +25,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from hf_soap import MARS, SOAP, Shampoo, costs
-from hf_soap.stepping import BlockOptimizer
+from hf_soap import MARS, SOAP, Shampoo
+from hf_soap.engine.optimizer import BlockOptimizer
+from hf_soap.planning import costs
 
 Shape = tuple[int, ...]
 

@@ -20,9 +20,9 @@ from bench_step import SHAPES, Shape, optimizers, seconds
 from rich.console import Console
 from rich.table import Table
 
-from hf_soap.metrics import measurements
-from hf_soap.probe import Probe
-from hf_soap.stepping import BlockOptimizer
+from hf_soap.engine.optimizer import BlockOptimizer
+from hf_soap.engine.profiling import Probe
+from hf_soap.trainer.metrics import measurements
 
 DUE_EVERY = 4
 """Of so many steps here one is measured, so that few steps show its price."""

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from hf_soap import roots
+from hf_soap.linalg import inverse_roots
 
 RIDGE = 1e-6
 
@@ -54,15 +54,15 @@ def main(
     for n in map(int, sizes.split(",")):
         for batch in map(int, batches.split(",")):
             matrix = factors(n, batch, place)
-            exact = roots.inverse_root(matrix.double(), exponent=-1 / order, ridge=RIDGE)
+            exact = inverse_roots.inverse_root(matrix.double(), exponent=-1 / order, ridge=RIDGE)
             times: dict[str, list[float]] = {"eigh": [], "newton": []}
             errors = {}
             for _ in range(rounds):
                 for method, kept in times.items():
-                    root = partial(roots.inverse_root, matrix, exponent=-1 / order, ridge=RIDGE, method=method)
+                    root = partial(inverse_roots.inverse_root, matrix, exponent=-1 / order, ridge=RIDGE, method=method)
                     kept.append(seconds(root, place))
                     errors[method] = relative_error(root(), exact)
-            failed = int((~roots.coupled_newton(matrix, order=order, ridge=RIDGE)[1]).sum())
+            failed = int((~inverse_roots.coupled_newton(matrix, order=order, ridge=RIDGE)[1]).sum())
             eigh, newton = (statistics.median(times[method]) for method in ("eigh", "newton"))
             faster += [(n, batch)] if newton < eigh else []
             table.add_row(

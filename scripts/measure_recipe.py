@@ -24,8 +24,8 @@ from typing import Annotated, Any
 import typer
 from huggingface_hub import EvalResult, ModelCard
 
-from hf_soap import recipes
 from hf_soap.cli.run import prepare, with_recipe
+from hf_soap.hub import recipes
 
 OUTPUTS = Path("outputs/measured")
 _RESULTS = re.compile(r"(?<=<!-- results -->\n).*?(?=<!-- end -->)", re.DOTALL)

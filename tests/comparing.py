@@ -5,7 +5,7 @@ from pathlib import Path
 from typer.testing import CliRunner, Result
 
 from hf_soap.__main__ import app
-from hf_soap.cli.results import EvalPoint, RunResult, RunSettings
+from hf_soap.cli.compare.results import EvalPoint, RunResult, RunSettings
 
 SETTINGS = RunSettings(
     optimizer="adamw_torch_fused",

@@ -99,7 +99,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from hf_soap.cli.corpus import build_corpus
+    from hf_soap.cli.compare.corpus import build_corpus
 
     tokenizer = build_corpus(folder / "text.txt", vocab_size=256, seq_len=8, max_held_out=1).tokenizer
     tokenizer.add_special_tokens({"eos_token": "<eos>", "pad_token": "<eos>"})

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["transformers.models.gpt2.modeling_gpt2", "transformers.trainer", "hf_soap.trainer"])
+FORKS.set_forkserver_preload(
+    ["transformers.models.gpt2.modeling_gpt2", "transformers.trainer", "hf_soap.trainer.trainer"]
+)
 
 SAVE_STEPS = 3
 
@@ -31,7 +33,7 @@ def life(folder: Path, rank: int, ranks: int, meeting: Path, settings: dict[str,
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
     if ranks > 1:
         torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
-    from hf_soap.resume import last_complete_checkpoint
+    from hf_soap.trainer.resume import last_complete_checkpoint
 
     trainer = trainer_for(folder, ranks, **settings)
     resume = last_complete_checkpoint(folder) is not None
@@ -75,7 +77,7 @@ def trainer_for(folder: Path, ranks: int, *, soap_trainer: bool = False, fsdp: s
 
 def weights(trainer: Any) -> dict[str, Any]:
     """This rank's part of the weights."""
-    from hf_soap.sharding import local
+    from hf_soap.distributed.dtensor import local
 
     return {name: local(param.detach()).clone() for name, param in trainer.model.named_parameters()}
 
@@ -116,7 +118,7 @@ class Run:
         """Lets it live, and returns the weights of each rank, and the optimizer state of its last checkpoint."""
         import torch
 
-        from hf_soap.checkpoint import read
+        from hf_soap.checkpoint.state_dict import read
 
         with self.living() as ranks:
             for process in ranks:

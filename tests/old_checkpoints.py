@@ -18,8 +18,9 @@ from sharded import same_gradients, save, shard, whole
 from torch import nn
 from torch.nn import Parameter
 
-from hf_soap import MARS, SOAP, OptimizerConfig, Shampoo, ShampooConfig, SoapConfig, registry
-from hf_soap.stepping import BlockOptimizer
+from hf_soap import MARS, SOAP, OptimizerConfig, Shampoo, ShampooConfig, SoapConfig
+from hf_soap.engine.optimizer import BlockOptimizer
+from hf_soap.trainer import registry
 
 FOLDER = Path(__file__).parent / "checkpoints"
 

@@ -1,6 +1,6 @@
 """A recipe that is valid, and how tests read one."""
 
-from hf_soap import recipes
+from hf_soap.hub import recipes
 
 VALID = """\
 # A comment

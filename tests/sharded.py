@@ -22,8 +22,10 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from hf_soap import MARS, SOAP, Shampoo, checkpoint, resume
-from hf_soap.stepping import BlockOptimizer
+from hf_soap import MARS, SOAP, Shampoo
+from hf_soap.checkpoint import state_dict
+from hf_soap.engine.optimizer import BlockOptimizer
+from hf_soap.trainer import resume
 
 OPTIMIZERS: dict[str, Callable[[Any], BlockOptimizer]] = {
     "soap": lambda p: SOAP(p, lr=1e-2, precondition_frequency=2),
@@ -178,8 +180,8 @@ def goes_on_from_others(names: list[str], sharded: bool = True, tolerance: float
         for source in (resume.FULL, resume.SHARDED):
             model = shard(network()) if sharded else network()
             put(model, run["weights"])
-            optimizer, said = OPTIMIZERS[name](model.parameters()), Messages("hf_soap.state")
-            optimizer.load_state_dict(checkpoint.read(folder / source))
+            optimizer, said = OPTIMIZERS[name](model.parameters()), Messages("hf_soap.engine.state")
+            optimizer.load_state_dict(state_dict.read(folder / source))
             exact = name in ("mars", "mars_lion", "mars_shampoo")  # no factors: nothing is estimated
             warned = [text for text in said.texts if "saved in other parts" in text]
             assert len(warned) == (0 if exact or dist.get_rank() else 1), f"{name}: {said.texts}"

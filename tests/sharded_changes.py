@@ -26,8 +26,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from hf_soap import MARS, SOAP, Shampoo, sharding
-from hf_soap.stepping import BlockOptimizer
+from hf_soap import MARS, SOAP, Shampoo
+from hf_soap.distributed import dtensor
+from hf_soap.engine.optimizer import BlockOptimizer
 
 SHAPES = ((7, 10), (10,), (5, 7), (5,), (1, 5), (1,), (8, 4), (2, 8), (0, 4), (4, 3, 3))
 STEPS = 4
@@ -210,7 +211,7 @@ def save_states(folder: str, layouts: list[str], only: list[list[str]]) -> None:
                 if isinstance(value, DTensor)
             }
             whole = gathered(state)
-            if sharding.rank() == 0:
+            if dtensor.rank() == 0:
                 torch.save({"whole": whole, "dims": dims}, file_of(Path(folder), name, option, layout))
 
 
@@ -270,7 +271,7 @@ class Exchange:
     """What each rank tells the others, by a store."""
 
     def __init__(self) -> None:
-        self.rank, self.ranks, self.number = sharding.rank(), sharding.ranks(), 0
+        self.rank, self.ranks, self.number = dtensor.rank(), dtensor.ranks(), 0
         if self.ranks > 1:
             port: list[Any] = [None]
             if self.rank == 0:
@@ -314,7 +315,7 @@ def load_states(folder: str, chosen: list[dict[str, Any]], start: list[int], rep
         each: Load each parameter by itself where all at once are refused.
     """
     exchange, models = Exchange(), dict[str, Any]()
-    with Path(f"{report}-{sharding.rank()}").open("w") as file:
+    with Path(f"{report}-{dtensor.rank()}").open("w") as file:
         for number, case in list(enumerate(Case(**entries) for entries in chosen))[start[0] :]:
             if case.target not in models:
                 models[case.target] = model_of(case.target)
@@ -322,7 +323,7 @@ def load_states(folder: str, chosen: list[dict[str, Any]], start: list[int], rep
             for which in range(start[1] if number == start[0] else -1, len(SHAPES)):
                 state, problem = result_of(case, params, which, Path(folder), exchange)
                 print(json.dumps([number, which, state, problem]), file=file, flush=True)
-                if state == "broken" and sharding.ranks() > 1:
+                if state == "broken" and dtensor.ranks() > 1:
                     file.close()
                     os._exit(0)
                 if which < 0 and (state == "loaded" or not each):
@@ -372,11 +373,11 @@ def goes_on(optimizer: BlockOptimizer, chosen: list[int], params: list[nn.Parame
     """Two steps: finite, near to where they began, and counted alike."""
     with torch.no_grad():
         for param in params:
-            sharding.local(param).fill_(0.5)
+            dtensor.local(param).fill_(0.5)
     for number in range(STEPS, STEPS + 2):
         step(optimizer, number)
     for place in chosen:
-        part, shape = sharding.local(params[place]).detach(), SHAPES[place]
+        part, shape = dtensor.local(params[place]).detach(), SHAPES[place]
         far = (part - 0.5).abs().max() if part.numel() else torch.zeros(())
         assert far < 0.5, f"a parameter of shape {shape} went {far} far in two steps of 0.01"
         plan = optimizer.plan_of(optimizer.param_groups[0], params[place])

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from hf_soap import MARS, sharding
+from hf_soap import MARS
+from hf_soap.distributed import dtensor
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "adamw": {"lr": 3e-3},
@@ -52,7 +53,7 @@ def exact_step(model: Any, optimizer: MARS, step: int, among: range) -> None:
             loss_of(model, step, among).backward()
     for param in model.parameters():
         if param.grad is not None:
-            norm = sharding.local(param.grad).norm()
+            norm = dtensor.local(param.grad).norm()
             assert norm < 1, f"got {norm}: parts are clipped by norms of their own"
     optimizer.step()
 
@@ -73,13 +74,13 @@ def exact_mars_trains_a_head_alone(name: str, steps: int = 8) -> None:
             return loss.item()
 
         made[1].step(again)
-        assert sharding.from_all(made[0].has_previous_weights) == [True for _ in ranks]
+        assert dtensor.from_all(made[0].has_previous_weights) == [True for _ in ranks]
         if step == steps // 2:
             state = made[0].state_dict()
             made[0] = MARS(split.parameters(), exact=True, **SETTINGS[name])
-            assert sharding.from_all(made[0].has_previous_weights) == [False for _ in ranks]
+            assert dtensor.from_all(made[0].has_previous_weights) == [False for _ in ranks]
             made[0].load_state_dict(state)
-            assert sharding.from_all(made[0].has_previous_weights) == [True for _ in ranks]
+            assert dtensor.from_all(made[0].has_previous_weights) == [True for _ in ranks]
     for what, model in (("by hand", split), ("by a closure", closed)):
         for key, value in whole(model).items():
             want = alone.get_parameter(key).detach()

@@ -16,10 +16,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
 
-from hf_soap import MARS, SOAP, Shampoo, checkpoint, resume, sharding
-from hf_soap.blocks import Plan
-from hf_soap.stepping import BlockOptimizer
-from hf_soap.storage import decoded
+from hf_soap import MARS, SOAP, Shampoo
+from hf_soap.checkpoint import state_dict as checkpoint
+from hf_soap.distributed import dtensor
+from hf_soap.engine.optimizer import BlockOptimizer
+from hf_soap.rules.layout import Plan
+from hf_soap.rules.storage import decoded
+from hf_soap.trainer import resume
 
 LR, STEPS = 1e-2, 6
 OPTIMIZERS: dict[str, Callable[..., BlockOptimizer]] = {
@@ -73,7 +76,7 @@ def gathered(state_dict: dict[str, Any]) -> dict[str, Any]:
     return {
         **state_dict,
         "state": {
-            k: {role: sharding.gathered(value) for role, value in entry.items()}
+            k: {role: dtensor.gathered(value) for role, value in entry.items()}
             for k, entry in state_dict["state"].items()
         },
     }
@@ -126,7 +129,7 @@ def loads_parts(names: list[str], shapes: list[list[int]], mode: str) -> None:
                     moved = (after - before[key]).abs().max()
                     assert moved < 20 * LR, f"{what}: {key} moved by {moved}"  # not where either is NaN
                 assert all(state["step"] == step + 1 for state in optimizer.state.values()), what
-    assert mode == "local" or any(sharding.from_all(checked)), "no matrix has factors now that had none before"
+    assert mode == "local" or any(dtensor.from_all(checked)), "no matrix has factors now that had none before"
 
 
 def as_sharded(value: Tensor, param: Any) -> Tensor:

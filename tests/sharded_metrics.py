@@ -12,8 +12,8 @@ from sharded import EVEN, network, shard, train, whole
 from sharded_trainer import trainer_for
 
 from hf_soap import MARS, SOAP, Shampoo
-from hf_soap.metrics import diagnostics, measurements, rules_of, slug
-from hf_soap.probe import Probe
+from hf_soap.engine.profiling import Probe
+from hf_soap.trainer.metrics import diagnostics, measurements, rules_of, slug
 
 
 def ranks_measure_the_whole() -> None:

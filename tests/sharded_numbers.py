@@ -11,8 +11,8 @@ from sharded import OPTIMIZERS, assert_equal, network, owned, same_gradients, sh
 from torch import Tensor, nn
 
 from hf_soap import SOAP
-from hf_soap.stepping import BlockOptimizer
-from hf_soap.verdict import DEFERS
+from hf_soap.engine.optimizer import BlockOptimizer
+from hf_soap.engine.verdict import DEFERS
 
 
 def made(mode: str, name: str) -> tuple[nn.Sequential, BlockOptimizer]:

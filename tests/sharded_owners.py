@@ -20,8 +20,10 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 
-from hf_soap import MARS, SOAP, Shampoo, checkpoint, resume
-from hf_soap.stepping import BlockOptimizer
+from hf_soap import MARS, SOAP, Shampoo
+from hf_soap.checkpoint import state_dict
+from hf_soap.engine.optimizer import BlockOptimizer
+from hf_soap.trainer import resume
 
 
 def owners_equal_one_process(names: list[str] | None = None, dtype: str = "float64", replicas: int = 0) -> None:
@@ -105,7 +107,7 @@ def owners_go_on(names: list[str], mode: str) -> None:
             model, optimizer = owned_model(mode, name)
             put(model, run["start"])
             if how == "read" or path.name == resume.PLAIN or mode != "fsdp":
-                optimizer.load_state_dict(checkpoint.read(path))
+                optimizer.load_state_dict(state_dict.read(path))
             elif path.name == resume.FULL:
                 options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, cpu_offload=True)
                 state = torch.load(path, weights_only=True) if dist.get_rank() == 0 else {}

@@ -12,8 +12,10 @@ from architectures import MODELS, batch, kept_bytes, model, save_config
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from hf_soap import SoapConfig, planning, preflight
+from hf_soap import SoapConfig
 from hf_soap.cli.blueprint import model_without_weights, trainer_groups
+from hf_soap.planning import plan
+from hf_soap.trainer import preflight
 
 
 def plans_are_what_ranks_keep(names: list[str] | None = None) -> None:
@@ -22,12 +24,12 @@ def plans_are_what_ranks_keep(names: list[str] | None = None) -> None:
     for name in names or MODELS:
         folder = save_config(name, Path(os.environ["SHARED_FOLDER"]) / f"{name}-{rank}")
         blueprint = model_without_weights(folder).model
-        run = planning.Run(blueprint, trainer_groups(blueprint), ranks=count, sharded=True)
+        run = plan.Run(blueprint, trainer_groups(blueprint), ranks=count, sharded=True)
         for mode in ("local", "owner"):
             config = SoapConfig(shard_mode=mode)
             sharded: Any = model(name)
             fully_shard(sharded, mesh=init_device_mesh("cpu", (count,)))
-            optimizer = planning.build(sharded, trainer_groups(sharded), config)
+            optimizer = plan.build(sharded, trainer_groups(sharded), config)
             sharded(**batch(name)).loss.backward()
             optimizer.step()
             params = [param.to_local() for param in sharded.parameters()]

@@ -15,9 +15,11 @@ from sharded_changes import Exchange, outcome_of, told
 from sharded_exact import classifier
 from sharded_loading import OPTIMIZERS, UNEVEN, gathered, model_of
 
-from hf_soap import MARS, SOAP, metrics, preflight, sharding
-from hf_soap.probe import Probe
-from hf_soap.stepping import BlockOptimizer
+from hf_soap import MARS, SOAP
+from hf_soap.distributed import dtensor
+from hf_soap.engine.optimizer import BlockOptimizer
+from hf_soap.engine.profiling import Probe
+from hf_soap.trainer import metrics, preflight
 
 MAKERS: dict[str, Callable[..., BlockOptimizer]] = {
     "soap": OPTIMIZERS["soap"],
@@ -91,7 +93,7 @@ def a_rank_that_has_no_gradients(names: list[str]) -> None:
                 optimizer.step()
                 for group in optimizer.param_groups:
                     group["lr"] = 1e-2
-            measured = sharding.from_all(sorted(metrics.measurements(optimizer)))
+            measured = dtensor.from_all(sorted(metrics.measurements(optimizer)))
             assert all(other == measured[0] for other in measured), f"{what}: {measured}"
             saves_and_goes_on(what, model, optimizer, name, what.partition(",")[0])
 

@@ -16,7 +16,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-from hf_soap import MARS, SOAP, Shampoo, costs
+from hf_soap import MARS, SOAP, Shampoo
+from hf_soap.planning import costs
 
 
 def a_nan_on_one_rank_skips_the_step_on_all() -> None:

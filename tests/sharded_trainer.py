@@ -80,7 +80,7 @@ def trainer_for(
 def trainer_resumes(run: str, **settings: Any) -> None:
     """Eight steps in one go, and four from the checkpoint at the fourth: equal bit for bit."""
     folder = Path(os.environ["SHARED_FOLDER"]) / run
-    trainer, said = trainer_for(folder, **settings), Messages("hf_soap.registry")
+    trainer, said = trainer_for(folder, **settings), Messages("hf_soap.trainer.registry")
     logging.getLogger("hf_soap").setLevel(logging.INFO)
     trainer.train()
     if not dist.get_rank():
@@ -150,7 +150,7 @@ def accelerate_alone() -> None:
 
 def nodes_read_their_own(folder: str) -> None:
     """Each rank is a node with a folder of its own, and the newest checkpoint of the second is damaged."""
-    from hf_soap import resume
+    from hf_soap.trainer import resume
 
     rank = dist.get_rank()
     os.environ |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}

@@ -22,8 +22,18 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_soap import MARS, SOAP, MarsConfig, Shampoo, ShampooConfig, SoapConfig, SoapTrainer, registry, schema
-from hf_soap.schema import OptimizerConfig, near_options, parse_optim_args
+from hf_soap import (
+    MARS,
+    SOAP,
+    MarsConfig,
+    Shampoo,
+    ShampooConfig,
+    SoapConfig,
+    SoapTrainer,
+)
+from hf_soap.config import options
+from hf_soap.config.options import OptimizerConfig, near_options, parse_optim_args
+from hf_soap.trainer import registry
 
 
 @pytest.fixture
@@ -185,7 +195,7 @@ def test_a_pattern_in_a_file_means_what_it_means_in_text(pattern: str, shape: st
     else:
         found = parse_optim_args([f"adam_modules={pattern}", "eps=1e-6"], SoapConfig)
     assert found == SoapConfig(adam_modules=pattern, eps=1e-6)
-    assert schema.patterns(found.to_optim_args()) == [pattern]
+    assert options.patterns(found.to_optim_args()) == [pattern]
 
 
 @pytest.mark.parametrize("name", registry.ENTRIES)
@@ -194,7 +204,7 @@ def test_every_option_may_stand_in_a_mapping(name: str, value: Any) -> None:
     """Those that can be set to the value are, through YAML and back."""
     cls = registry.ENTRIES[name].config
     config = cls()
-    for option in schema.option_fields(cls):
+    for option in options.option_fields(cls):
         with contextlib.suppress(ValueError):
             config = replace(config, **{option: value})
     assert parse_optim_args(yaml.safe_load(yaml.safe_dump(asdict(config))), cls) == config
@@ -238,9 +248,9 @@ def test_an_abbreviation_is_understood(given: str, meant: str) -> None:
 
 
 def test_nothing_is_guessed_where_nothing_is_near() -> None:
-    assert near_options("zzz", schema.option_fields(SoapConfig)) == []
-    assert near_options("", schema.option_fields(SoapConfig)) == []
-    assert near_options("_", schema.option_fields(SoapConfig)) == []
+    assert near_options("zzz", options.option_fields(SoapConfig)) == []
+    assert near_options("", options.option_fields(SoapConfig)) == []
+    assert near_options("_", options.option_fields(SoapConfig)) == []
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,10 @@ import torch
 from problems import Problem
 from torch import Tensor
 
-from hf_soap import Shampoo, roots
-from hf_soap.background import Background
-from hf_soap.failures import Failures
+from hf_soap import Shampoo
+from hf_soap.engine.background import Background
+from hf_soap.engine.failures import Failures
+from hf_soap.linalg import inverse_roots
 
 SETTINGS: dict[str, Any] = {"lr": 1e-2, "precondition_frequency": 6, "start_step": 2}
 SHAPES = [(9, 9), (6, 8), (9, 9), (5,)]
@@ -69,13 +70,13 @@ def test_a_fixed_delay_is_reproducible_and_uses_roots_exactly_that_much_later(
     delay: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = trained(asynchronous=True, delay=delay)
-    inverse_root = roots.inverse_root
+    inverse_root = inverse_roots.inverse_root
 
     def late(*args: Any, **kwargs: Any) -> Tensor:
         time.sleep(0.01)  # the step at which the roots are due must wait for them
         return inverse_root(*args, **kwargs)
 
-    monkeypatch.setattr(roots, "inverse_root", late)
+    monkeypatch.setattr(inverse_roots, "inverse_root", late)
     for got, wanted in zip(trained(asynchronous=True, delay=delay), first, strict=True):
         assert torch.equal(got, wanted)
 
@@ -124,14 +125,14 @@ def test_copies_go_on_like_the_original_with_a_job_under_way() -> None:
 
 def test_without_a_delay_roots_are_taken_when_done_and_age_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     gate = threading.Event()
-    inverse_root = roots.inverse_root
+    inverse_root = inverse_roots.inverse_root
 
     def held(*args: Any, **kwargs: Any) -> Tensor:
         if threading.current_thread().name.startswith("hf_soap"):
             gate.wait(timeout=10)
         return inverse_root(*args, **kwargs)
 
-    monkeypatch.setattr(roots, "inverse_root", held)
+    monkeypatch.setattr(inverse_roots, "inverse_root", held)
     params = fresh()
     optimizer = Shampoo(params, asynchronous=True, **SETTINGS)
     train(optimizer, params, 11)
@@ -155,7 +156,7 @@ def test_failed_roots_leave_the_previous_ones_in_use(
     def broken(*args: Any, **kwargs: Any) -> Tensor:
         raise torch.linalg.LinAlgError("did not converge")
 
-    monkeypatch.setattr(roots, "inverse_root", broken)
+    monkeypatch.setattr(inverse_roots, "inverse_root", broken)
     train(optimizer, params, 7, skip=5)
     assert torch.equal(optimizer.state[params[0]]["root_0"], before)
     assert "did not converge" in caplog.text

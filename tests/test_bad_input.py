@@ -13,8 +13,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Partial, distribute_tensor
 from torch.nn import Parameter
 
-from hf_soap import MARS, SOAP, Shampoo, updates
-from hf_soap.blocks import plan_layout
+from hf_soap import MARS, SOAP, Shampoo
+from hf_soap.linalg import elementwise
+from hf_soap.rules.layout import plan_layout
 
 
 @rows
@@ -312,10 +313,10 @@ def test_state_follows_a_model_to_another_dtype(row: Row) -> None:
 
 def test_counts_for_fused_kernels_are_float32() -> None:
     """On GPUs they read the bytes as that, and 10.0 in float64 as 0: bias corrections of 0 made infinite steps."""
-    updates.step_count.cache_clear()
+    elementwise.step_count.cache_clear()
     previous = torch.get_default_dtype()
     try:
         torch.set_default_dtype(torch.float64)
-        assert updates.step_count(10, torch.device("cpu")).dtype == torch.float32
+        assert elementwise.step_count(10, torch.device("cpu")).dtype == torch.float32
     finally:
         torch.set_default_dtype(previous)

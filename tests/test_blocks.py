@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from reference import block_grid, merged_shape, zero_padded
 from torch import Tensor
 
-from hf_soap.blocks import Chunk, Layout, adjacent, merge_shape, plan_layout
+from hf_soap.rules.layout import Chunk, Layout, adjacent, merge_shape, plan_layout
 
 shapes = st.lists(st.integers(1, 7), max_size=5).map(tuple)
 

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from transformers import Trainer
 
 from hf_soap import SoapTrainer
-from hf_soap.registry import ENTRIES
-from hf_soap.resume import find_damage, find_problem, last_complete_checkpoint
+from hf_soap.trainer.registry import ENTRIES
+from hf_soap.trainer.resume import find_damage, find_problem, last_complete_checkpoint
 
 FILES = ["optimizer.pt", "model.safetensors", "scheduler.pt", "rng_state.pth"]
 

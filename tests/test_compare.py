@@ -15,13 +15,13 @@ import pytest
 import torch
 from comparing import SETTINGS, TINY, ends_with, run_compare
 
-from hf_soap.cli import report
-from hf_soap.cli.contenders import Contender, per_contender, read_contenders
-from hf_soap.cli.corpus import build_corpus
-from hf_soap.cli.results import EvalPoint, RunLog, RunResult, RunSettings
-from hf_soap.cli.summary import Spread, crossing, equal_loss, summarize
-from hf_soap.cli.sweep import MAX_WIDER, Case, run_case
-from hf_soap.cli.training import train_once
+from hf_soap.cli.compare import report
+from hf_soap.cli.compare.contenders import Contender, per_contender, read_contenders
+from hf_soap.cli.compare.corpus import build_corpus
+from hf_soap.cli.compare.results import EvalPoint, RunLog, RunResult, RunSettings
+from hf_soap.cli.compare.summary import Spread, crossing, equal_loss, summarize
+from hf_soap.cli.compare.sweep import MAX_WIDER, Case, run_case
+from hf_soap.cli.compare.training import train_once
 
 ROOT = Path(__file__).parents[1]
 
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="session")
 def text(tmp_path_factory):
     folder = tmp_path_factory.mktemp("text")
-    for name in ("cli/compare.py", "cli/run.py", "cli/corpus.py"):
+    for name in ("cli/compare/command.py", "cli/run.py", "cli/compare/corpus.py"):
         (folder / Path(name).name).write_bytes((ROOT / "hf_soap" / name).read_bytes())
     (folder / "picture.png").write_bytes(b"\x89PNG\xff\xfe")
     return folder
@@ -41,7 +41,7 @@ def corpus(text):
 
 
 def test_compare_reports_what_it_trained(text, tmp_path, monkeypatch):
-    monkeypatch.setattr("hf_soap.cli.compare.DEFAULT_STEPS", 6)
+    monkeypatch.setattr("hf_soap.cli.compare.command.DEFAULT_STEPS", 6)
     result = run_compare(
         "adamw", "soap:precondition_frequency=2,block_size=8",
         "--steps", "soap=4", "--lr", "adamw=1e-3", "--lr", "soap=1e-2",
@@ -316,7 +316,7 @@ def test_runs_of_other_data_or_code_are_made_again(tmp_path: Path, monkeypatch: 
     assert math.isnan(found.evals[-1].loss)
     assert log.get(replace(SETTINGS, lr=1.0)) is None
     assert RunLog(tmp_path / "runs.jsonl", data="another text").get(SETTINGS) is None
-    monkeypatch.setattr("hf_soap.cli.results.code_digest", lambda: "edited")
+    monkeypatch.setattr("hf_soap.cli.compare.results.code_digest", lambda: "edited")
     assert RunLog(tmp_path / "runs.jsonl", data="text").get(SETTINGS) is None
 
 

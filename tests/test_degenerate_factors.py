@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import Parameter
 
-from hf_soap import SOAP, Shampoo, bases, linalg, roots
-from hf_soap.failures import Failures
+from hf_soap import SOAP, Shampoo
+from hf_soap.engine.failures import Failures
+from hf_soap.linalg import eigenbases, inverse_roots, matrices
 
 EPS = torch.finfo(torch.float32).eps
 SUBNORMAL = 2.0**-149
@@ -33,7 +34,7 @@ def embedding(rows: int, seen: int, dim: int = 32) -> Tensor:
 
 def of_spectrum(values: Tensor) -> Tensor:
     basis = torch.linalg.qr(torch.randn(len(values), len(values), dtype=torch.float64)).Q
-    return linalg.symmetrize((basis * values.double()) @ basis.T).float()
+    return matrices.symmetrize((basis * values.double()) @ basis.T).float()
 
 
 def factors(n: int, seed: int, scale: float = 1.0) -> Tensor:
@@ -65,7 +66,7 @@ def factors(n: int, seed: int, scale: float = 1.0) -> Tensor:
         of_spectrum(decades),
         of_spectrum(10.0 ** torch.randint(-6, 2, (n,))),
         blocks[:n, :n],
-        decades.diag() + 1e-3 * linalg.symmetrize(nearly) * decades.sqrt().outer(decades.sqrt()),
+        decades.diag() + 1e-3 * matrices.symmetrize(nearly) * decades.sqrt().outer(decades.sqrt()),
     ]
     batch = scale * torch.stack(kinds)
     return batch.tril() + batch.tril(-1).mT
@@ -74,7 +75,7 @@ def factors(n: int, seed: int, scale: float = 1.0) -> Tensor:
 def off_orthonormal(basis: Tensor) -> float:
     """The largest entry of QᵀQ - I, NaN for one that is not finite."""
     exact = basis.double()
-    return float((exact.mT @ exact - linalg.eye_like(exact)).abs().max())
+    return float((exact.mT @ exact - matrices.eye_like(exact)).abs().max())
 
 
 def rounding(n: int) -> float:
@@ -103,16 +104,16 @@ def test_factors_of_embeddings_have_eigenbases() -> None:
     for rows, count in ((64, 1500), (128, 1200), (256, 300), (512, 12)):
         for _ in range(0, count, 12):
             batch = torch.stack([embedding(rows, int(torch.randint(1, 60, ()))) for _ in range(12)])
-            assert_decomposes(*linalg.eigenbasis(batch), batch)
+            assert_decomposes(*matrices.eigenbasis(batch), batch)
 
 
 @given(sizes, seeds, scales)
 @cases()
 def test_eigenbases(n: int, seed: int, scale: float) -> None:
     batch = factors(n, seed, scale)
-    assert_decomposes(*linalg.eigenbasis(batch), batch)
+    assert_decomposes(*matrices.eigenbasis(batch), batch)
     exact = batch.double()
-    values, basis = linalg.eigenbasis(exact)
+    values, basis = matrices.eigenbasis(exact)
     assert off_orthonormal(basis) < 1e-12
     error = ((basis * values.unsqueeze(-2)) @ basis.mT - exact).norm(dim=(-2, -1))
     assert (error <= 1e-13 * n * exact.norm(dim=(-2, -1))).all()
@@ -123,7 +124,7 @@ def test_eigenbases(n: int, seed: int, scale: float) -> None:
 def test_zero_rows_are_known_eigenvectors(n: int, seed: int, scale: float) -> None:
     """Which matrices eigh gives up on differs between machines: here it has given up on all of them."""
     for matrix in factors(n, seed, scale):
-        values, basis = linalg._eigh_of_hard(matrix)
+        values, basis = matrices._eigh_of_hard(matrix)
         assert_decomposes(values.flip(-1), basis.flip(-1), matrix)
         empty = ~matrix.any(-1)
         assert int((values == 0).sum()) >= int(empty.sum())
@@ -150,7 +151,7 @@ def test_a_jitter_helps_where_float64_does_not(how: str, dtype: torch.dtype, mon
         return values, basis
 
     monkeypatch.setattr(torch.linalg, "eigh", fails_on_known)
-    values, basis = linalg.eigenbasis(batch)
+    values, basis = matrices.eigenbasis(batch)
     assert_decomposes(values, basis, batch)
     if dtype == torch.float64:
         exact = solve(batch)[0].flip(-1)
@@ -163,20 +164,20 @@ def test_a_jitter_helps_where_float64_does_not(how: str, dtype: torch.dtype, mon
 # ---------------------------------------------------------------------------------------------------------------------
 
 COMPUTATIONS: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {
-    "eigenbasis": linalg.eigenbasis,
-    "refresh": bases.refresh,
-    "sorted_refresh": bases.sorted_refresh,
-    "qr": bases.qr,
-    "cholesky_qr": lambda a: (bases.cholesky_qr(a),),
-    "orthonormalize": lambda a: (bases.orthonormalize(a),),
-    "off_diagonal_share": lambda a: (bases.off_diagonal_share(a),),
-    "newton_schulz": lambda a: (roots.newton_schulz(a, eps=1e-7),),
-    "spectral_norm": lambda a: (roots.spectral_norm(a),),
-    "coupled_newton": lambda a: roots.coupled_newton(a, order=4, ridge=1e-6),
-    "inverse_root by eigh": lambda a: (roots.inverse_root(a, exponent=-0.25, ridge=1e-6),),
-    "inverse_root by newton": lambda a: (roots.inverse_root(a, exponent=-0.25, ridge=1e-6, method="newton"),),
-    "pseudo-inverse root": lambda a: (roots.inverse_root(a, exponent=-1 / 6, ridge=0.0),),
-    "unpacked": lambda a: (linalg.unpack(linalg.pack(a)),),
+    "eigenbasis": matrices.eigenbasis,
+    "refresh": eigenbases.refresh,
+    "sorted_refresh": eigenbases.sorted_refresh,
+    "qr": eigenbases.qr,
+    "cholesky_qr": lambda a: (eigenbases.cholesky_qr(a),),
+    "orthonormalize": lambda a: (eigenbases.orthonormalize(a),),
+    "off_diagonal_share": lambda a: (eigenbases.off_diagonal_share(a),),
+    "newton_schulz": lambda a: (inverse_roots.newton_schulz(a, eps=1e-7),),
+    "spectral_norm": lambda a: (inverse_roots.spectral_norm(a),),
+    "coupled_newton": lambda a: inverse_roots.coupled_newton(a, order=4, ridge=1e-6),
+    "inverse_root by eigh": lambda a: (inverse_roots.inverse_root(a, exponent=-0.25, ridge=1e-6),),
+    "inverse_root by newton": lambda a: (inverse_roots.inverse_root(a, exponent=-0.25, ridge=1e-6, method="newton"),),
+    "pseudo-inverse root": lambda a: (inverse_roots.inverse_root(a, exponent=-1 / 6, ridge=0.0),),
+    "unpacked": lambda a: (matrices.unpack(matrices.pack(a)),),
 }
 
 
@@ -233,18 +234,18 @@ def check_refreshes(batch: Tensor) -> None:
     n = batch.shape[-1]
     exact, error = batch.double(), rounding(n)
     room = error * exact.norm(dim=(-2, -1)) + n * n * SUBNORMAL
-    basis, upper = bases.qr(batch)
+    basis, upper = eigenbases.qr(batch)
     assert off_orthonormal(basis) < error
     assert ((basis.double() @ upper.double() - exact).norm(dim=(-2, -1)) <= room).all()
     assert torch.equal(upper, upper.triu())
-    order, rotation, refreshed = bases.sorted_refresh(batch)
+    order, rotation, refreshed = eigenbases.sorted_refresh(batch)
     assert off_orthonormal(rotation) < error
     assert torch.equal(refreshed, refreshed.mT)
     rows = order.unsqueeze(-1).expand_as(exact)
     ordered = exact.gather(-2, rows).gather(-1, rows.mT)
     wanted = rotation.double().mT @ ordered @ rotation.double()
     assert ((refreshed.double() - wanted).norm(dim=(-2, -1)) <= room).all()
-    plain, again = bases.refresh(ordered.float())
+    plain, again = eigenbases.refresh(ordered.float())
     assert torch.equal(plain, rotation)
     assert torch.equal(again, refreshed)
 
@@ -265,7 +266,7 @@ def test_refreshes_in_panels_rotate(n: int, seed: int, scale: float, first: int)
 @cases()
 def test_cholesky_qr_rotates(n: int, seed: int, scale: float) -> None:
     batch = factors(n, seed, scale)
-    basis = bases.cholesky_qr(batch)
+    basis = eigenbases.cholesky_qr(batch)
     assert off_orthonormal(basis) < 2e-6
     # Up to the shift, which is rounding at the largest entry, R is upper triangular, its diagonal not negative.
     upper = basis.double().mT @ batch.double()
@@ -283,7 +284,7 @@ def test_orthonormalize_does_not_lead_away(n: int, seed: int, scale: float, step
     good = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64)).Q.float()
     batch = torch.cat([drifted, good[None], torch.zeros(1, n, n)])
     for _ in range(steps):
-        batch = bases.orthonormalize(batch)
+        batch = eigenbases.orthonormalize(batch)
         assert batch.isfinite().all()
         assert (torch.linalg.svdvals(batch.double()) <= 1 + 1e-4).all()
     assert off_orthonormal(batch[3]) < rounding(n)
@@ -296,7 +297,7 @@ def test_orthonormalize_ends_at_the_nearest_basis_from_afar(n: int) -> None:
     batch = 50 * torch.randn(4, n, n)
     left, _, right = torch.linalg.svd(batch.double())
     for _ in range(100):
-        batch = bases.orthonormalize(batch)
+        batch = eigenbases.orthonormalize(batch)
     torch.testing.assert_close(batch.double(), left @ right, rtol=0, atol=1e-4)
 
 
@@ -305,12 +306,12 @@ def test_orthonormalize_ends_at_the_nearest_basis_from_afar(n: int) -> None:
 def test_off_diagonal_share_of_any_factor(n: int, seed: int, scale: float) -> None:
     """Squares left its range: of factors below 1e-19 it made 0, so that a tolerance never refreshed them, or NaN."""
     batch = factors(n, seed, scale)
-    got, exact = bases.off_diagonal_share(batch), batch.double()
+    got, exact = eigenbases.off_diagonal_share(batch), batch.double()
     norm = exact.norm(dim=(-2, -1))
     off = (exact - torch.diag_embed(exact.diagonal(dim1=-2, dim2=-1))).norm(dim=(-2, -1))
     torch.testing.assert_close(got.double(), off / norm.clamp(min=1e-300), rtol=1e-4, atol=1e-9)
     diagonal = torch.diag_embed(batch.diagonal(dim1=-2, dim2=-1))
-    assert not bases.off_diagonal_share(diagonal).any()
+    assert not eigenbases.off_diagonal_share(diagonal).any()
 
 
 @given(sizes, seeds, scales)
@@ -321,7 +322,7 @@ def test_packing_keeps_every_bit(n: int, seed: int, scale: float) -> None:
     batch[2, -1, -1] = -torch.inf
     batch[3] = torch.randn(n, n).mul(2.0**-140)
     batch[3] = batch[3].tril() + batch[3].tril(-1).T
-    unpacked = linalg.unpack(linalg.pack(batch))
+    unpacked = matrices.unpack(matrices.pack(batch))
     assert torch.equal(unpacked.isnan(), batch.isnan())
     assert torch.equal(unpacked.nan_to_num(7.0), batch.nan_to_num(7.0))
 
@@ -342,7 +343,7 @@ def test_roots_with_a_ridge(n: int, seed: int, scale: float, order: int, method:
     if order == 1 and scale < 1e-20:
         return  # such inverses are not float32 numbers
     exponent, ridge = -1 / order, 1e-3
-    got = roots.inverse_root(batch, exponent=exponent, ridge=ridge, method=method)
+    got = inverse_roots.inverse_root(batch, exponent=exponent, ridge=ridge, method=method)
     assert got.isfinite().all()
     assert torch.equal(got, got.mT)
     # torch's own eigh gives up on some of them in float64 too.
@@ -354,7 +355,7 @@ def test_roots_with_a_ridge(n: int, seed: int, scale: float, order: int, method:
     # An eigenvalue is off by rounding at the largest, and Newton stops at 1e-3 at the latest.
     room = max(5e-3, rounding(n) / ridge)
     if method == "newton":  # whose ridge is relative to an estimate
-        estimate = roots.spectral_norm(batch).double().clamp(min=1e-300)
+        estimate = inverse_roots.spectral_norm(batch).double().clamp(min=1e-300)
         room = room + (exact[:, -1] / estimate - 1).clamp(min=0)
     # Among subnormal numbers a factor is rounded so coarsely that it is not semi-definite any more.
     exactly_held = batch.abs().amax((-2, -1)) >= torch.finfo(torch.float32).tiny
@@ -366,7 +367,7 @@ def test_roots_with_a_ridge(n: int, seed: int, scale: float, order: int, method:
 def test_roots_without_a_ridge_are_pseudo_inverse(n: int, seed: int, scale: float, order: int, method: str) -> None:
     """eigh makes eigenvalues of 1e-45 of exactly zero rows, and those made roots of 1e22."""
     batch = factors(n, seed, scale)
-    got = roots.inverse_root(batch, exponent=-1 / order, ridge=0.0, method=method)
+    got = inverse_roots.inverse_root(batch, exponent=-1 / order, ridge=0.0, method=method)
     assert got.isfinite().all()
     assert torch.equal(got, got.mT)
     assert not got[~batch.flatten(1).any(1)].any()
@@ -382,9 +383,9 @@ def test_a_token_that_was_not_seen_has_the_root_zero(order: int, method: str) ->
     torch.manual_seed(0)
     for _ in range(60):
         matrix = embedding(64, int(torch.randint(1, 12, ())))
-        got = roots.inverse_root(matrix, exponent=-1 / order, ridge=0.0, method=method)
+        got = inverse_roots.inverse_root(matrix, exponent=-1 / order, ridge=0.0, method=method)
         seen = matrix.any(-1)
-        inner = roots.inverse_root(matrix[seen][:, seen].double(), exponent=-1 / order, ridge=0.0)
+        inner = inverse_roots.inverse_root(matrix[seen][:, seen].double(), exponent=-1 / order, ridge=0.0)
         room = 1e-3 * float(inner.abs().max())
         torch.testing.assert_close(got[seen][:, seen].double(), inner, rtol=0, atol=room)
         assert got[~seen].abs().max() < room
@@ -406,11 +407,11 @@ def test_newton_refuses_roots_with_negative_eigenvalues() -> None:
         matrix, first = matrix_at(middle)
         low, high = (middle, high) if matrix.diagonal().sqrt() * start @ first > 0 else (low, middle)
     matrix, _ = matrix_at(low)
-    assert roots.spectral_norm(matrix) < 0.5
+    assert inverse_roots.spectral_norm(matrix) < 0.5
     for order in (2, 4, 8):
-        assert not roots.coupled_newton(matrix, order=order, ridge=0.0)[1]
-        got = roots.inverse_root(matrix, exponent=-1 / order, ridge=0.0, method="newton")
-        torch.testing.assert_close(got, roots.inverse_root(matrix, exponent=-1 / order, ridge=0.0))
+        assert not inverse_roots.coupled_newton(matrix, order=order, ridge=0.0)[1]
+        got = inverse_roots.inverse_root(matrix, exponent=-1 / order, ridge=0.0, method="newton")
+        torch.testing.assert_close(got, inverse_roots.inverse_root(matrix, exponent=-1 / order, ridge=0.0))
 
 
 @given(sizes, seeds, st.one_of(scales, st.just(1e30)))
@@ -418,7 +419,7 @@ def test_newton_refuses_roots_with_negative_eigenvalues() -> None:
 def test_spectral_norms_of_any_factor(n: int, seed: int, scale: float) -> None:
     """Squares left the range of float32: of 1e-30 times the identity it made 7e-15, and infinity of 1e19 times it."""
     batch = factors(n, seed, scale)
-    got, largest = roots.spectral_norm(batch).double(), torch.linalg.eigvalsh(batch.double())[:, -1]
+    got, largest = inverse_roots.spectral_norm(batch).double(), torch.linalg.eigvalsh(batch.double())[:, -1]
     assert (got <= (1 + rounding(n)) * largest + n * SUBNORMAL).all()
     assert (got >= 0.7 * largest - n * SUBNORMAL).all()
 
@@ -430,8 +431,8 @@ def test_newton_schulz_does_not_depend_on_scale(rows: int, cols: int, seed: int,
     torch.manual_seed(seed)
     one, other = torch.randn(rows, 1), torch.randn(1, cols)
     batch = torch.stack([torch.randn(rows, cols), one @ other, torch.zeros(rows, cols)])
-    got = roots.newton_schulz(batch, eps=0.0)
-    assert torch.equal(roots.newton_schulz(batch * 2.0**exponent, eps=0.0), got)
+    got = inverse_roots.newton_schulz(batch, eps=0.0)
+    assert torch.equal(inverse_roots.newton_schulz(batch * 2.0**exponent, eps=0.0), got)
     assert not got[2].any()
     values = torch.linalg.svdvals(got.double())
     assert values.max() < 1.3
@@ -443,7 +444,7 @@ def test_newton_schulz_does_not_depend_on_scale(rows: int, cols: int, seed: int,
     assert cosine > 1 - 1e-4
     for factor in (1e-38, 1e-44, 1e18, 1e36):
         for eps in (0.0, 1e-7, 1.0):
-            assert roots.newton_schulz(factor * batch, eps=eps).isfinite().all()
+            assert inverse_roots.newton_schulz(factor * batch, eps=eps).isfinite().all()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

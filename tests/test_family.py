@@ -17,7 +17,8 @@ from reference_shampoo import (
 )
 from torch import Tensor
 
-from hf_soap import MARS, SOAP, Shampoo, roots
+from hf_soap import MARS, SOAP, Shampoo
+from hf_soap.linalg import inverse_roots
 
 STEPS = 40
 TOLERANCE = 1e-10
@@ -218,7 +219,7 @@ KNOWN_ROOT = torch.tensor([[1.0, 1.0, 1.0], [1.0, 2.0, -3.0], [1.0, -3.0, 18.0]]
     ],
 )
 def test_known_inverse_roots(matrix: Tensor, order: int, root: Tensor, method: str) -> None:
-    got = roots.inverse_root(matrix, exponent=-1 / order, ridge=0.0, method=method)
+    got = inverse_roots.inverse_root(matrix, exponent=-1 / order, ridge=0.0, method=method)
     torch.testing.assert_close(got, root, rtol=1e-6, atol=1e-6)
 
 
@@ -230,7 +231,7 @@ def test_inverse_roots_of_a_tridiagonal_matrix(order: int, method: str, dtype: t
     matrix = (2 * torch.eye(n) - torch.diag(torch.ones(n - 1), 1) - torch.diag(torch.ones(n - 1), -1)).double()
     values, basis = torch.linalg.eigh(matrix)
     root = (basis * values ** (-1 / order)) @ basis.T
-    got = roots.inverse_root(matrix.to(dtype), exponent=-1 / order, ridge=0.0, method=method).double()
+    got = inverse_roots.inverse_root(matrix.to(dtype), exponent=-1 / order, ridge=0.0, method=method).double()
     # In float32 an eigenvalue is off by eps·λ_max whatever the method: eps times the condition number, 4133.
     assert float((got - root).norm() / root.norm()) < (1e-4 if dtype == torch.float64 else 5e-4)
 
@@ -242,11 +243,11 @@ def test_newton_solves_a_batch_as_it_solves_each_and_leaves_hard_ones_to_eigh() 
     batch[1] *= 1e-20
     batch[2] = 0.0
     batch[3, :, 0] = batch[3, 0, :] = 0.0  # singular: Newton cannot converge, the pseudo-inverse root exists
-    got = roots.inverse_root(batch, exponent=-0.25, ridge=0.0, method="newton")
+    got = inverse_roots.inverse_root(batch, exponent=-0.25, ridge=0.0, method="newton")
     for matrix, root in zip(batch, got, strict=True):
-        alone = roots.inverse_root(matrix, exponent=-0.25, ridge=0.0)
+        alone = inverse_roots.inverse_root(matrix, exponent=-0.25, ridge=0.0)
         torch.testing.assert_close(root, alone, rtol=1e-6, atol=1e-6 * float(alone.abs().max() + 1e-30))
-    assert not roots.coupled_newton(batch, order=4, ridge=0.0)[1][3]
+    assert not inverse_roots.coupled_newton(batch, order=4, ridge=0.0)[1][3]
 
 
 def test_shampoo_with_power_one_half_is_adafactor_in_the_eigenbasis() -> None:
@@ -256,7 +257,7 @@ def test_shampoo_with_power_one_half_is_adafactor_in_the_eigenbasis() -> None:
     grad = sample[0]
     left = torch.stack([g @ g.T for g in sample]).mean(0)
     right = torch.stack([g.T @ g for g in sample]).mean(0) / left.trace()
-    one, other = (roots.inverse_root(factor, exponent=-0.5, ridge=0.0) for factor in (left, right))
+    one, other = (inverse_roots.inverse_root(factor, exponent=-0.5, ridge=0.0) for factor in (left, right))
     direction = one @ grad @ other
     torch.testing.assert_close(direction, idealized_shampoo(sample, grad), rtol=0, atol=1e-10)
     torch.testing.assert_close(direction, idealized_adafactor_in_eigenbasis(sample, grad), rtol=0, atol=1e-10)

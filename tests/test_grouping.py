@@ -13,8 +13,8 @@ from torch.nn import Parameter
 from transformers import Trainer
 
 from hf_soap import SOAP, SoapConfig
-from hf_soap.grouping import routing_table, with_overrides
-from hf_soap.registry import ENTRIES
+from hf_soap.optimizers.grouping import routing_table, with_overrides
+from hf_soap.trainer.registry import ENTRIES
 
 
 def optimizer_for(model: nn.Module, folder: Path, **changes: Any) -> Any:

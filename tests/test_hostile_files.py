@@ -16,12 +16,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from hf_soap import recipes, schema
 from hf_soap.__main__ import app
 from hf_soap.cli.run import with_recipe
-from hf_soap.configs import SoapConfig
-from hf_soap.recipes import hub, keys, plain_yaml, safety
-from hf_soap.schema import parse_optim_args
+from hf_soap.config import options
+from hf_soap.config.configs import SoapConfig
+from hf_soap.config.options import parse_optim_args
+from hf_soap.hub import exchange, keys, plain_yaml, recipes, safety
 
 ROOT = Path(__file__).parents[1]
 
@@ -249,7 +249,7 @@ def test_what_passes_as_a_pattern_is_searched_for_in_bounded_time(start: str, en
 def test_patterns_are_checked_as_the_optimizer_reads_them(key: str) -> None:
     r"""Within quotes (a+)+ may be written as \x28a+)+."""
     text = f"eps=1e-8, {key} = '\\x28a+)+'"
-    assert getattr(parse_optim_args(text, SoapConfig), key) == "(a+)+" == schema.patterns(text)[0]
+    assert getattr(parse_optim_args(text, SoapConfig), key) == "(a+)+" == options.patterns(text)[0]
     assert safety.refusals({"optim_args": text})
 
 
@@ -273,7 +273,7 @@ def test_any_name_of_a_recipe_is_answered(name: str, tmp_path: Path, monkeypatch
     """A name that no file system takes ended in an OSError."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=r"^got "):
-        hub.load(name)
+        exchange.load(name)
 
 
 def test_a_link_is_not_written_through(tmp_path: Path) -> None:
@@ -283,7 +283,7 @@ def test_a_link_is_not_written_through(tmp_path: Path) -> None:
     (tmp_path / "folder" / "recipe.yaml").symlink_to(tmp_path / "elsewhere")
     for overwrite in (False, True):
         with pytest.raises(ValueError, match=r"a link to .*remove the link"):
-            hub.pull(str(tmp_path / "mine.yaml"), tmp_path / "folder", overwrite=overwrite)
+            exchange.pull(str(tmp_path / "mine.yaml"), tmp_path / "folder", overwrite=overwrite)
     assert not (tmp_path / "elsewhere").exists()
 
 
@@ -339,10 +339,10 @@ def test_nothing_beside_a_recipe_is_run(start: list[str], tmp_path: Path) -> Non
         for early in ("typing.py", "json.py", "torch/__init__.py"):
             (here / early).unlink()
         (here / "torch").rmdir()
-    options = ["-P"] if start[0] == "-c" else []  # or Python itself puts the working folder there
+    flags = ["-P"] if start[0] == "-c" else []  # or Python itself puts the working folder there
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "CANARY": str(tmp_path / "sung")}
     done = subprocess.run(
-        [sys.executable, *options, *start, "run", str(program / "train.py"), "--recipe", "recipe.yaml"],
+        [sys.executable, *flags, *start, "run", str(program / "train.py"), "--recipe", "recipe.yaml"],
         cwd=here, capture_output=True, text=True, env=environment, timeout=300, check=False,
     )  # fmt: skip
     sung = tmp_path / "sung"

@@ -16,7 +16,8 @@ from huggingface_hub import ModelCard
 from peft import IA3Config, LoraConfig, get_peft_model
 from transformers import HfArgumentParser, Trainer, TrainerCallback
 
-from hf_soap import SOAP, SoapConfig, SoapMetricsCallback, SoapTrainer, SoapTrainerMixin, cards, recipes
+from hf_soap import SOAP, SoapConfig, SoapMetricsCallback, SoapTrainer, SoapTrainerMixin
+from hf_soap.hub import cards, recipes
 
 ROOT = Path(__file__).parents[1]
 RUN_CLM = ROOT / "scripts" / "run_clm.py"

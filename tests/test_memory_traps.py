@@ -14,7 +14,7 @@ from torch.nn import Parameter
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from hf_soap import MARS, SOAP, MarsConfig, Shampoo, ShampooConfig, SoapConfig
-from hf_soap.grouping import routing_table, with_overrides
+from hf_soap.optimizers.grouping import routing_table, with_overrides
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Adapters

@@ -17,13 +17,14 @@ from helpers import parameters, train
 from torch import nn
 from transformers import Trainer
 
-from hf_soap import MARS, SOAP, Shampoo, SoapMetricsCallback, SoapTrainer, bases
-from hf_soap.blocks import Chunk, Layout
-from hf_soap.metrics import diagnostics, measurements, rules_of, slug
-from hf_soap.probe import Probe, RuleGauge, Stopwatch
-from hf_soap.rules import Soap
-from hf_soap.stepping import BlockOptimizer
-from hf_soap.storage import decoded
+from hf_soap import MARS, SOAP, Shampoo, SoapMetricsCallback, SoapTrainer
+from hf_soap.engine.optimizer import BlockOptimizer
+from hf_soap.engine.profiling import Probe, RuleGauge, Stopwatch
+from hf_soap.linalg import eigenbases
+from hf_soap.rules.layout import Chunk, Layout
+from hf_soap.rules.soap import Soap
+from hf_soap.rules.storage import decoded
+from hf_soap.trainer.metrics import diagnostics, measurements, rules_of, slug
 
 Make = Callable[[Any], BlockOptimizer]
 
@@ -115,7 +116,7 @@ def test_a_known_rotation_has_its_angle(degrees: float) -> None:
     """QR of a symmetric 2 x 2 matrix turns both vectors by the angle of its first column."""
     angle = math.radians(degrees)
     factor = torch.tensor([[[3.0, 3.0 * math.tan(angle)], [3.0 * math.tan(angle), 5.0]]], dtype=torch.float64)
-    rotation, refreshed = bases.refresh(factor)
+    rotation, refreshed = eigenbases.refresh(factor)
     one = gauge()
     one.rotated(rotation, refreshed.abs())
     sums = one.take()

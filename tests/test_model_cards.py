@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from hf_soap import recipes
-from hf_soap.recipes import hub
+from hf_soap.hub import exchange, recipes
 
 ROOT = Path(__file__).parents[1]
 CARDS = ROOT / "model_cards"
@@ -21,7 +20,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 import measure_recipe  # noqa: E402
 
-RECIPES = {path.stem: hub.load(str(path)) for path in sorted(CARDS.glob("*.yaml"))}
+RECIPES = {path.stem: exchange.load(str(path)) for path in sorted(CARDS.glob("*.yaml"))}
 ORDER = ["digits-vit", "small-encoder", "small-lm-pretraining", "small-lm-fine-tuning", "small-lm-lora"]
 """The last two start from what the third leaves."""
 
@@ -144,7 +143,7 @@ def run(name: str, folder: Path, *options: str) -> dict[str, float]:
     assert done.returncode == 0, done.stderr[-3000:]
     output = folder / "outputs" / name
     given = recipes.from_arguments(options).keys() | {recipes.PROVENANCE}
-    ran = hub.load(str(output))
+    ran = exchange.load(str(output))
     assert {key: ran[key] for key in RECIPES[name] if key not in given} == {
         key: value for key, value in RECIPES[name].items() if key not in given
     }

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from hf_soap import MARS, SOAP, Shampoo
-from hf_soap.metrics import diagnostics
-from hf_soap.verdict import DEFERS
+from hf_soap.engine.verdict import DEFERS
+from hf_soap.trainer.metrics import diagnostics
 
 
 @pytest.fixture(params=[False, True], ids=["at once", "a step later"])

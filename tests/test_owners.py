@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig
 
-from hf_soap import MARS, SOAP, Shampoo, owners
-from hf_soap.stepping import BlockOptimizer
+from hf_soap import MARS, SOAP, Shampoo
+from hf_soap.distributed import owners
+from hf_soap.engine.optimizer import BlockOptimizer
 
 MODELS = {
     "gpt2": GPT2Config(),

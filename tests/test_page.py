@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from comparing import SETTINGS, TINY, ends_with, run_compare
 
-from hf_soap.cli.corpus import build_corpus
-from hf_soap.cli.page import charts, write_html
-from hf_soap.cli.sweep import Case, run_case
+from hf_soap.cli.compare.corpus import build_corpus
+from hf_soap.cli.compare.page import charts, write_html
+from hf_soap.cli.compare.sweep import Case, run_case
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="needs Chromium: apt-get install chromium")

@@ -14,7 +14,7 @@ from reference import ReferenceSOAP
 from torch import Tensor
 
 from hf_soap import SOAP
-from hf_soap.buckets import CHUNK_BYTES
+from hf_soap.engine.buckets import CHUNK_BYTES
 
 STEPS = 60
 TOLERANCE = 1e-10

@@ -22,10 +22,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, Trainer
 from typer.testing import CliRunner
 
-from hf_soap import MARS, SOAP, Shampoo, SoapConfig, SoapTrainer, planning, preflight
+from hf_soap import MARS, SOAP, Shampoo, SoapConfig, SoapTrainer
 from hf_soap.__main__ import app
 from hf_soap.cli.blueprint import model_without_weights, trainer_groups
-from hf_soap.stepping import BlockOptimizer
+from hf_soap.engine.optimizer import BlockOptimizer
+from hf_soap.planning import plan as planning
+from hf_soap.trainer import preflight
 
 GIB = 2**30
 
@@ -477,7 +479,7 @@ def test_the_trainer_warns_of_what_is_not_free(
     monkeypatch.setattr(preflight, "device_memory", lambda _: (1000, GIB))
     with caplog.at_level(logging.WARNING, logger="hf_soap"):
         trainer(tmp_path).train()
-    (warning,) = [record.getMessage() for record in caplog.records if record.name == "hf_soap.trainer"]
+    (warning,) = [record.getMessage() for record in caplog.records if record.name == "hf_soap.trainer.trainer"]
     assert "optim=soap" in warning
     assert "use LoRA" in warning
 

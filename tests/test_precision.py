@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_soap import SOAP
-from hf_soap.precision import EXACT, float32_products, onednn_is_exact
+from hf_soap.linalg.precision import EXACT, float32_products, onednn_is_exact
 
 CPU = torch.device("cpu")
 LARGE = (256, 256)

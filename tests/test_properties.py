@@ -17,12 +17,15 @@ from reference import ReferenceSOAP
 from torch import Tensor
 from torch.nn import Parameter
 
-from hf_soap import SOAP, recut
-from hf_soap.blocks import Chunk, Layout, plan_layout
-from hf_soap.registry import ENTRIES
-from hf_soap.rules import AdamW, Rule, Soap
-from hf_soap.schema import option_fields, parse_optim_args
-from hf_soap.sharding import Shard
+from hf_soap import SOAP
+from hf_soap.checkpoint import reshard
+from hf_soap.config.options import option_fields, parse_optim_args
+from hf_soap.distributed.dtensor import Shard
+from hf_soap.rules.base import Rule
+from hf_soap.rules.elementwise import AdamW
+from hf_soap.rules.layout import Chunk, Layout, plan_layout
+from hf_soap.rules.soap import Soap
+from hf_soap.trainer.registry import ENTRIES
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Shapes and memory
@@ -155,23 +158,27 @@ def cut_alike(shard: Shard, **options: Any) -> Layout:
     return plan_layout(shard.whole, part=shard.largest, **options).fitted(shard.largest, shard.size)
 
 
-def piece(rule: Rule, shard: Shard, layout: Layout, grads: list[Tensor]) -> recut.Piece:
+def piece(rule: Rule, shard: Shard, layout: Layout, grads: list[Tensor]) -> reshard.Piece:
     here = tuple(slice(a, a + n) for a, n in zip(shard.offset, shard.size, strict=True))
     state = rule.allocate(layout, 1, dtype=torch.float64, device=torch.device("cpu"))
     if rule.seeds:
         rule.seed(layout.to_blocks(grads[0][here]), state, Chunk(layout, (0,), (0,)))
     for t, grad in enumerate(grads[rule.seeds :], start=1):
         rule.update(layout.to_blocks(grad[here]), state, Chunk(layout, (t,), (0,)))
-    return recut.Piece(shard, layout, {**state, "step": torch.tensor(float(len(grads)))})
+    return reshard.Piece(shard, layout, {**state, "step": torch.tensor(float(len(grads)))})
 
 
-def again(pieces: list[recut.Piece], rule: Rule, shards: list[Shard], options: dict[str, Any]) -> list[recut.Piece]:
+def again(
+    pieces: list[reshard.Piece], rule: Rule, shards: list[Shard], options: dict[str, Any]
+) -> list[reshard.Piece]:
     made = []
     for shard in shards:
         layout = cut_alike(shard, **options)
         wanted = rule.allocate(layout, 1, dtype=torch.float64, device=torch.device("meta"))
         made.append(
-            recut.Piece(shard, layout, recut.recut(pieces, rule, layout, shard, {**wanted, "step": torch.zeros(())}))
+            reshard.Piece(
+                shard, layout, reshard.recut(pieces, rule, layout, shard, {**wanted, "step": torch.zeros(())})
+            )
         )
     return made
 
@@ -208,7 +215,7 @@ def test_parts_of_any_number_become_parts_of_any_other(
             torch.testing.assert_close(factor, factor.mT)
             torch.testing.assert_close(basis.mT @ basis, torch.eye(basis.shape[-1]).double().expand_as(basis))
             assert torch.linalg.eigvalsh(factor).min() > -1e-9
-    described = [recut.understand(recut.describe(p.shard, p.layout), p.state) for p in other]
+    described = [reshard.understand(reshard.describe(p.shard, p.layout), p.state) for p in other]
     assert [(p.shard, p.layout) for p in described] == [(p.shard, p.layout) for p in other]
 
 

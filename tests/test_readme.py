@@ -9,7 +9,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 from update_readme import README, with_tables  # noqa: E402
 
-from hf_soap import registry  # noqa: E402
+from hf_soap.trainer import registry  # noqa: E402
 
 
 def test_option_tables_are_those_of_the_schema() -> None:

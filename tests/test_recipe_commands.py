@@ -11,10 +11,9 @@ import typer
 from recipe_texts import VALID, read
 from typer.testing import CliRunner
 
-from hf_soap import recipes
 from hf_soap.__main__ import app
 from hf_soap.cli.run import CHILDREN, with_recipe
-from hf_soap.recipes import plain_yaml
+from hf_soap.hub import plain_yaml, recipes
 
 ROOT = Path(__file__).parents[1]
 
@@ -105,7 +104,7 @@ def test_the_program_gets_the_options(recipe: str, monkeypatch: pytest.MonkeyPat
 
 def test_processes_below_the_launcher_remember_their_own_options(tmp_path: Path) -> None:
     """TRL's command line trains in a process that accelerate starts."""
-    (tmp_path / "train.py").write_text("import transformers; from hf_soap import recipes; print(recipes.LAUNCH)")
+    (tmp_path / "train.py").write_text("import transformers; from hf_soap.hub import recipes; print(recipes.LAUNCH)")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(CHILDREN), str(ROOT)])}
     command = [sys.executable, str(tmp_path / "train.py"), "--x", "1"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environment, timeout=300)

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from recipe_texts import VALID, read
 from transformers import HfArgumentParser, TrainingArguments
 
-from hf_soap import recipes
-from hf_soap.recipes import keys, plain_yaml
+from hf_soap.hub import keys, plain_yaml, recipes
 
 ROOT = Path(__file__).parents[1]
 

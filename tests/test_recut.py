@@ -6,10 +6,13 @@ from helpers import gradient, parameters, through_a_file, train
 from torch import Tensor
 from torch.nn import Parameter
 
-from hf_soap import MARS, SOAP, Shampoo, recut
-from hf_soap.blocks import Chunk, Layout, plan_layout
-from hf_soap.rules import AdamW, Rule, Soap
-from hf_soap.sharding import Shard
+from hf_soap import MARS, SOAP, Shampoo
+from hf_soap.checkpoint import reshard
+from hf_soap.distributed.dtensor import Shard
+from hf_soap.rules.base import Rule
+from hf_soap.rules.elementwise import AdamW
+from hf_soap.rules.layout import Chunk, Layout, plan_layout
+from hf_soap.rules.soap import Soap
 
 SOAP_RULE = Soap(beta1=0.9, beta2=0.9, shampoo_beta=0.9, eps=1e-8, precondition_frequency=2)
 
@@ -25,7 +28,7 @@ def rows(shape: tuple[int, ...], first: int, last: int) -> Shard:
 
 def test_a_description_can_be_understood() -> None:
     shard, layout = rows((9, 6), 4, 8), Layout((4, 6), (2, 3), (2, 2), (0, 1))
-    piece = recut.understand(recut.describe(shard, layout), {"factor_0": torch.ones(1), "factor_1": torch.ones(1)})
+    piece = reshard.understand(reshard.describe(shard, layout), {"factor_0": torch.ones(1), "factor_1": torch.ones(1)})
     assert (piece.shard, piece.layout) == (shard, layout)
 
 
@@ -51,7 +54,7 @@ def test_a_shard_of_what_one_process_saved_gets_its_part_of_the_factors() -> Non
     saved = soap_state(grads, layout)
     part, shard = plan_layout((2, 4), max_precond_dim=100), rows((6, 4), 2, 4)
     wanted = roles(SOAP_RULE, part)
-    state = recut.recut([recut.Piece(whole(6, 4), layout, saved)], SOAP_RULE, part, shard, wanted)
+    state = reshard.recut([reshard.Piece(whole(6, 4), layout, saved)], SOAP_RULE, part, shard, wanted)
 
     old, new = SOAP_RULE.restate(saved, layout), SOAP_RULE.restate(state, part)
     torch.testing.assert_close(new["factor_0"], old["factor_0"][:, 2:4, 2:4])
@@ -70,14 +73,14 @@ def test_shards_put_together_have_the_sum_of_their_right_factors() -> None:
     grads = [torch.randn(6, 4, generator=generator, dtype=torch.float64) for _ in range(5)]
     part, layout = plan_layout((3, 4), max_precond_dim=100), plan_layout((6, 4), max_precond_dim=100)
     pieces = [
-        recut.Piece(rows((6, 4), first, first + 3), part, soap_state([g[first : first + 3] for g in grads], part))
+        reshard.Piece(rows((6, 4), first, first + 3), part, soap_state([g[first : first + 3] for g in grads], part))
         for first in (0, 3)
     ]
     wanted = {
         **SOAP_RULE.allocate(layout, 1, dtype=torch.float64, device=torch.device("meta")),
         "step": torch.zeros(()),
     }
-    state = recut.recut(pieces, SOAP_RULE, layout, whole(6, 4), wanted)
+    state = reshard.recut(pieces, SOAP_RULE, layout, whole(6, 4), wanted)
     new, direct = SOAP_RULE.restate(state, layout), SOAP_RULE.restate(soap_state(grads, layout), layout)
     torch.testing.assert_close(new["factor_1"], direct["factor_1"])
     torch.testing.assert_close(new["exp_avg"], direct["exp_avg"])
@@ -91,7 +94,7 @@ def test_what_has_no_factors_carries_over_exactly() -> None:
     saved = {"exp_avg": values, "exp_avg_sq": values + 1, "step": torch.tensor(7.0)}
     part = plan_layout((2, 4), max_precond_dim=0)
     wanted = roles(rule, part)
-    state = recut.recut([recut.Piece(whole(6, 4), layout, saved)], rule, part, rows((6, 4), 4, 6), wanted)
+    state = reshard.recut([reshard.Piece(whole(6, 4), layout, saved)], rule, part, rows((6, 4), 4, 6), wanted)
     assert torch.equal(state["exp_avg"], values[:, 4:])
     assert torch.equal(state["exp_avg_sq"], values[:, 4:] + 1)
     assert state["step"] == 7

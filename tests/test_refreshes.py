@@ -11,9 +11,9 @@ from helpers import FULL_RANK, assert_same, gradient, parameters, snapshot, trai
 from torch.nn import Parameter
 
 from hf_soap import MARS, SOAP
-from hf_soap.blocks import Chunk
-from hf_soap.failures import Failures
-from hf_soap.verdict import DEFERS
+from hf_soap.engine.failures import Failures
+from hf_soap.engine.verdict import DEFERS
+from hf_soap.rules.layout import Chunk
 
 FREQUENCY = 4
 soap = partial(SOAP, precondition_frequency=FREQUENCY)
@@ -57,7 +57,7 @@ def test_a_refresh_that_fails_behind_the_step_starts_its_tensors_anew(monkeypatc
     optimizer = soap(params, overlap_refresh=True)
     train(optimizer, params, range(FREQUENCY))
     with monkeypatch.context() as patch:
-        patch.setattr("hf_soap.bases.sorted_refresh", out_of_memory)
+        patch.setattr("hf_soap.linalg.eigenbases.sorted_refresh", out_of_memory)
         with pytest.raises(torch.OutOfMemoryError):
             train(optimizer, params, [FREQUENCY])
     counts = [int(optimizer.state[param]["step"]) for param in params]
@@ -91,7 +91,7 @@ def test_a_step_that_did_not_count_takes_nothing_from_tensors_that_start_anew(
     try:
         params[0].grad[0, 0] = torch.nan  # type: ignore[index]
         with monkeypatch.context() as patch:
-            patch.setattr("hf_soap.bases.sorted_refresh", out_of_memory)
+            patch.setattr("hf_soap.linalg.eigenbases.sorted_refresh", out_of_memory)
             with pytest.raises(torch.OutOfMemoryError):
                 optimizer.step()
         train(optimizer, params, range(3, 6))
@@ -135,8 +135,8 @@ def test_a_rule_neither_reads_from_its_device_nor_mixes_it_with_the_host(
     make: Callable[..., Any], by_products: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Tensors without numbers play a GPU's: what would wait for one, or mix it with the host's, raises."""
-    monkeypatch.setattr("hf_soap.bases._solves_by_products", lambda factor: by_products)
-    monkeypatch.setattr("hf_soap.failures.DEFERS", {"meta"})
+    monkeypatch.setattr("hf_soap.linalg.eigenbases._solves_by_products", lambda factor: by_products)
+    monkeypatch.setattr("hf_soap.engine.failures.DEFERS", {"meta"})
     optimizer, device = make(params := parameters(FULL_RANK)), torch.device("meta")
     group = optimizer.param_groups[0]
     for plan in {optimizer.plan_of(group, param) for param in params}:

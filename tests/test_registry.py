@@ -21,8 +21,9 @@ from transformers import HfArgumentParser, Seq2SeqTrainer, Seq2SeqTrainingArgume
 from transformers.training_args import OptimizerNames
 
 import hf_soap
-from hf_soap import SOAP, extension, registry
-from hf_soap.registry import ENTRIES
+from hf_soap import SOAP
+from hf_soap.trainer import patches, registry
+from hf_soap.trainer.registry import ENTRIES
 
 names = pytest.mark.parametrize("name", ENTRIES)
 
@@ -63,7 +64,7 @@ def test_a_name_is_a_member_like_the_others(name: str) -> None:
 def test_registering_again_changes_nothing() -> None:
     before = [member.value for member in OptimizerNames]
     method = Trainer.get_optimizer_cls_and_kwargs
-    extension.install()
+    patches.install()
     assert [member.value for member in OptimizerNames] == before
     assert len(set(before)) == len(before)
     assert Trainer.get_optimizer_cls_and_kwargs is method

@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2LMHeadModel, Trainer
 
 from hf_soap import SOAP
-from hf_soap.resume import find_problem, last_complete_checkpoint
-from hf_soap.stepping import unwrapped
+from hf_soap.engine.optimizer import unwrapped
+from hf_soap.trainer.resume import find_problem, last_complete_checkpoint
 
 ADAMW = {"optim": "adamw_torch", "optim_args": None}
 INDEX = "model.safetensors.index.json"

@@ -14,8 +14,9 @@ from replaying import assert_replayable, recorded
 from torch import nn
 from transformers import GPT2LMHeadModel
 
-from hf_soap import SOAP, SoapTrainer, bases, linalg
-from hf_soap.stepping import unwrapped
+from hf_soap import SOAP, SoapTrainer
+from hf_soap.engine.optimizer import unwrapped
+from hf_soap.linalg import eigenbases, matrices
 
 FREQUENT = "precondition_frequency=2"
 EXACT = {"optim": "mars", "optim_args": "exact=true"}
@@ -110,7 +111,7 @@ def test_what_was_broken_off_starts_anew_and_the_rest_goes_on(at: int, monkeypat
     optimizer, whole = (SOAP(these, precondition_frequency=1) for these in (params, others))
     train(optimizer, params, range(at))
     train(whole, others, range(at))
-    update, seed = bases.refresh, linalg.eigenbasis
+    update, seed = eigenbases.refresh, matrices.eigenbasis
 
     def failing(wanted: Any) -> Any:
         def called(factor: torch.Tensor, *args: Any) -> Any:
@@ -121,8 +122,8 @@ def test_what_was_broken_off_starts_anew_and_the_rest_goes_on(at: int, monkeypat
         return called
 
     with monkeypatch.context() as patch:
-        patch.setattr(bases, "refresh", failing(update))
-        patch.setattr(linalg, "eigenbasis", failing(seed))
+        patch.setattr(eigenbases, "refresh", failing(update))
+        patch.setattr(matrices, "eigenbasis", failing(seed))
         with pytest.raises(torch.OutOfMemoryError):
             train(optimizer, params, [at])
     train(whole, others, [at])

@@ -11,7 +11,7 @@ from torch.nn import Parameter
 from torch.optim import AdamW
 
 from hf_soap import MARS, SOAP, Shampoo
-from hf_soap.blocks import is_vector
+from hf_soap.rules.layout import is_vector
 
 
 # ---------------------------------------------------------------------------------------------------------------------

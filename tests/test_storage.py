@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_soap import MARS, SOAP, Shampoo, linalg
-from hf_soap.storage import SCALE, Storage, decoded, step_keys
+from hf_soap import MARS, SOAP, Shampoo
+from hf_soap.linalg import matrices
+from hf_soap.rules.storage import SCALE, Storage, decoded, step_keys
 
 SHAPES = [(24, 36), (36, 24), (40,), (30, 30), (6, 5, 4)]
 FORMATS = ["bfloat16", "float8"]
@@ -21,7 +22,7 @@ def state_of(blocks: int = 4) -> dict[str, Tensor]:
     return {
         "exp_avg": torch.randn(blocks, 9, 7) * 1e-3,
         "exp_avg_sq": torch.randn(blocks, 9, 7).square() * 1e-6,
-        "factor_0": linalg.symmetrize(root @ root.mT),
+        "factor_0": matrices.symmetrize(root @ root.mT),
         "basis_0": torch.linalg.qr(root).Q,
         "exp_avg_sq_row": torch.rand(blocks, 9),
     }
@@ -36,10 +37,10 @@ def kept(storage: Storage, state: dict[str, Tensor], keys: list[int] | None = No
 
 @pytest.mark.parametrize("n", [1, 2, 3, 8, 13])
 def test_packing_is_exact(n: int) -> None:
-    matrix = linalg.symmetrize(torch.randn(3, n, n))
-    folded = linalg.pack(matrix)
+    matrix = matrices.symmetrize(torch.randn(3, n, n))
+    folded = matrices.pack(matrix)
     assert folded.shape == (3, n // 2 + 1, n)
-    assert torch.equal(linalg.unpack(folded), matrix)
+    assert torch.equal(matrices.unpack(folded), matrix)
 
 
 def test_packed_state_comes_back_bit_for_bit() -> None:

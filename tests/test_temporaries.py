@@ -9,7 +9,7 @@ from torch.nn import Parameter
 from torch.profiler import ProfilerActivity, profile
 
 from hf_soap import MARS, SOAP, Shampoo
-from hf_soap.buckets import CHUNK_BYTES, temporary_bytes
+from hf_soap.engine.buckets import CHUNK_BYTES, temporary_bytes
 
 
 def peak(call: Callable[[], Any]) -> int:

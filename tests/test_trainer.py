@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from hf_soap import SOAP, SoapConfig, SoapTrainer, SoapTrainerMixin
-from hf_soap.resume import find_problem, last_complete_checkpoint
+from hf_soap.trainer.resume import find_problem, last_complete_checkpoint
 
 FREQUENT = "precondition_frequency=2"
 

@@ -18,7 +18,7 @@ from replaying import assert_replayable, recorded
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback, TrainingArguments
 
 from hf_soap import MARS, SOAP, Shampoo, SoapMetricsCallback, SoapTrainer
-from hf_soap.stepping import unwrapped
+from hf_soap.engine.optimizer import unwrapped
 
 FREQUENT = "precondition_frequency=2"
 SHORT: dict[str, Any] = {"max_steps": 5, "weight_decay": 0.1}

@@ -19,7 +19,7 @@ from torch.optim import lr_scheduler, swa_utils
 from transformers import Trainer
 
 from hf_soap import MARS, SOAP, Shampoo, SoapTrainer
-from hf_soap.stepping import unwrapped
+from hf_soap.engine.optimizer import unwrapped
 
 FREQUENT = "precondition_frequency=2"
 

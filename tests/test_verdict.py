@@ -14,7 +14,7 @@ from helpers import assert_same, gradient, parameters, snapshot, train
 from torch.nn import Parameter
 
 from hf_soap import MARS, SOAP
-from hf_soap.verdict import DEFERS
+from hf_soap.engine.verdict import DEFERS
 
 
 @pytest.fixture

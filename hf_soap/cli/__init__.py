@@ -1,1 +1,4 @@
-"""The commands of ``hf-soap``, one thin file each."""
+"""The commands of ``hf-soap``, one thin file each.
+
+May import every other folder.
+"""

@@ -6,7 +6,8 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from hf_soap import extension, recipes
+from hf_soap.hub import recipes
+from hf_soap.trainer import patches
 
 logger = logging.getLogger(__name__)
 
@@ -19,13 +20,13 @@ def start(argv: Sequence[str], *, module: bool = False) -> None:
         module: Whether the first is the name of a module, for ``-m``.
     """
     recipes.remember(argv, module=module)
-    if _follow not in extension.BEFORE_TRAINING:
-        extension.BEFORE_TRAINING.append(_follow)
+    if _follow not in patches.BEFORE_TRAINING:
+        patches.BEFORE_TRAINING.append(_follow)
 
 
 def _follow(trainer: Any) -> None:
     try:
-        from hf_soap import cards  # here: it takes transformers, and most processes of a launcher train nothing
+        from hf_soap.hub import cards  # here: it takes transformers, and most processes of a launcher train nothing
 
         cards.follow(trainer)
     except Exception as error:

@@ -14,7 +14,8 @@ def options(
     markdown: Annotated[bool, typer.Option(help="Print Markdown as it stands, for a README.")] = False,
 ) -> None:
     """Print the options of an optimizer: type, default and meaning."""
-    from hf_soap import registry, schema
+    from hf_soap.config import options as schema
+    from hf_soap.trainer import registry
 
     if optimizer not in registry.ENTRIES:
         match = schema.nearest(optimizer, registry.ENTRIES)

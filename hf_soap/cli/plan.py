@@ -10,11 +10,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from hf_soap.planning import ADAMW, BATCHES
+from hf_soap.planning.plan import ADAMW, BATCHES
 
 if TYPE_CHECKING:
-    from hf_soap.planning import AdamW, Report, Row
-    from hf_soap.schema import OptimizerConfig
+    from hf_soap.config.options import OptimizerConfig
+    from hf_soap.planning.plan import AdamW, Report, Row
 
 GIB = 2**30
 
@@ -61,8 +61,8 @@ def plan(
     """
     from transformers.utils import logging
 
-    from hf_soap import planning
     from hf_soap.cli.blueprint import model_without_weights, trainer_groups
+    from hf_soap.planning import plan as planning
 
     logging.set_verbosity_error()
     if fsdp > 1 and ddp > 1:
@@ -86,7 +86,9 @@ def plan(
 
 
 def _config(optim: str, optim_args: str, shard_mode: str | None) -> OptimizerConfig | AdamW:
-    from hf_soap import planning, registry, schema
+    from hf_soap.config import options
+    from hf_soap.planning import plan as planning
+    from hf_soap.trainer import registry
 
     if optim in planning.ADAMW:
         if optim_args or shard_mode:
@@ -97,10 +99,10 @@ def _config(optim: str, optim_args: str, shard_mode: str | None) -> OptimizerCon
     if optim not in registry.ENTRIES:
         names = (*registry.ENTRIES, *planning.ADAMW)
         raise typer.BadParameter(
-            f"unknown optimizer {optim!r}: {schema.nearest(optim, names)}Names are {', '.join(names)}."
+            f"unknown optimizer {optim!r}: {options.nearest(optim, names)}Names are {', '.join(names)}."
         )
     try:
-        config = schema.parse_optim_args(optim_args, registry.ENTRIES[optim].config)
+        config = options.parse_optim_args(optim_args, registry.ENTRIES[optim].config)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     return config if shard_mode is None else replace(config, shard_mode=shard_mode)  # type: ignore[call-arg]
@@ -118,8 +120,8 @@ def _show(console: Console, report: Report, memory: float | None, chosen: str) -
     place = PLACES[report.mode].split(",")[0] if report.optim in ADAMW else PLACES[report.mode]
     where = f"{report.ranks} ranks: {place}" if report.ranks > 1 else "one process"
     trained = "" if report.trained == report.parameters else f", {report.trained:,} of them trained"
-    options = f" with {report.asked.optim_args}" if report.asked.optim_args else ""
-    console.print(f"{report.model}, {report.parameters:,} parameters{trained}; {report.optim}{options}; {where}")
+    given = f" with {report.asked.optim_args}" if report.asked.optim_args else ""
+    console.print(f"{report.model}, {report.parameters:,} parameters{trained}; {report.optim}{given}; {where}")
     if chosen:
         console.print(f"{report.model} was chosen {chosen}")
     console.print(_routing(report.tensors, owners="owner" in report.mode and report.ranks > 1))

@@ -14,8 +14,7 @@ from rich.syntax import Syntax
 from rich.table import Table
 from rich.text import Text
 
-from hf_soap import recipes
-from hf_soap.recipes import hub
+from hf_soap.hub import exchange, recipes
 
 app = typer.Typer(
     help="Show, validate, compare and exchange recipes.", no_args_is_help=True, rich_markup_mode="markdown"
@@ -40,7 +39,7 @@ def refusals() -> Iterator[None]:
 def show(source: Source) -> None:
     """Print a recipe."""
     with refusals():
-        text = recipes.dump(hub.load(source))
+        text = recipes.dump(exchange.load(source))
     console = Console()
     if console.is_terminal:
         console.print(Syntax(text.rstrip("\n"), "yaml", background_color="default", word_wrap=True))
@@ -52,7 +51,7 @@ def show(source: Source) -> None:
 def validate(source: Source, allow_key: AllowKey = None) -> None:
     """Say what is wrong with a recipe: unsafe content, unknown keys, wrong types, values out of range."""
     with refusals():
-        recipe = hub.load(source)
+        recipe = exchange.load(source)
         recipes.check(recipe, source=source, allowed=allow_key or ())
     typer.echo(f"{source}: {len(recipe)} keys, all valid")
 
@@ -61,7 +60,7 @@ def validate(source: Source, allow_key: AllowKey = None) -> None:
 def diff(one: Source, other: Source) -> None:
     """Compare two recipes key by key; the status is 1 if they differ."""
     with refusals():
-        rows = recipes.differences(hub.load(one), hub.load(other))
+        rows = recipes.differences(exchange.load(one), exchange.load(other))
     if not rows:
         typer.echo("no difference")
         return
@@ -82,8 +81,8 @@ def push(
 ) -> None:
     """Upload a recipe to a repository as recipe.yaml; its model card stays as it is."""
     with refusals():
-        recipes.check(hub.load(source), source=source, allowed=allow_key or ())
-        typer.echo(hub.push(source, repo, private=private, message=message))
+        recipes.check(exchange.load(source), source=source, allowed=allow_key or ())
+        typer.echo(exchange.push(source, repo, private=private, message=message))
 
 
 @app.command()
@@ -94,7 +93,7 @@ def pull(
 ) -> None:
     """Download a recipe from a repository, or out of its model card."""
     with refusals():
-        typer.echo(hub.pull(source, folder, overwrite=overwrite))
+        typer.echo(exchange.pull(source, folder, overwrite=overwrite))
 
 
 def _cell(value: Any) -> Text:

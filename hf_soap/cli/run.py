@@ -15,10 +15,9 @@ from typing import Annotated
 
 import typer
 
-from hf_soap import recipes
 from hf_soap.cli import launched
 from hf_soap.cli.recipe import refusals
-from hf_soap.recipes import hub
+from hf_soap.hub import exchange, recipes
 
 CHILDREN = Path(__file__).parent / "children"
 """Holds the sitecustomize.py that registers the optimizers in the Python processes that a program starts."""
@@ -117,7 +116,7 @@ def with_recipe(program: list[str], source: str | None, allowed: Iterable[str]) 
     if source in (None, "none"):
         return [*program[:head], *arguments]
     with refusals():
-        recipe = hub.load(source)
+        recipe = exchange.load(source)
         recipes.check(recipe, source=source, allowed=allowed)
     given = recipes.from_arguments(arguments)
     kept = {key: value for key, value in recipe.items() if not {key, f"no_{key}"} & given.keys()}

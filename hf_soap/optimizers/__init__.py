@@ -1,9 +1,4 @@
-"""The optimizers as users meet them: settings, and which rule they mean for a tensor."""
+"""What a user constructs: settings, and which rule they mean for a tensor. Also the table of names.
 
-from __future__ import annotations
-
-from hf_soap.optimizers.mars import MARS
-from hf_soap.optimizers.shampoo import Shampoo
-from hf_soap.optimizers.soap import SOAP
-
-__all__ = ["MARS", "SOAP", "Shampoo"]
+May import ``engine`` and what stands below it.
+"""

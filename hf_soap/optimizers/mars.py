@@ -11,15 +11,20 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from hf_soap import configs, schema, sharding, updates
-from hf_soap.blocks import PREV_PARAM, Plan, is_stack, uncut
-from hf_soap.checks import check_choice, check_pair
-from hf_soap.members import Member
+from hf_soap.config import configs, options
+from hf_soap.config.checks import check_choice, check_pair
+from hf_soap.config.members import Member
+from hf_soap.distributed import dtensor
+from hf_soap.distributed.dtensor import is_sharded, local, local_grad, settle_gradient_
+from hf_soap.engine.optimizer import BlockOptimizer
+from hf_soap.linalg import elementwise
+from hf_soap.linalg.elementwise import Rate
 from hf_soap.optimizers.soap import plan_factors, soap_rule, state_options
-from hf_soap.rules import AdamW, Lion, Mars, Orthogonal, Rule
-from hf_soap.sharding import is_sharded, local, local_grad, settle_gradient_
-from hf_soap.stepping import BlockOptimizer
-from hf_soap.updates import Rate
+from hf_soap.rules.base import Rule
+from hf_soap.rules.elementwise import AdamW, Lion
+from hf_soap.rules.layout import PREV_PARAM, Plan, is_stack, uncut
+from hf_soap.rules.mars import Mars
+from hf_soap.rules.orthogonal import Orthogonal
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +131,7 @@ class MARS(BlockOptimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         beta1, beta2 = check_pair("betas_1d", group["betas_1d"])
-        schema.check_values(self.config, {"beta1_1d": beta1, "beta2_1d": beta2})
+        options.check_values(self.config, {"beta1_1d": beta1, "beta2_1d": beta2})
         check_choice("rule", group["rule"], ("adamw", "lion", "shampoo", "soap", "m", "adam"))
         if group["exact"] and group["shard_mode"] == "owner":
             raise ValueError(
@@ -207,7 +212,7 @@ class MARS(BlockOptimizer):
         self._settle()  # a step that did not count left no previous weights
         params = [param for group in self.param_groups for param in group["params"]]
         has_none = not any(self._previous(member) is not None for member in self.members())
-        return not sharding.agree(has_none, params)
+        return not dtensor.agree(has_none, params)
 
     @contextmanager
     def at_previous_weights(self) -> Iterator[None]:
@@ -269,7 +274,7 @@ class MARS(BlockOptimizer):
         if 0 in grad.stride() and not is_sharded(param):  # expanded: several entries are one place in memory
             grad = param.grad = grad.clone(memory_format=torch.contiguous_format)
         other = torch.zeros_like(grad) if other is None else other
-        grad.copy_(updates.mars_correction(grad, other, beta1=settings["betas"][0], gamma=settings["gamma"]))
+        grad.copy_(elementwise.mars_correction(grad, other, beta1=settings["betas"][0], gamma=settings["gamma"]))
 
     def rates(self, group: Mapping[str, Any], plan: Plan) -> Rate:
         """Returns the group's rates, or those of vectors where the plan is auxiliary."""

@@ -8,11 +8,14 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from hf_soap import configs, rules, sharding
-from hf_soap.blocks import Plan
-from hf_soap.checks import check_choice
+from hf_soap.config import configs
+from hf_soap.config.checks import check_choice
+from hf_soap.distributed import dtensor
+from hf_soap.engine.optimizer import BlockOptimizer
 from hf_soap.optimizers.soap import plan_factors, state_options
-from hf_soap.stepping import BlockOptimizer
+from hf_soap.rules.elementwise import AdamW
+from hf_soap.rules.layout import Plan
+from hf_soap.rules.shampoo import Shampoo as ShampooRule
 
 
 class Shampoo(BlockOptimizer):
@@ -133,7 +136,7 @@ class Shampoo(BlockOptimizer):
             raise ValueError(
                 f"delay must be <= precondition_frequency={frequency}, got {delay}; the next snapshot replaces one"
             )
-        if group["asynchronous"] and delay is None and sharding.ranks() > 1:
+        if group["asynchronous"] and delay is None and dtensor.ranks() > 1:
             raise ValueError(
                 "asynchronous=True got delay=None with several ranks, wanted a number: ranks would take new roots "
                 "over at different steps and drift apart; set delay, at most precondition_frequency"
@@ -156,14 +159,14 @@ class Shampoo(BlockOptimizer):
         beta1, beta2 = group["betas"]
         layout = plan_factors(group, shape, part=part)
         if not layout.sides and (group["kl"] or group["rule"] == "adam"):
-            adamw = rules.AdamW(beta1=beta1, beta2=beta2, eps=group["eps"])
+            adamw = AdamW(beta1=beta1, beta2=beta2, eps=group["eps"])
             return Plan(adamw, layout, **state_options(group))
         shampoo_beta = beta2 if group["shampoo_beta"] is None else group["shampoo_beta"]
         start = group["start_step"]
         if start is None:
             start = group["precondition_frequency"] if group["graft"] else 1
         return Plan(
-            rules.Shampoo(
+            ShampooRule(
                 beta1=beta1,
                 beta2=beta2,
                 shampoo_beta=None if group["statistics"] == "sum" else shampoo_beta,

@@ -8,13 +8,12 @@ from typing import Any, Literal
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from hf_soap import configs
-from hf_soap.blocks import Layout, Plan, plan_layout
-from hf_soap.checks import check_choice
-from hf_soap.rules import Soap
-from hf_soap.rules.soap import ORTHONORMALIZE_EVERY
-from hf_soap.stepping import BlockOptimizer
-from hf_soap.storage import Storage
+from hf_soap.config import configs
+from hf_soap.config.checks import check_choice
+from hf_soap.engine.optimizer import BlockOptimizer
+from hf_soap.rules.layout import Layout, Plan, plan_layout
+from hf_soap.rules.soap import ORTHONORMALIZE_EVERY, Soap
+from hf_soap.rules.storage import Storage
 
 
 class SOAP(BlockOptimizer):

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from hf_soap import updates
-from hf_soap.blocks import Chunk, Layout
+from hf_soap.linalg.elementwise import Rate
+from hf_soap.rules.layout import Chunk, Layout
 
 State = Mapping[str, Tensor]
 """State of a batch of blocks by role, views of (blocks, ...) that are changed in place."""
@@ -98,7 +98,7 @@ class Rule:
         state: Mapping[str, list[Tensor]],
         t: Sequence[int],
         *,
-        rates: Sequence[updates.Rate],
+        rates: Sequence[Rate],
         divisors: list[Tensor] | None = None,
     ) -> None:
         """Takes the whole step of :meth:`update` and the weights, where the rule :attr:`fuses` them.

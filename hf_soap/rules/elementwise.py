@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_soap import updates
-from hf_soap.blocks import Chunk, Layout
+from hf_soap.linalg import elementwise
+from hf_soap.linalg.elementwise import Rate
 from hf_soap.rules.base import MOMENTS, Rule, State, zeros
+from hf_soap.rules.layout import Chunk, Layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +61,7 @@ class AdamW(Rule):
         state: Mapping[str, list[Tensor]],
         t: Sequence[int],
         *,
-        rates: Sequence[updates.Rate],
+        rates: Sequence[Rate],
         divisors: list[Tensor] | None = None,
     ) -> None:
         """Takes the step by torch's fused AdamW, which updates weights and moments in one pass."""
@@ -69,8 +70,8 @@ class AdamW(Rule):
             (divisor,) = divisors  # the kernel divides on its way, but by one number of float32 alone
         elif divisors is not None:
             torch._foreach_div_(grads, divisors)
-        counts = [updates.step_count(number, device) for number in t]
-        for run, (lr, weight_decay) in updates.equal_rates(rates):
+        counts = [elementwise.step_count(number, device) for number in t]
+        for run, (lr, weight_decay) in elementwise.equal_rates(rates):
             torch._fused_adamw_(
                 params[run],
                 grads[run],
@@ -88,7 +89,7 @@ class AdamW(Rule):
                 grad_scale=divisor,
             )
         for changed in (state["exp_avg"], state["exp_avg_sq"]):
-            updates.changed_by_kernel(changed)
+            elementwise.changed_by_kernel(changed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +130,7 @@ class Lion(Rule):
         state: Mapping[str, list[Tensor]],
         t: Sequence[int],
         *,
-        rates: Sequence[updates.Rate],
+        rates: Sequence[Rate],
         divisors: list[Tensor] | None = None,
     ) -> None:
         """Takes the step by torch's multi-tensor kernels."""
@@ -137,5 +138,5 @@ class Lion(Rule):
             torch._foreach_div_(grads, divisors)
         torch._foreach_lerp_(state["exp_avg"], grads, 1 - self.beta1)
         signs = torch._foreach_sign(state["exp_avg"])
-        for run, (lr, weight_decay) in updates.equal_rates(rates):
-            updates.take_step_(params[run], signs[run], lr=lr, weight_decay=weight_decay)
+        for run, (lr, weight_decay) in elementwise.equal_rates(rates):
+            elementwise.take_step_(params[run], signs[run], lr=lr, weight_decay=weight_decay)

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_soap import updates
-from hf_soap.blocks import Chunk, Layout
+from hf_soap.linalg import elementwise
 from hf_soap.rules.base import Rule, State, zeros
+from hf_soap.rules.layout import Chunk, Layout
 
 CACHED_BYTES = 2**18
 """On a CPU, gradients of so many bytes go through all kernels together, so that they stay in its cache."""
@@ -114,7 +114,7 @@ class Mars(Rule):
         state: Mapping[str, list[Tensor]],
         t: Sequence[int],
         *,
-        rates: Sequence[updates.Rate],
+        rates: Sequence[elementwise.Rate],
         divisors: list[Tensor] | None = None,
     ) -> None:
         """Corrects the gradients in the buffer of the previous ones and hands them to the inner rule's kernels."""
@@ -127,7 +127,7 @@ class Mars(Rule):
             corrected = [grad.clone() for grad in fresh] if self.exact else own["prev_grad"]
             if not self.exact:
                 torch._foreach_lerp_(corrected, fresh, 1 + self.gamma * self.beta1 / (1 - self.beta1))
-            norms = updates.norms(corrected, corrected[0].dtype)
+            norms = elementwise.norms(corrected, corrected[0].dtype)
             torch._foreach_clamp_min_(norms, 1.0)
             self.inner.fused_step(params[part], corrected, own, t[part], rates=rates[part], divisors=norms)
             if not self.exact:
@@ -137,7 +137,7 @@ class Mars(Rule):
         if self.exact:
             corrected = grad
         else:
-            corrected = updates.mars_correction(grad, state["prev_grad"], beta1=self.beta1, gamma=self.gamma)
+            corrected = elementwise.mars_correction(grad, state["prev_grad"], beta1=self.beta1, gamma=self.gamma)
             state["prev_grad"].copy_(grad)
         norm = chunk.tensor_square_sum(corrected).sqrt_().clamp_(min=1.0)
         return corrected / norm

@@ -9,9 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hf_soap import roots
-from hf_soap.blocks import Chunk, Layout
+from hf_soap.linalg import inverse_roots
 from hf_soap.rules.base import Rule, State, zeros
+from hf_soap.rules.layout import Chunk, Layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,5 +58,7 @@ class Orthogonal(Rule):
         exp_avg = state["exp_avg"].lerp_(grad, 1 - self.beta1)
         rows, cols = exp_avg.shape[-2:]
         if self.scale == "aspect":
-            return roots.newton_schulz(exp_avg / (1 - self.beta1), eps=self.eps).mul_(max(1.0, rows / cols) ** 0.5)
-        return roots.newton_schulz(exp_avg, eps=self.eps).mul_(0.2 * max(rows, cols) ** 0.5)
+            return inverse_roots.newton_schulz(exp_avg / (1 - self.beta1), eps=self.eps).mul_(
+                max(1.0, rows / cols) ** 0.5
+            )
+        return inverse_roots.newton_schulz(exp_avg, eps=self.eps).mul_(0.2 * max(rows, cols) ** 0.5)

@@ -9,10 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hf_soap import linalg, roots, updates
-from hf_soap.background import Background, Roots
-from hf_soap.blocks import Chunk, Layout, adjacent
+from hf_soap.engine.background import Background, Roots
+from hf_soap.linalg import elementwise, inverse_roots, matrices
 from hf_soap.rules.base import Rule, State, zeros
+from hf_soap.rules.layout import Chunk, Layout, adjacent
 
 Graft = Literal["adam", "adagrad", "rmsprop", "sgd"]
 
@@ -39,7 +39,7 @@ class Shampoo(Rule):
         momentum: Heavy ball on the direction.
         correct_bias: Debias moving averages.
         one_sided: The layout leaves one side of a matrix alone on purpose: it gets no diagonal either.
-        stagger: Shift the roots of tensor i by i updates.
+        stagger: Shift the roots of tensor i by i elementwise.
         kl: Whiten the gradient by the other factors before it enters a factor (KL-Shampoo).
         delay: Updates between a snapshot and the use of its roots, computed in the background meanwhile; 0 computes in
             place, None takes roots as soon as they are done.
@@ -82,10 +82,10 @@ class Shampoo(Rule):
         roles += [("exp_avg_sq", self.graft not in (None, "sgd"))]
         state = zeros(layout, tensors, tuple(role for role, used in roles if used), dtype=dtype, device=device)
         blocks = tensors * layout.blocks
-        matrices = ("factor", "root", "snapshot") if self.delay else ("factor", "root")
+        kinds = ("factor", "root", "snapshot") if self.delay else ("factor", "root")
         for side in layout.sides:
             n = layout.block[side]
-            for role in matrices:
+            for role in kinds:
                 state[f"{role}_{side}"] = torch.zeros(blocks, n, n, dtype=dtype, device=device)
         for axis in self._diagonals(layout):
             state[f"diagonal_{axis}"] = torch.zeros(blocks, layout.block[axis], dtype=dtype, device=device)
@@ -136,7 +136,7 @@ class Shampoo(Rule):
         mean.clamp_(min=torch.finfo(mean.dtype).tiny)
         for side in chunk.layout.sides:
             factor = state[f"factor_{side}"]
-            factor.copy_(mean ** (1 / len(chunk.layout.sides)) * linalg.eye_like(factor))
+            factor.copy_(mean ** (1 / len(chunk.layout.sides)) * matrices.eye_like(factor))
         self._compute_roots(state, chunk)
 
     def update(self, grad: Tensor, state: State, chunk: Chunk) -> Tensor:
@@ -152,10 +152,10 @@ class Shampoo(Rule):
                 self._refresh(state, chunk)
         direction = filtered
         for side in layout.sides:
-            direction = linalg.mode_product(direction, state[f"root_{side}"], side)
+            direction = matrices.mode_product(direction, state[f"root_{side}"], side)
         for axis in self._diagonals(layout):
             power = self._power(self._debiased(state[f"diagonal_{axis}"].unsqueeze(-1), chunk).squeeze(-1), layout)
-            direction = direction * updates.along(power, axis, direction.dim())
+            direction = direction * elementwise.along(power, axis, direction.dim())
         if self.kl:
             direction = self._within_reach(direction, chunk)
         if self.graft:
@@ -179,7 +179,7 @@ class Shampoo(Rule):
             return filtered.clone()
         debias = chunk.per_block(lambda t: (1 - self.beta2**t) ** 0.5, grad)
         kind, moment = str(self.graft), state["exp_avg_sq"]
-        denominator = updates.graft_denominator(kind, moment, grad, beta2=self.beta2, eps=self.eps, debias=debias)
+        denominator = elementwise.graft_denominator(kind, moment, grad, beta2=self.beta2, eps=self.eps, debias=debias)
         return filtered / denominator
 
     def _with_momentum(self, direction: Tensor, state: State) -> Tensor:
@@ -208,11 +208,11 @@ class Shampoo(Rule):
                 weight /= grad[0].numel() // layout.block[side]
                 for other, root in whitening.items():
                     if other != side:
-                        whitened = updates.squarable(linalg.mode_product(whitened, root, other))
+                        whitened = elementwise.squarable(matrices.mode_product(whitened, root, other))
                 whitened = self._without_overshoot(whitened, state[f"factor_{side}"], weight, len(whitening))
-            linalg.add_gram_(state[f"factor_{side}"], whitened, side, beta=beta, alpha=weight)
+            matrices.add_gram_(state[f"factor_{side}"], whitened, side, beta=beta, alpha=weight)
         for axis in self._diagonals(layout):
-            state[f"diagonal_{axis}"].mul_(beta).add_(linalg.unfold(grad, axis).square().sum(-1), alpha=alpha)
+            state[f"diagonal_{axis}"].mul_(beta).add_(matrices.unfold(grad, axis).square().sum(-1), alpha=alpha)
 
     def _without_overshoot(self, whitened: Tensor, factor: Tensor, weight: float, sides: int) -> Tensor:
         """Shortens a whitened gradient that would more than double the factor which it enters.
@@ -252,13 +252,13 @@ class Shampoo(Rule):
         if self.kl:  # ε is to the product of the roots what it is to Adam's; a zero factor would stay zero for ever
             damping = self.eps ** (2 / len(factors))
             for role, factor in factors.items():
-                factors[role] = factor + damping * linalg.eye_like(factor)
+                factors[role] = factor + damping * matrices.eye_like(factor)
         return factors
 
     def _roots_of(self, factors: Roots, layout: Layout) -> Roots:
         exponent, method = self._exponent(layout), self.root_method
         return {
-            role: roots.inverse_root(factor, exponent=exponent, ridge=self.ridge, method=method)
+            role: inverse_roots.inverse_root(factor, exponent=exponent, ridge=self.ridge, method=method)
             for role, factor in factors.items()
         }
 
@@ -338,7 +338,7 @@ class Shampoo(Rule):
         for role, root in (new or {}).items():
             old = state[role]
             # A root of zeros is none yet; the gradient then passes through the identity.
-            kept = torch.where(old.flatten(1).any(1).view(-1, 1, 1), old, linalg.eye_like(old))
+            kept = torch.where(old.flatten(1).any(1).view(-1, 1, 1), old, matrices.eye_like(old))
             root = torch.where(chunk.sound(root), root, kept)
             chunk.gauge.replaced(old, root)
             old.copy_(root)

@@ -11,10 +11,10 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-from hf_soap import bases, linalg, updates
-from hf_soap.blocks import Chunk, Layout, adjacent
-from hf_soap.precision import float32_products
+from hf_soap.linalg import eigenbases, elementwise, matrices
+from hf_soap.linalg.precision import float32_products
 from hf_soap.rules.base import MOMENTS, Rule, State, zeros
+from hf_soap.rules.layout import Chunk, Layout, adjacent
 
 ORTHONORMALIZE_EVERY = 50
 """Refreshes between two corrections of a basis: in float32 each adds about 1e-7 to the largest entry of QᵀQ - I."""
@@ -110,7 +110,7 @@ class Soap(Rule):
         for side in layout.sides:
             basis = state[f"basis_{side}"]
             restated[f"factor_{side}"] = basis @ state[f"factor_{side}"] @ basis.mT
-            exp_avg = linalg.mode_product(exp_avg, basis.mT, side)
+            exp_avg = matrices.mode_product(exp_avg, basis.mT, side)
         mean = state["exp_avg_sq"].flatten(1) if "exp_avg_sq" in state else state[V_FACTORS[0]]
         mean = mean.mean(1, keepdim=True)
         if layout.sides:
@@ -138,11 +138,11 @@ class Soap(Rule):
             basis = self._diagonalize_(factor, chunk)
             values = factor.diagonal(dim1=-2, dim2=-1)
             state[f"basis_{side}"].copy_(basis)
-            exp_avg.copy_(linalg.mode_product(exp_avg, basis, side))
+            exp_avg.copy_(matrices.mode_product(exp_avg, basis, side))
             values = values.clamp(min=0)
             share = values / values.mean(-1, keepdim=True).clamp_(min=torch.finfo(values.dtype).tiny)
             if "exp_avg_sq" in state:
-                state["exp_avg_sq"].mul_(updates.along(share, side, exp_avg.dim()))
+                state["exp_avg_sq"].mul_(elementwise.along(share, side, exp_avg.dim()))
             else:
                 state[V_FACTORS[side]].mul_(share)
 
@@ -163,16 +163,16 @@ class Soap(Rule):
         """Sets factors and bases from the first gradient; no gradient shapes the basis it is rotated into."""
         for side in chunk.layout.sides:
             factor = state[f"factor_{side}"]
-            linalg.add_gram_(factor, grad, side, beta=0.0, alpha=1 - self.shampoo_beta)
+            matrices.add_gram_(factor, grad, side, beta=0.0, alpha=1 - self.shampoo_beta)
             state[f"basis_{side}"].copy_(self._diagonalize_(factor, chunk))
 
     @staticmethod
     def _diagonalize_(factor: Tensor, chunk: Chunk) -> Tensor:
         """Brings factors into their eigenbases and returns those: the identity where none could be found."""
-        values, basis = chunk.share(linalg.eigenbasis, factor)
+        values, basis = chunk.share(matrices.eigenbasis, factor)
         sound = chunk.sound(values, basis)
         factor.copy_(torch.where(sound, torch.diag_embed(values), factor))
-        return torch.where(sound, basis, linalg.eye_like(basis))
+        return torch.where(sound, basis, matrices.eye_like(basis))
 
     def update(self, grad: Tensor, state: State, chunk: Chunk) -> Tensor:
         """Rotates, takes the Adam direction, rotates back; then accumulates, and refreshes the bases that are due."""
@@ -209,7 +209,7 @@ class Soap(Rule):
         return not self.include_current
 
     def due(self, chunk: Chunk) -> list[bool]:
-        """Every ``precondition_frequency`` updates."""
+        """Every ``precondition_frequency`` elementwise."""
         ages = [self._age(t, index) for t, index in zip(chunk.t, chunk.index, strict=True)]
         return [bool(chunk.layout.sides) and age % self.precondition_frequency == 0 for age in ages]
 
@@ -231,21 +231,21 @@ class Soap(Rule):
         rotated = tensor.bfloat16() if self.matmul_dtype == "bfloat16" and own else tensor
         with arithmetic:
             for side, basis in own.items():
-                rotated = linalg.mode_product(rotated, basis.mT if back else basis, side)
+                rotated = matrices.mode_product(rotated, basis.mT if back else basis, side)
         return rotated.to(tensor.dtype)
 
     def _adam_direction(self, rotated: Tensor, state: State, layout: Layout) -> Tensor:
         betas = {"beta1": self.beta1, "beta2": self.beta2}
         if self.factorizes(layout):
             row, column = (state[role] for role in V_FACTORS)
-            return updates.factorized_adam_direction(rotated, state["exp_avg"], row, column, eps=self.eps, **betas)
+            return elementwise.factorized_adam_direction(rotated, state["exp_avg"], row, column, eps=self.eps, **betas)
         # What has no factors may be cut elsewhere on other ranks, and must come out the same.
-        fuses = layout.sides and updates.fuses_evenly(layout.block, rotated.device)
-        adam_direction = updates.fused_adam_direction if fuses else updates.adam_direction
+        fuses = layout.sides and elementwise.fuses_evenly(layout.block, rotated.device)
+        adam_direction = elementwise.fused_adam_direction if fuses else elementwise.adam_direction
         return adam_direction(rotated, state["exp_avg"], state["exp_avg_sq"], eps=self.eps, **betas)
 
     def _bias_correction(self, t: int) -> float:
-        return updates.bias_correction(t, beta1=self.beta1, beta2=self.beta2)
+        return elementwise.bias_correction(t, beta1=self.beta1, beta2=self.beta2)
 
     def _accumulate(self, rotated: Tensor, state: State, layout: Layout) -> None:
         beta = self.shampoo_beta
@@ -256,8 +256,8 @@ class Soap(Rule):
                 alpha /= rotated[0].numel() // layout.block[side]
                 for other, scale in scales.items():
                     if other != side:
-                        whitened = updates.squarable(whitened * updates.along(scale, other, rotated.dim()))
-            linalg.add_gram_(state[f"factor_{side}"], whitened, side, beta=beta, alpha=alpha)
+                        whitened = elementwise.squarable(whitened * elementwise.along(scale, other, rotated.dim()))
+            matrices.add_gram_(state[f"factor_{side}"], whitened, side, beta=beta, alpha=alpha)
 
     def _inverse_root_eigenvalues(self, factor: Tensor) -> Tensor:
         values = factor.diagonal(dim1=-2, dim2=-1)
@@ -271,30 +271,30 @@ class Soap(Rule):
         refreshes = [self._age(t, i) // self.precondition_frequency for t, i in zip(chunk.t, chunk.index, strict=True)]
         for side in chunk.layout.sides:
             if self.refresh_tol:
-                stale = bases.off_diagonal_share(state[f"factor_{side}"]) > self.refresh_tol
+                stale = eigenbases.off_diagonal_share(state[f"factor_{side}"]) > self.refresh_tol
                 for first, last in adjacent(stale.tolist()):
                     self._refresh_side(_part(state, slice(first, last)), side, chunk)
             else:
                 self._refresh_side(state, side, chunk)
             basis = state[f"basis_{side}"]
             for blocks, _ in chunk.runs(n % self.orthonormalize_every == 0 for n in refreshes):
-                basis[blocks].copy_(bases.orthonormalize(basis[blocks]))
+                basis[blocks].copy_(eigenbases.orthonormalize(basis[blocks]))
 
     def _refresh_side(self, state: State, side: int, chunk: Chunk) -> None:
         factor, basis, exp_avg = state[f"factor_{side}"], state[f"basis_{side}"], state["exp_avg"]
-        order, rotation, refreshed = chunk.share(bases.sorted_refresh, factor)
+        order, rotation, refreshed = chunk.share(eigenbases.sorted_refresh, factor)
         sound, unmoved = chunk.sound(rotation, refreshed), torch.arange(order.shape[-1], device=order.device)
         order = torch.where(sound.squeeze(-1), order, unmoved)
-        rotation = torch.where(sound, rotation, linalg.eye_like(rotation))
+        rotation = torch.where(sound, rotation, matrices.eye_like(rotation))
         factor.copy_(torch.where(sound, refreshed, factor))
         chunk.gauge.rotated(rotation, factor)
         # Rows of the rotation go back to where the columns came from: the sort costs Q and M no pass of their own.
         rotation = torch.empty_like(rotation).scatter_(-2, order.unsqueeze(-1).expand_as(rotation), rotation)
         basis.copy_(basis @ rotation)
-        exp_avg.copy_(linalg.mode_product(exp_avg, rotation, side))
+        exp_avg.copy_(matrices.mode_product(exp_avg, rotation, side))
         # The second moments belong to columns: unless they are permuted with them, the sort scrambles them.
         if "exp_avg_sq" in state:
-            along = updates.along(order, side, exp_avg.dim()).expand_as(exp_avg)
+            along = elementwise.along(order, side, exp_avg.dim()).expand_as(exp_avg)
             state["exp_avg_sq"].copy_(state["exp_avg_sq"].gather(side + 1, along))
         else:
             state[V_FACTORS[side]].copy_(state[V_FACTORS[side]].gather(1, order))

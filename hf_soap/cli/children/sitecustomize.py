@@ -42,6 +42,6 @@ def _run_next_sitecustomize() -> None:
 
 
 # By its path, since importing it from the package would import the package, and that torch.
-_hooks = _run("_hf_soap_hooks", os.path.join(_PACKAGE, "hooks.py"))  # noqa: PTH118
+_hooks = _run("_hf_soap_hooks", os.path.join(_PACKAGE, "trainer", "import_hook.py"))  # noqa: PTH118
 _hooks.after_import("transformers", _register)
 _run_next_sitecustomize()

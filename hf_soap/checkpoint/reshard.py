@@ -1,0 +1,183 @@
+"""State of a tensor that was cut in one way, made to fit another: other ranks, other blocks, one process.
+
+Momentum and everything else that has the tensor's coordinates carries over exactly. Factors are put together from what
+the old parts hold: each contributes in proportion to the entries that it shares with a new block, and correlations
+between entries that no old factor saw count as zero.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_soap.distributed.dtensor import Shard
+from hf_soap.linalg import matrices
+from hf_soap.rules.base import Rule
+from hf_soap.rules.layout import PREV_PARAM, Chunk, Layout
+from hf_soap.rules.storage import COUNT
+
+Ranges = tuple[tuple[int, int], ...]
+"""(first, end) for each dimension."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """State of one part of a tensor, as one rank held it.
+
+    Attributes:
+        shard: Where the part lies.
+        layout: How it was cut.
+        state: Tensors by role.
+    """
+
+    shard: Shard
+    layout: Layout
+    state: dict[str, Tensor]
+
+
+def describe(shard: Shard, layout: Layout) -> Tensor:
+    """Returns shard and layout as one vector of int64, of the same length on all ranks, to be saved with the state."""
+    numbers = [len(shard.whole), len(layout.view)]
+    for values in (shard.whole, shard.offset, shard.size, shard.largest, layout.view, layout.grid, layout.block):
+        numbers += values
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
+
+
+def understand(described: Tensor, state: Mapping[str, Tensor]) -> Piece:
+    """Returns the piece whose shard and layout :func:`describe` made a vector of."""
+    dims, modes, *numbers = described.tolist()
+    rest = iter(numbers)
+    whole, offset, size, largest = (tuple(itertools.islice(rest, dims)) for _ in range(4))
+    view, grid, block = (tuple(itertools.islice(rest, modes)) for _ in range(3))
+    sides = tuple(side for side in range(modes) if f"factor_{side}" in state)
+    return Piece(Shard(whole, offset, size, largest), Layout(view, grid, block, sides), dict(state))
+
+
+def recut(
+    pieces: Sequence[Piece], rule: Rule, layout: Layout, shard: Shard, wanted: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Makes the state of one part of a tensor from the state of other parts that cover it.
+
+    Args:
+        pieces: Saved state of all old parts, on one device.
+        rule: The rule that the state belongs to.
+        layout: How the new part is cut.
+        shard: Where it lies.
+        wanted: Tensors of the shapes that its state has, by role, ``step`` included.
+
+    Returns:
+        State by role, with the shapes of ``wanted`` and the dtypes of the pieces.
+    """
+    near = [piece for piece in pieces if _overlap(piece.shard, shard)]
+    steps = [piece.state["step"].reshape(()) for piece in near]
+    step = torch.stack(steps).max() if steps else torch.zeros((), device="cpu")
+    dtype = next((value.dtype for piece in near for role, value in piece.state.items() if role != "step"), None)
+    state = {
+        role: torch.zeros(like.shape, dtype=dtype, device="cpu") for role, like in wanted.items() if role != "step"
+    }
+    if step > 0:
+        known = [Piece(p.shard, p.layout, rule.restate(p.state, p.layout)) for p in near if p.state["step"] > 0]
+        for role, value in state.items():
+            kind, _, axis = role.rpartition("_")
+            if kind in ("factor", "snapshot", "diagonal"):
+                _fill_axis(value, role, int(axis), known, layout, shard, average=rule.averages)
+            elif kind == "exp_avg_sq":
+                _fill_axis(value, role, ("row", "col").index(axis), known, layout, shard, average=True)
+            elif kind not in ("basis", "root"):  # those are computed anew
+                parts = [_part(piece, role, shard) for piece in known if role in piece.state]
+                value.copy_(layout.to_blocks(_joined(parts, shard, value.dtype)))
+        for side in layout.sides:
+            factor, exp_avg = state[f"factor_{side}"], state.get("exp_avg", state.get("prev_grad"))
+            if not factor.any() and exp_avg is not None:  # a side that had no factor: as from a first gradient
+                matrices.add_gram_(factor, exp_avg, side, beta=0.0, alpha=1.0)
+        chunk = Chunk(layout, (int(step) - rule.seeds,), (0,))
+        rule.rebuild({role: value for role, value in state.items() if role != PREV_PARAM}, chunk)
+    return {**state, "step": step.to(COUNT)}
+
+
+def _overlap(one: Shard, other: Shard) -> Ranges | None:
+    ranges = tuple(
+        (max(a, b), min(a + m, b + n))
+        for a, m, b, n in zip(one.offset, one.size, other.offset, other.size, strict=True)
+    )
+    return ranges if all(first < end for first, end in ranges) else None
+
+
+def _part(piece: Piece, role: str, shard: Shard) -> tuple[Ranges, Tensor]:
+    """What a piece has of a role with the tensor's coordinates within ``shard``, and where that lies."""
+    ranges = _overlap(piece.shard, shard) or ()
+    tensor = piece.layout.from_blocks(piece.state[role], piece.shard.size)
+    own = zip(ranges, piece.shard.offset, strict=True)
+    return ranges, tensor[tuple(slice(first - start, end - start) for (first, end), start in own)]
+
+
+def _joined(parts: Sequence[tuple[Ranges, Tensor]], shard: Shard, dtype: torch.dtype) -> Tensor:
+    joined = torch.zeros(shard.size, dtype=dtype, device="cpu")
+    for ranges, part in parts:
+        where = zip(ranges, shard.offset, strict=True)
+        joined[tuple(slice(first - start, end - start) for (first, end), start in where)] = part
+    return joined
+
+
+def _fill_axis(
+    target: Tensor, role: str, axis: int, pieces: Sequence[Piece], layout: Layout, shard: Shard, *, average: bool
+) -> None:
+    """Adds up what the blocks of old pieces know of one axis of each new block: a matrix, or its diagonal."""
+    new = _block_ranges(layout, shard)
+    for piece in pieces:
+        old = _block_ranges(piece.layout, piece.shard)
+        if role not in piece.state or old is None or new is None or len(old) != len(new):
+            continue
+        matches = [list(_matches(theirs, ours)) for theirs, ours in zip(old, new, strict=True)]
+        for combination in itertools.product(*matches):
+            weight = 1.0
+            for mode, (theirs, ours, first, end) in enumerate(combination):
+                if mode != axis:
+                    start, stop = (new[mode][ours]) if average else (old[mode][theirs])
+                    weight *= (end - first) / (stop - start)
+            theirs, ours, first, end = combination[axis]
+            source = piece.state[role][_number([c[0] for c in combination], piece.layout.grid)]
+            here = slice(first - new[axis][ours][0], end - new[axis][ours][0])
+            there = slice(first - old[axis][theirs][0], end - old[axis][theirs][0])
+            block = target[_number([c[1] for c in combination], layout.grid)]
+            if target.dim() == 3:
+                block[here, here] += weight * source[there, there]
+            else:
+                block[here] += weight * source[there]
+
+
+def _matches(old: Sequence[tuple[int, int]], new: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int, int]]:
+    """Yields (number of the old range, of the new one, first, end) of every overlap."""
+    for i, (a, b) in enumerate(old):
+        for j, (c, d) in enumerate(new):
+            if max(a, c) < min(b, d):
+                yield i, j, max(a, c), min(b, d)
+
+
+def _number(place: Sequence[int], grid: Sequence[int]) -> int:
+    number = 0
+    for index, count in zip(place, grid, strict=True):
+        number = number * count + index
+    return number
+
+
+def _block_ranges(layout: Layout, shard: Shard) -> list[list[tuple[int, int]]] | None:
+    """For each mode, where its blocks lie in the whole tensor; None if merging mixed a mode with a cut dimension."""
+    sizes, wholes, offsets = iter(shard.size), iter(shard.whole), iter(shard.offset)
+    ranges = []
+    for extent, count, block in zip(layout.view, layout.grid, layout.block, strict=True):
+        covered, start, first = 1, 0, True
+        while covered < extent or first:
+            size, whole, offset = next(sizes, 1), next(wholes, 1), next(offsets, 0)
+            if not first and size != whole:
+                return None
+            start = offset if first else start * size
+            covered, first = covered * size, False
+        ends = [(start + i * block, start + min((i + 1) * block, extent)) for i in range(count)]
+        ranges.append([(a, b) for a, b in ends if a < b])
+    return ranges if math.prod(layout.view) else None

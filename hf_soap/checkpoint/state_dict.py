@@ -1,0 +1,588 @@
+"""What a state dict holds and how it is loaded.
+
+A checkpoint holds flat tensors and plain numbers per parameter, keyed by role, so that it says nothing about how state
+was stacked in memory.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_soap.checkpoint import reshard
+from hf_soap.config.members import OVERRIDES, Member
+from hf_soap.distributed import dtensor, owners
+from hf_soap.engine.buckets import check_state
+from hf_soap.linalg.precision import float32_products
+from hf_soap.rules.layout import Plan, uncut
+from hf_soap.rules.storage import COUNT, LAYOUT, decoded, is_own
+
+logger = logging.getLogger(__name__)
+
+RATES = ("lr", "initial_lr")
+"""Group entries that a checkpoint decides: a scheduler continues from them."""
+
+CYCLED = "max_momentum"
+"""Group entry by which OneCycleLR and CyclicLR say that they change the first of the betas at each step."""
+
+NAMES = "param_names"
+
+
+def detach_state(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Returns ``state_dict`` with every tensor of the family's state copied out of the stack it is a view of."""
+    state = {
+        key: {role: _detached(role, value) for role, value in entry.items()} if isinstance(key, Tensor) else entry
+        for key, entry in state_dict["state"].items()
+    }
+    return {**state_dict, "state": state}
+
+
+def _detached(role: Any, value: Any) -> Any:
+    return value.clone() if is_own(role) and isinstance(value, Tensor) else value
+
+
+def regrouped(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> dict[str, Any]:
+    """Returns a state dict whose groups hold as many parameters as an optimizer's, in the same order.
+
+    Checkpoints of version 0.1.0 have a group for each rule; names say which parameter is which.
+
+    Args:
+        groups: The optimizer's param groups.
+        state_dict: What was saved.
+
+    Returns:
+        The state dict as it is where the groups are alike.
+
+    Raises:
+        ValueError: If number or sizes of the groups differ, and there are no names to go by.
+    """
+    saved = state_dict["param_groups"]
+    got, want = [len(group["params"]) for group in saved], [len(group["params"]) for group in groups]
+    if got == want:
+        return state_dict
+    where = {name: (key, old) for old in saved for name, key in zip(old.get(NAMES, ()), old["params"], strict=False)}
+    names = [name for group in groups for name in group.get(NAMES, ())]
+    if not (len(names) == len(set(names)) == len(where) == sum(want) == sum(got) and where.keys() == set(names)):
+        raise ValueError(
+            f"the checkpoint has param groups of {got} parameters, this optimizer has groups of {want}; "
+            "load it with the same model and the same grouping options in optim_args"
+        )
+    arranged = []
+    for group in groups:
+        members = [where[name] for name in group.get(NAMES, ())]
+        settings = members[0][1] if members else saved[0]
+        keys = [key for key, _ in members]
+        arranged.append({**settings, "params": keys, **({NAMES: list(group[NAMES])} if NAMES in group else {})})
+    return {**state_dict, "param_groups": arranged}
+
+
+def merged_groups(
+    groups: list[dict[str, Any]], saved: list[dict[str, Any]], settings: Collection[str]
+) -> list[dict[str, Any]]:
+    """Returns saved groups with current settings in the place of the saved ones.
+
+    Learning rates come from the checkpoint, and what else schedulers keep in a group: a scheduler continues from it.
+
+    Args:
+        groups: The optimizer's param groups.
+        saved: As many saved groups.
+        settings: Names of the optimizer's settings.
+    """
+    merged = []
+    for old, new in zip(saved, groups, strict=True):
+        kept = {*settings, NAMES, OVERRIDES} - {*RATES}
+        current = {k: v for k, v in new.items() if k != "params" and (k in kept or k not in old)}
+        if CYCLED in old and "betas" in old:
+            current["betas"] = (old["betas"][0], *new["betas"][1:])
+        changed = {k: (old[k], v) for k, v in current.items() if k in old and _plain(old[k]) != _plain(v)}
+        if changed:
+            words = ", ".join(f"{key}={value!r} (saved {before!r})" for key, (before, value) in changed.items())
+            logger.info("Settings that differ from the checkpoint's; the current ones are used: %s", words)
+        merged.append({**{k: v for k, v in old.items() if k != OVERRIDES}, **current})
+    return merged
+
+
+def saved_state(
+    groups: list[dict[str, Any]], state_dict: dict[str, Any]
+) -> Iterator[tuple[Tensor, Any, dict[str, Any]]]:
+    """Yields (parameter, key in the state dict, the family's saved state by role) where there is such state."""
+    for old, new in zip(state_dict["param_groups"], groups, strict=True):
+        for key, param in zip(old["params"], new["params"], strict=True):
+            saved = {role: value for role, value in state_dict["state"].get(key, {}).items() if is_own(role)}
+            if saved:
+                yield param, key, saved
+
+
+def refuse_state_of_others(state_dict: dict[str, Any], members: Sequence[Member]) -> None:
+    """Refuses a state dict that has state of the parameters, but nothing that the family knows.
+
+    Raises:
+        ValueError: If another optimizer saved it.
+    """
+    keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+    for key, member in zip(keys, members, strict=True):
+        if known := state_dict["state"].get(key):
+            check_state(known, {"step": torch.empty((), device="meta")}, member.name, tuple(member.param.shape))
+
+
+def foreign_state(state: Mapping[Any, Any], ours: Collection[Any]) -> dict[Any, Any]:
+    """Returns what else there is in the state of a state dict: entries of wrappers, which torch keeps by itself.
+
+    Args:
+        state: The state.
+        ours: Keys of the parameters that have state of the family.
+    """
+    foreign: dict[Any, Any] = {}
+    for key, entry in state.items():
+        rest = {role: value for role, value in entry.items() if not is_own(role)} if key in ours else entry
+        if key not in ours or rest:
+            foreign[key] = rest
+    return foreign
+
+
+def is_of_family(groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether param groups were saved by an optimizer of the family."""
+    return all("rule" in group and "shard_mode" in group for group in groups)
+
+
+def packed(param: Tensor, plan: Plan, state: dict[str, Any], wanted: dict[str, Tensor]) -> dict[str, Any]:
+    """Returns a copy of a parameter's state that means the same to all ranks and to other numbers of them.
+
+    Args:
+        param: The parameter.
+        plan: How this rank's part of it is cut.
+        state: Its state by role; a rank that has nothing of a sharded parameter holds only ``step``.
+        wanted: Tensors with the shapes of all roles.
+
+    Returns:
+        State by role. What has the tensor's coordinates has its shape; all else of a sharded parameter is stacked over
+        the ranks, see :func:`hf_soap.distributed.dtensor.to_stack`, with a role that says how each was cut.
+    """
+    part, whole = dtensor.local(param), plan.entrywise
+    saved: dict[str, Any] = {}
+    for role, like in wanted.items():
+        value = state.get(role)
+        if not isinstance(value, Tensor):
+            value = torch.zeros(like.shape, dtype=like.dtype, device=part.device)
+        if not dtensor.is_sharded(param):
+            saved[role] = value.detach().clone()
+        elif role == "step" and (whole or not dtensor.stack_sizes(param)):
+            saved[role] = value.detach().clone()  # all ranks count alike, and any number of them may load it
+        elif role == "step":
+            saved[role] = dtensor.to_stack(param, value.detach().clone().to(part.device))
+        elif whole:
+            saved[role] = dtensor.to_whole(param, value.detach().clone().view(part.shape))
+        else:
+            saved[role] = dtensor.to_stack(param, value.detach().clone())
+    if not whole:
+        described = reshard.describe(dtensor.shard_of(param), plan.layout)
+        several = bool(dtensor.stack_sizes(param))
+        saved[LAYOUT] = dtensor.to_stack(param, described.to(part.device)) if several else described.to(part.device)
+    return {**saved, **_foreign(state)}
+
+
+def packed_of_owner(
+    param: Tensor, plan: Plan, state: dict[str, Any], wanted: dict[str, Tensor], owner: int, *, to_first: bool
+) -> dict[str, Any]:
+    """Returns a copy of the state that one rank holds of a whole parameter; all ranks must call this.
+
+    Args:
+        param: The parameter.
+        plan: How it is cut.
+        state: Its state by role on its owner, elsewhere ``step`` alone.
+        wanted: Tensors with the shapes of all roles.
+        owner: The owner's rank.
+        to_first: Bring the state to rank 0, instead of spreading it over the ranks that share the parameter.
+
+    Returns:
+        State by role.
+    """
+    part = dtensor.local(param)
+    saved: dict[str, Any] = {"step": state["step"].detach().clone()}
+    for role, like in wanted.items():
+        if role == "step":
+            continue
+        value = state.get(role)
+        if to_first:
+            brought = owners.send_to_first(value, like, owner, part.device)
+            if brought is not None:
+                saved[role] = brought
+        else:
+            saved[role] = owners.spread_rows(value, like, owner, param)
+    if not plan.entrywise:
+        saved[LAYOUT] = reshard.describe(_whole(param), plan.layout).to("cpu" if to_first else part.device)
+    return {**saved, **_foreign(state)}
+
+
+def _foreign(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {role: value for role, value in state.items() if not is_own(role)}
+
+
+def _whole(param: Tensor) -> dtensor.Shard:
+    shape = tuple(param.shape)
+    return dtensor.Shard(shape, (0,) * len(shape), shape, shape)
+
+
+def packed_shapes(param: Tensor, plan: Plan, wanted: dict[str, Tensor], *, whole: bool) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of what is saved of a parameter, by role; ``whole`` says that it has an owner."""
+    stack, entrywise = () if whole else dtensor.stack_sizes(param), plan.entrywise
+    shapes = {role: (*stack, *like.shape) for role, like in wanted.items()}
+    if entrywise and dtensor.is_sharded(param) and not whole:
+        shapes = {role: () if role == "step" else tuple(param.shape) for role in shapes}
+    if not entrywise:
+        shapes[LAYOUT] = (*stack, *reshard.describe(dtensor.shard_of(param), plan.layout).shape)
+    return shapes
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The saved state of a parameter, and what this rank wants of it.
+
+    Attributes:
+        member: The parameter.
+        plan: How what this rank steps of it is cut.
+        saved: Its saved state by role: plain tensors, or DTensors that are cut as :func:`packed` does.
+        wanted: Tensors with the right shapes, by role.
+        owner: The rank that wants all of it; None where each wants its part.
+        bare: What the same settings make of the whole parameter without factors, as of one that was cut too thin.
+    """
+
+    member: Member
+    plan: Plan
+    saved: dict[str, Any]
+    wanted: dict[str, Tensor]
+    owner: int | None
+    bare: Plan
+
+    @property
+    def cut(self) -> bool:
+        """Whether a part of the state is wanted."""
+        return self.owner is None and dtensor.is_sharded(self.member.param)
+
+    @property
+    def shard(self) -> dtensor.Shard:
+        """Where lies what is wanted."""
+        return dtensor.shard_of(self.member.param) if self.cut else _whole(self.member.param)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the state says how it was cut, or is what these settings keep where no side has a factor."""
+        if LAYOUT in self.saved:
+            return True
+        kept = self.bare.computed(1, dtype=torch.float32, device=torch.device("meta"))
+        return "step" in self.saved and _sizes(self.saved) == _sizes(kept)
+
+    def gathered(self) -> Saved:
+        """Returns the same with whole tensors in place of DTensors; all ranks must call this together."""
+        whole = {k: dtensor.gathered(v) if isinstance(v, Tensor) else v for k, v in self.saved.items()}
+        return replace(self, saved=whole)
+
+    def counted(self) -> Saved:
+        """Returns the same with a whole count of steps; all ranks must call this together."""
+        step = self.saved.get("step")
+        return (
+            replace(self, saved={**self.saved, "step": dtensor.gathered(step)}) if isinstance(step, Tensor) else self
+        )
+
+
+def restored(jobs: Sequence[Saved], *, together: bool, ours: bool) -> tuple[dict[Tensor, dict[str, Any]], int]:
+    """Returns copies of saved state on the devices of the parameters, in the saved dtypes.
+
+    Ranks agree on what is put together anew before any of them asks the others for their parts, and on errors before
+    any of them raises: what is wrong may be so with one rank's part alone.
+
+    Args:
+        jobs: What was saved of each parameter, in the same order on every rank.
+        together: Whether ranks load together.
+        ours: Whether an optimizer of the family saved it; state of another one is never made to fit.
+
+    Returns:
+        State by parameter and role, and of how many parameters some of it is estimated, because it was cut in other
+        parts.
+
+    Raises:
+        ValueError: If roles or shapes differ in a way that cannot be bridged; on all ranks, where they load together.
+    """
+    jobs = [job.counted() if together else job for job in jobs]
+    found = [None if job.owner is not None else _as_it_was(job) for job in jobs]
+    anew = [state is None for state in found]
+    if together:
+        anew = [any(flags) for flags in zip(*dtensor.from_all(anew), strict=True)]
+    states: dict[Tensor, dict[str, Any]] = {}
+    estimated, error = 0, None
+    for job, state, is_cut_anew in zip(jobs, found, anew, strict=True):
+        if is_cut_anew and together:
+            job = job.gathered()
+        if error is not None:
+            continue  # but for what the others wait for
+        try:
+            states[job.member.param], guessed = _restored(job, state, ours=ours)
+            estimated += guessed
+        except (ValueError, LookupError, RuntimeError) as caught:
+            error = caught if isinstance(caught, ValueError) else _misfit(job, caught)
+    if together:
+        dtensor.raise_together(error)
+    elif error is not None:
+        raise error
+    return states, estimated
+
+
+def _misfit(job: Saved, caught: Exception) -> ValueError:
+    roles = ", ".join(f"{role} {tuple(getattr(value, 'shape', ()))}" for role, value in job.saved.items())
+    shape = tuple(job.member.param.shape)
+    error = ValueError(
+        f"the optimizer state of {job.member.name}, of shape {shape}, cannot be put together from {roles}: {caught}. "
+        "Resume with the optimizer and the optim_args that wrote the checkpoint, or start without its state"
+    )
+    error.__cause__ = caught
+    return error
+
+
+def _restored(job: Saved, state: dict[str, Tensor] | None, *, ours: bool) -> tuple[dict[str, Any], bool]:
+    param, plan, wanted, shard = job.member.param, job.plan, job.wanted, job.shard
+    if job.owner is not None:
+        if job.owner != dtensor.rank():
+            return {"step": torch.as_tensor(job.saved["step"], device="cpu").max().to("cpu", COUNT)}, False
+        state = _as_it_was(job)
+    step = torch.as_tensor(job.saved.get("step", 0), device="cpu").max() if state is None else state.get("step")
+    estimated = state is None and (LAYOUT in job.saved or not plan.entrywise)
+    if state is None:
+        if not (ours and job.is_known):
+            check_state(job.saved, wanted, job.member.name, tuple(param.shape))
+        pieces = [replace(piece, state=decoded(piece.state, torch.float32)) for piece in _pieces(job)]
+        computed = plan.computed(1, dtype=torch.float32, device=torch.device("meta"))
+        with float32_products(plan.layout.block, torch.device("cpu"), sides=plan.layout.sides):
+            state = reshard.recut(pieces, plan.rule, plan.layout, shard, {**computed, "step": wanted["step"]})
+    part = dtensor.local(param)
+    if not shard.numel and (job.cut or not param.numel()):
+        return {} if step is None else {"step": step.to("cpu", COUNT)}, estimated
+    state = plan.kept.converted(state, wanted)
+    check_state(state, wanted, job.member.name, tuple(param.shape))
+    return {role: value.to("cpu" if role == "step" else part.device) for role, value in state.items()}, estimated
+
+
+def _as_it_was(job: Saved) -> dict[str, Tensor] | None:
+    """What this rank steps of saved state, or None if it was cut in another way; asks no other rank."""
+    param, plan, wanted, cut = job.member.param, job.plan, job.wanted, job.cut
+    own = reshard.describe(job.shard, plan.layout)
+    entrywise, described = plan.entrywise, job.saved.get(LAYOUT)
+    if described is not None:
+        mine = _own_place(param, described) if cut else described
+        if mine is None or mine.numel() != own.numel() or not torch.equal(mine.view(own.shape).cpu(), own):
+            return None
+    elif not entrywise and (cut or not _fits(job.saved, wanted)):
+        return None
+    state = {}
+    for role, value in job.saved.items():
+        if role == LAYOUT:
+            continue
+        like = wanted.get(role)
+        tensor = value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
+        taken: Tensor | None = tensor
+        if role == "step":
+            own_count = _own_place(param, tensor) if cut and dtensor.stack_sizes(param) else None
+            taken = tensor.max() if own_count is None else own_count  # several ranks may have saved one each
+        elif cut:
+            taken = _own_part(param, tensor) if entrywise else _own_place(param, tensor)
+        elif entrywise and like is not None and tensor.numel() == like.numel():
+            taken = tensor.reshape(like.shape)
+        if taken is None:
+            return None
+        taken = taken.detach().clone()
+        state[role] = taken.view(like.shape) if like is not None and taken.numel() == like.numel() else taken
+    return state
+
+
+def _fits(saved: Mapping[str, Any], wanted: Mapping[str, Tensor]) -> bool:
+    return _sizes(saved) == _sizes(wanted)
+
+
+def _sizes(state: Mapping[str, Any]) -> dict[str, int]:
+    sizes = {role: value.numel() if isinstance(value, Tensor) else 1 for role, value in state.items()}
+    sizes.pop("step", None)  # each rank may have saved one
+    return sizes
+
+
+def _own_place(param: Tensor, value: Tensor) -> Tensor | None:
+    """This rank's place of stacked state, or None if it was not stacked over these ranks."""
+    stack = dtensor.stack_sizes(param)
+    if tuple(value.shape[: len(stack)]) != stack:
+        return None
+    if dtensor.is_sharded(value):
+        part = dtensor.local(value)
+        alone = math.prod(part.shape[: len(stack)]) == 1
+        return part.reshape(part.shape[len(stack) :]) if alone else None
+    return value[dtensor.place_in_stack(param)]
+
+
+def _own_part(param: Tensor, value: Tensor) -> Tensor | None:
+    """This rank's part of state in the tensor's coordinates, or None if it has other ones."""
+    if dtensor.is_sharded(value):
+        alike = value.shape == param.shape and dtensor.local(value).shape == dtensor.local(param).shape
+        return dtensor.local(value) if alike else None
+    shard = dtensor.shard_of(param)
+    if value.numel() != math.prod(shard.whole):
+        return None
+    return shard.of(value.reshape(shard.whole))
+
+
+def _pieces(job: Saved) -> list[reshard.Piece]:
+    """The parts that saved state consists of, on the CPU; what other ranks have of it was gathered."""
+    param, saved = job.member.param, job.saved
+    plain = {role: v if isinstance(v, Tensor) else torch.tensor(v, device="cpu") for role, v in saved.items()}
+    plain = {role: value.detach().cpu() for role, value in plain.items()}
+    described = plain.pop(LAYOUT, None)
+    if described is None:  # the tensor was not cut, and its steps may be stacked all the same
+        layout = uncut(param.shape)
+        state = {role: value.reshape(1, *layout.view) for role, value in plain.items() if role != "step"}
+        return [reshard.Piece(_whole(param), layout, {**state, "step": plain["step"].max()})]
+    stack = described.shape[:-1]
+    places = [tuple(place) for place in itertools.product(*(range(size) for size in stack))]
+    return [reshard.understand(described[p], {role: value[p] for role, value in plain.items()}) for p in places]
+
+
+def saved_shapes(source: Path) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Shapes of the family's saved state by name of the parameter and role."""
+    if source.is_file():
+        found = {
+            name: {role: tuple(getattr(value, "shape", ())) for role, value in entry.items() if is_own(role)}
+            for name, entry in read(source)["state"].items()
+            if isinstance(entry, Mapping)
+        }
+        return {name: roles for name, roles in found.items() if roles}
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+
+    shapes: defaultdict[str, dict[str, tuple[int, ...]]] = defaultdict(dict)
+    for key, value in FileSystemReader(source).read_metadata().state_dict_metadata.items():
+        if key.startswith("optimizer.state."):
+            name, _, role = key.removeprefix("optimizer.state.").rpartition(".")
+            if is_own(role):
+                shapes[name][role] = tuple(getattr(value, "size", ()))
+    return dict(shapes)
+
+
+def read(source: Path) -> dict[str, Any]:
+    """Reads a whole optimizer state into the CPU's memory: a file, or a folder of torch.distributed.checkpoint."""
+    whole: dict[str, Any]
+    if source.is_file():
+        whole = torch.load(source, map_location="cpu", mmap=True, weights_only=True)
+    else:
+        whole = _read_folder(source)["optimizer"]
+    return whole
+
+
+def has_settings(source: Path, groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether a folder of torch.distributed.checkpoint has all settings of param groups; else torch cannot load it.
+
+    Args:
+        source: The folder, which an earlier version may have written.
+        groups: The optimizer's param groups.
+    """
+    saved = _read_groups(source)
+    return len(saved) == len(groups) and all(
+        len(old["params"]) == len(new["params"]) and _settings(new) <= _settings(old)
+        for old, new in zip(saved, groups, strict=True)
+    )
+
+
+def _settings(group: Mapping[str, Any]) -> set[Any]:
+    overrides = group.get(OVERRIDES) or []
+    return {*group} - {OVERRIDES} | {(place, key) for place, own in enumerate(overrides) for key in own or ()}
+
+
+def read_part(source: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Reads what this rank has of an optimizer state that as many ranks saved; all ranks must call this together.
+
+    Args:
+        source: A folder of torch.distributed.checkpoint.
+        model: The sharded model.
+        optimizer: Its optimizer. It may have other param groups and settings than were saved.
+
+    Returns:
+        A state dict with the saved param groups, and tensors sharded as those of the optimizer.
+    """
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    state = get_optimizer_state_dict(model, optimizer)["state"]
+    load({"optimizer": {"state": state}}, storage_reader=FileSystemReader(source))
+    return {"state": state, "param_groups": _read_groups(source)}
+
+
+def _read_groups(source: Path) -> list[dict[str, Any]]:
+    groups: list[dict[str, Any]] = _read_folder(source, "optimizer.param_groups")["optimizer"]["param_groups"]
+    return groups
+
+
+def read_weights(source: Path) -> dict[str, Tensor]:
+    """Reads all weights of a file, or of a folder of torch.distributed.checkpoint, into the memory of the CPU."""
+    weights: dict[str, Tensor]
+    if source.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        weights = load_file(source)
+    elif source.is_file():
+        weights = torch.load(source, map_location="cpu", mmap=True, weights_only=True)
+    else:
+        weights = _read_folder(source)["model"]
+    return weights
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
+    """Loads whole weights into a model, sharded or not; every rank must have them and call this.
+
+    Args:
+        model: The model.
+        weights: By name; those of adapters may lack the adapter's name, as peft saves them.
+
+    Raises:
+        ValueError: If a name is unknown, or a trainable parameter is left out.
+    """
+    names = dict(model.named_parameters(remove_duplicate=False))
+    known = {*model.state_dict(), *names}
+    adapters: Any = getattr(model, "active_adapters", ())  # of peft's models; a method of all others
+    if callable(adapters):
+        adapters = adapters() if getattr(model, "_hf_peft_config_loaded", False) else ()
+    short = {name.replace(f".{adapter}", ""): name for adapter in adapters for name in names}
+    renamed = {name if name in known else short.get(name, name): value for name, value in weights.items()}
+    unknown = sorted(renamed.keys() - known)
+    loaded = {names[name] for name in renamed if name in names}  # tied weights are saved under one of their names
+    left_out = sorted(name for name, param in names.items() if param.requires_grad and param not in loaded)
+    if unknown or left_out:
+        raise ValueError(
+            f"the saved weights do not fit the model: unknown are {unknown[:3]}, left out are {left_out[:3]}; resume "
+            "with the model, the adapters and the kind of state dict that wrote the checkpoint"
+        )
+    if not any(dtensor.is_sharded(param) for param in names.values()):
+        model.load_state_dict(renamed, strict=False)
+        return
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+
+    set_model_state_dict(model, dict(renamed), options=StateDictOptions(full_state_dict=True, strict=False))
+
+
+def _read_folder(source: Path, *keys: str) -> dict[str, Any]:
+    """Reads a folder of torch.distributed.checkpoint on this rank alone: all of it, or what lies under the keys."""
+    from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
+    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
+
+    state: dict[str, Any] = {}
+    _load_state_dict(
+        state, storage_reader=FileSystemReader(source), planner=_EmptyStateDictLoadPlanner(keys or None), no_dist=True
+    )
+    return state
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

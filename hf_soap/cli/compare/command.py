@@ -1,0 +1,249 @@
+"""``hf-soap compare``: the same small language model, trained once or more per optimizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from hf_soap.cli.compare.contenders import (
+    DEFAULT_BETA2,
+    DEFAULT_LR,
+    Contender,
+    per_contender,
+    positive_int,
+    read_contenders,
+    read_seeds,
+    whole_numbers,
+)
+
+if TYPE_CHECKING:
+    from hf_soap.cli.compare.corpus import Corpus
+    from hf_soap.cli.compare.results import RunSettings
+    from hf_soap.cli.compare.sweep import Case
+
+DEFAULT_STEPS = 120
+
+SWEEP = "Sweeps, horizons and seeds"
+TRAINING = "Training"
+MODEL = "Model and text"
+
+
+def compare(
+    optimizers: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="NAME[:OPTION=VALUE,...]",
+            help="Names that the Trainer takes, with optim_args; adamw is adamw_torch_fused.",
+            show_default="adamw soap",
+        ),
+    ] = None,
+    output_dir: Annotated[
+        Path, typer.Option(help="Gets the reports, the log of runs and one checkpoint per optimizer.")
+    ] = Path("compare"),
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page with curves and tables there, which opens offline.")
+    ] = None,
+    lr_sweep: Annotated[
+        int,
+        typer.Option(min=1, help="Learning rates to try, in factors of two around --lr.", rich_help_panel=SWEEP),
+    ] = 1,
+    widen: Annotated[
+        bool, typer.Option("--widen", help="Sweep on while the best is at the edge.", rich_help_panel=SWEEP)
+    ] = False,
+    horizons: Annotated[
+        str | None,
+        typer.Option(help="Lengths of run, N,N,...: each optimizer at each.", rich_help_panel=SWEEP),
+    ] = None,
+    seeds: Annotated[
+        str, typer.Option(help="How many, counted from 0, or which: N,N,...", rich_help_panel=SWEEP)
+    ] = "1",
+    steps: Annotated[
+        list[str] | None,
+        typer.Option(help="N for all, NAME=N for one.", show_default=str(DEFAULT_STEPS), rich_help_panel=TRAINING),
+    ] = None,
+    lr: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Peak learning rate: LR for all, NAME=LR for one.",
+            show_default="tuned where known",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
+    adam_beta2: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="The Trainer's argument: BETA2 for all, NAME=BETA2 for one.",
+            show_default="adamw=0.95",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per step.", rich_help_panel=TRAINING)] = 64,
+    schedule: Annotated[
+        str, typer.Option(help="A schedule that the Trainer knows.", rich_help_panel=TRAINING)
+    ] = "cosine",
+    warmup: Annotated[
+        float, typer.Option(min=0, max=1, help="Fraction of the steps.", rich_help_panel=TRAINING)
+    ] = 0.1,
+    weight_decay: Annotated[
+        float, typer.Option(min=0, help="Decoupled weight decay.", rich_help_panel=TRAINING)
+    ] = 0.01,
+    max_grad_norm: Annotated[
+        float, typer.Option(min=0, help="Clip gradients to this norm; 0 does not clip.", rich_help_panel=TRAINING)
+    ] = 1.0,
+    eval_every: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Steps between evaluations.",
+            show_default="a twelfth of the steps",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="A text file or a folder of them.",
+            show_default="the sources of Python's standard library",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens per sequence.", rich_help_panel=MODEL)] = 64,
+    model: Annotated[
+        str,
+        typer.Option(
+            help="A folder or name of a model to fine-tune, with its tokenizer; needs --lr.",
+            show_default="a new GPT-2 of these sizes",
+            rich_help_panel=MODEL,
+        ),
+    ] = "",
+    lora_r: Annotated[
+        int, typer.Option(min=0, help="Rank of LoRA on all linear layers; 0 is none.", rich_help_panel=MODEL)
+    ] = 0,
+    layers: Annotated[int, typer.Option(min=1, help="Transformer blocks.", rich_help_panel=MODEL)] = 4,
+    width: Annotated[int, typer.Option(min=1, help="Size of the hidden states.", rich_help_panel=MODEL)] = 128,
+    heads: Annotated[int, typer.Option(min=1, help="Attention heads.", rich_help_panel=MODEL)] = 4,
+    vocab_size: Annotated[
+        int, typer.Option(min=256, help="Tokens of the BPE; 256 is raw bytes.", rich_help_panel=MODEL)
+    ] = 1024,
+) -> None:
+    """Train the same small model with each optimizer and compare loss, steps, time and memory.
+
+    Weights, data and data order are the same for all. Optimizers may be compared with themselves under other options:
+    `hf-soap compare soap soap:one_sided=true`.
+
+    Every run is written to `runs.jsonl` in the output folder as it ends. The same command again reads the runs that
+    are there and makes the others, after a crash or with more optimizers, rates or seeds.
+
+    The first optimizer is the yardstick. "steps to" counts the steps until another one's held-out loss is down to that
+    with which the first one ended. Within one run this is a hint, which can err either way: the learning rate has not
+    decayed at that step, and a run of that length would have warmed up faster. `--horizons` makes runs of several
+    lengths, each decayed to its own end, and says how long a run must be for the same loss.
+
+    Seeds other than the first run at the learning rate that was best for the first. Wall time is that of the training
+    steps, without evaluations and checkpoint, on this machine as it is just now.
+    """
+    from transformers.utils import logging
+
+    from hf_soap.cli.compare.results import RunSettings
+    from hf_soap.cli.compare.running import run_cases
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    console = Console(markup=False, emoji=False)  # options of an optimizer hold brackets
+    if horizons and steps:
+        raise typer.BadParameter("got --horizons and --steps, wanted one of them; the horizons are the steps")
+    if widen and lr_sweep == 1:
+        raise typer.BadParameter("got --widen without a sweep; add --lr-sweep 3")
+    contenders = read_contenders(optimizers or ["adamw", "soap"])
+    steps_of = per_contender("--steps", steps or [], contenders, positive_int)
+    lr_of = _learning_rates(lr or [], contenders, tuned=not model)
+    beta2_of = {c.label: DEFAULT_BETA2.get(c.optimizer, 0.999) for c in contenders}
+    beta2_of |= per_contender("--adam-beta2", adam_beta2 or [], contenders, float)
+    lengths = sorted(whole_numbers("--horizons", horizons, positive_int)) if horizons else None
+    seed_list = read_seeds(seeds)
+    bases = [
+        RunSettings(
+            optimizer=contender.optimizer,
+            optim_args=contender.optim_args,
+            lr=lr_of[contender.label],
+            adam_beta2=beta2_of[contender.label],
+            steps=length,
+            batch_size=batch_size,
+            model=model,
+            lora_r=lora_r,
+            layers=layers,
+            width=width,
+            heads=heads,
+            schedule=schedule,
+            warmup=warmup,
+            weight_decay=weight_decay,
+            max_grad_norm=max_grad_norm,
+            eval_every=eval_every or max(1, length // 12),
+            seed=seed_list[0],
+        )
+        for contender in contenders
+        for length in lengths or [steps_of.get(contender.label, DEFAULT_STEPS)]
+    ]
+    corpus = _read_corpus(console, data, model, bases, vocab_size=vocab_size, seq_len=seq_len)
+    cases = run_cases(bases, corpus, output_dir, console, rates=lr_sweep, widen=widen, seeds=seed_list)
+    _report(console, output_dir, html, cases, corpus)
+
+
+def _learning_rates(given: list[str], contenders: list[Contender], *, tuned: bool) -> dict[str, float]:
+    found = {c.label: DEFAULT_LR[c.optimizer] for c in contenders if tuned and c.optimizer in DEFAULT_LR}
+    found |= per_contender("--lr", given, contenders, float)
+    if missing := [c.optimizer for c in contenders if c.label not in found]:
+        raise typer.BadParameter(f"no tuned learning rate is known for {missing[0]}; give one: --lr {missing[0]}=1e-3")
+    return found
+
+
+def _read_corpus(console: Console, data: Path | None, model: str, bases: list[RunSettings], **sizes: Any) -> Corpus:
+    from hf_soap.cli.compare.corpus import build_corpus, load_tokenizer
+    from hf_soap.cli.compare.training import check_settings
+
+    try:
+        with console.status("Reading and tokenising text"):
+            tokenizer = load_tokenizer(model) if model else None
+            corpus = build_corpus(data, **sizes, max_held_out=256, tokenizer=tokenizer)
+        for base in bases:
+            check_settings(base, corpus)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    console.print(corpus.source, highlight=False)
+    return corpus
+
+
+def _report(console: Console, output_dir: Path, html: Path | None, cases: list[Case], corpus: Corpus) -> None:
+    from hf_soap.cli.compare import page, report
+    from hf_soap.cli.compare.summary import equal_loss, summarize
+
+    rows = summarize(cases)
+    equal = equal_loss(cases) if len(rows) > len({row.optimizer for row in rows}) else []
+    console.print(report.render(rows))
+    if equal:
+        console.print(report.render_equal_loss(equal))
+    for row in rows:
+        if row.lr_edge:
+            console.print(
+                f"{row.optimizer}: the best learning rate, {row.lr:g}, is the {row.lr_edge} tried at {row.steps} "
+                "steps, and a better one may lie beyond; --widen looks there",
+                highlight=False,
+            )
+    for row in rows:
+        if Path(row.checkpoint).exists():
+            console.print(f"{row.optimizer}: {row.checkpoint}", highlight=False, soft_wrap=True)
+    report.write_json(output_dir / "compare.json", cases, corpus)
+    (output_dir / "compare.md").write_text(report.markdown(rows, equal), encoding="utf-8")
+    written = [output_dir / "compare.json", output_dir / "compare.md"]
+    if html is not None:
+        page.write_html(html, cases, corpus)
+        written.append(html)
+    try:
+        report.plot(output_dir / "compare.png", cases)
+        written.append(output_dir / "compare.png")
+    except ImportError:
+        console.print("No plot, for want of matplotlib: pip install 'hf-soap[plot]'", markup=False)
+    console.print("Wrote", *written, highlight=False, soft_wrap=True)

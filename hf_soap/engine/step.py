@@ -1,0 +1,137 @@
+"""The step of some tensors of a bucket: from gradients to directions and weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hf_soap.distributed import dtensor
+from hf_soap.engine.buckets import Bucket, state_dtype
+from hf_soap.linalg import elementwise
+from hf_soap.rules.layout import PREV_PARAM, Chunk
+
+
+def norms_are_sane(grads: Sequence[Tensor]) -> Tensor:
+    """Says whether all gradients are finite and small enough for sums of their squares, with a margin of 100.
+
+    Larger ones would make factors and second moments infinite for good.
+
+    Args:
+        grads: Any shapes, of one dtype and on one device.
+
+    Returns:
+        A scalar of bool on that device.
+    """
+    dtype = state_dtype(grads[0])
+    norms = torch.stack(elementwise.norms(grads, dtype))
+    return (norms < math.sqrt(torch.finfo(dtype).max / 100)).all()  # NaN compares false
+
+
+def stages(bucket: Bucket, grads: Sequence[Tensor | None], steps: Sequence[int]) -> tuple[list[bool], list[bool]]:
+    """Says which tensors of a bucket have the gradient that seeds them, and which have one to be updated with.
+
+    Args:
+        bucket: The tensors.
+        grads: Their gradients.
+        steps: How many gradients each has taken.
+    """
+    rule = bucket.plan.rule
+    present = [grad is not None for grad in grads]
+    if not rule.waits:
+        return [], present
+    new = [here and not step for here, step in zip(present, steps, strict=True)]
+    if any(new):
+        # An all-zero gradient (a LoRA matrix behind a zero one, a synthetic step) shapes no preconditioner.
+        unseen = [grad for grad, is_new in zip(grads, new, strict=True) if is_new and grad is not None]
+        nonzero = iter(torch.stack([grad.count_nonzero() for grad in unseen]).tolist())
+        # A rank's part may be zero where another's is not; what needs no factors is then counted alike by all.
+        parts = bucket.plan.entrywise and dtensor.is_sharded(bucket.params[0])
+        fresh = [is_new and (next(nonzero) > 0 or parts) for is_new in new]
+    else:
+        fresh = new
+    old = [here and not is_new for here, is_new in zip(present, new, strict=True)]
+    return (fresh, old) if rule.seeds else ([], [a or b for a, b in zip(fresh, old, strict=True)])
+
+
+def stack_gradients(grads: Sequence[Tensor], bucket: Bucket, chunk: Chunk) -> Tensor:
+    """Returns gradients as one batch of blocks (tensors * blocks, d_1, ..., d_k); zeros if the device refuses them."""
+    layout = bucket.plan.layout
+    if layout.whole and all(grad.shape == layout.view for grad in grads):
+        stacked = torch.stack(list(grads)).to(bucket.dtype)
+    else:
+        cut = [layout.to_blocks(grad) for grad in grads]
+        stacked = (cut[0] if len(cut) == 1 else torch.cat(cut)).to(bucket.dtype)
+    return stacked if chunk.usable is None else torch.where(chunk.usable, stacked, 0.0)
+
+
+def step_tensors(
+    bucket: Bucket, first: int, last: int, grads: list[Tensor], chunk: Chunk, rates: Sequence[elementwise.Rate]
+) -> None:
+    """Updates the tensors first..last-1 of a bucket: by the rule's fused kernels where they apply, else its direction.
+
+    Args:
+        bucket: Their parameters and state.
+        first: The first of them.
+        last: One after the last.
+        grads: Their gradients.
+        chunk: What the rule needs to know of them.
+        rates: Learning rate and decay of each.
+    """
+    plan = bucket.plan
+    weights = bucket.weights(first, last)
+    if plan.keep_weights:
+        before = torch.cat([plan.layout.to_blocks(weight) for weight in weights])
+    if chunk.usable is not None:
+        gate = chunk.usable.to(bucket.dtype)
+        gated = {id(rate): (rate[0] * gate, rate[1]) for rate in rates}  # so that nothing moves in a bad step
+        rates = [gated[id(rate)] for rate in rates]
+    if bucket.fuses and chunk.usable is None and _are_plain((*weights, *grads), bucket.dtype):
+        each = {role: tensors[first:last] for role, tensors in bucket.each.items()}
+        with chunk.gauge.watching(weights):
+            plan.rule.fused_step(weights, grads, each, chunk.t, rates=rates)
+    else:
+        directions = directions_of(bucket, first, last, grads, chunk)
+        with chunk.gauge.watching(weights):
+            apply_(weights, directions, rates, decay_last=plan.decay_last)
+    if plan.keep_weights:
+        kept = bucket.rows(first, last)[PREV_PARAM]
+        kept.copy_(before if chunk.usable is None else torch.where(chunk.usable, before, kept))
+
+
+def _are_plain(tensors: Sequence[Tensor], dtype: torch.dtype) -> bool:
+    """Whether fused kernels take tensors: a model may have gone to another dtype or memory format since last time."""
+    return all(map(Tensor.is_contiguous, tensors)) and {tensor.dtype for tensor in tensors} == {dtype}
+
+
+def directions_of(bucket: Bucket, first: int, last: int, grads: Sequence[Tensor], chunk: Chunk) -> list[Tensor]:
+    """Updates the state of the tensors first..last-1 of a bucket and returns their directions, in their shapes."""
+    plan = bucket.plan
+    with bucket.working(first, last, chunk) as state:
+        direction = plan.rule.update(stack_gradients(grads, bucket, chunk), state, chunk)
+    shapes = bucket.shapes[first:last]
+    if plan.layout.whole and all(shape == plan.layout.view for shape in shapes):
+        return list(direction.unbind())
+    pieces = zip(direction.split(plan.layout.blocks), shapes, strict=True)
+    return [plan.layout.from_blocks(piece, shape) for piece, shape in pieces]
+
+
+def apply_(
+    weights: Sequence[Tensor], directions: Sequence[Tensor], rates: Sequence[elementwise.Rate], *, decay_last: bool
+) -> None:
+    """Takes a step as :func:`hf_soap.linalg.elementwise.take_step_` does, rounding low-precision weights once.
+
+    Args:
+        weights: Changed in place.
+        directions: Of the same shapes, used up.
+        rates: Learning rate and decay of each.
+        decay_last: Whether the weights decay after the update, or both are taken from the same weights.
+    """
+    exact = [weight.to(direction.dtype) for weight, direction in zip(weights, directions, strict=True)]
+    for run, (lr, weight_decay) in elementwise.equal_rates(rates):
+        elementwise.take_step_(exact[run], directions[run], lr=lr, weight_decay=weight_decay, decay_last=decay_last)
+    for weight, value in zip(weights, exact, strict=True):
+        if weight is not value:
+            weight.copy_(value)

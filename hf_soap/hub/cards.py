@@ -1,0 +1,384 @@
+"""What a model card says of a run: the optimizer, the curve, the results, and the recipe to repeat it."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+import os
+import platform
+import re
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import wraps
+from importlib.metadata import PackageNotFoundError, version
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+import torch
+from huggingface_hub import EvalResult, ModelCard
+from transformers import TrainerCallback
+
+from hf_soap.engine.optimizer import unwrapped
+from hf_soap.hub import adapters, lacks, recipes
+from hf_soap.hub.safety import PROVENANCE
+from hf_soap.trainer import registry
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+
+logger = logging.getLogger(__name__)
+
+CARD = "README.md"
+CURVE = "loss.png"
+PACKAGES = ("hf-soap", "torch", "transformers", "accelerate", "datasets", "tokenizers", "peft", "trl", "numpy")
+
+_GENERATED = "<!-- This model card has been generated automatically"
+"""Stands in a card that the Trainer wrote until somebody has gone over it and takes it out."""
+
+_IN_CARD, _CARD_ARGUMENTS = "_writes_card", "_card_arguments"
+"""Attributes of a trainer: whether it is writing its card, and the arguments that its program gave to that."""
+
+_NOT_A_RESULT = re.compile(r".*(_runtime|_per_second|_flos|_time|_memory.*|_mem_.*)|epoch|step")
+
+
+def complete(trainer: Trainer) -> None:
+    """Adds optimizer, curve, results and recipe to the model card that the Trainer wrote.
+
+    Writes ``README.md``, ``recipe.yaml`` and the curve's picture into the output folder.
+
+    Args:
+        trainer: On the rank that writes the card.
+    """
+    folder = _folder(trainer)
+    recipe = write_recipe(trainer)
+    drawn = draw_curve(trainer.state.log_history, folder / CURVE)
+    card = ModelCard.load(folder / CARD)
+    card.text = f"{_name_optimizer(card.text, trainer).rstrip()}\n\n{_section(trainer, recipe, drawn=drawn)}"
+    _add_metadata(card, trainer, recipe)
+    card.save(folder / CARD)
+
+
+def try_to_complete(trainer: Trainer) -> None:
+    """Does what :func:`complete` does, or warns: a card is not worth a training run.
+
+    Args:
+        trainer: On the rank that writes the card.
+    """
+    try:
+        complete(trainer)
+    except Exception as error:
+        _warn(trainer, error)
+
+
+def write_recipe(trainer: Trainer) -> recipes.Recipe:
+    """Writes ``recipe.yaml`` into the output folder.
+
+    Args:
+        trainer: On the rank that writes the card.
+
+    Returns:
+        The recipe, with provenance.
+    """
+    made, missing = adapters.options_of(trainer.model, trl=lacks.is_trl(trainer))
+    recipe, left_out = recipes.of_run(trainer.args, made)
+    lacking = lacks.of_launch(trainer) if recipes.LAUNCH else lacks.of_python(trainer)
+    recipe[PROVENANCE] = provenance(trainer)
+    if recipes.LAUNCH and (made or missing):
+        # The program may have made them itself, without any option that would say which they were.
+        recipe[PROVENANCE]["adapter"] = made | ({"others": missing} if missing else {})
+    recipe[PROVENANCE] |= {"left_out": left_out} if left_out else {}
+    recipe[PROVENANCE] |= {"not_in_recipe": lacking} if lacking else {}
+    (_folder(trainer) / recipes.NAME).write_text(recipes.dump(recipe), encoding="utf-8")
+    return recipe
+
+
+def follow(trainer: Trainer) -> None:
+    """Has a Trainer write card and recipe after its training, and whenever it writes a card of its own.
+
+    Args:
+        trainer: Any that is about to train; nothing happens to one that does so by itself.
+    """
+    if getattr(trainer, "completes_cards", False):
+        return
+    _complete_cards_of(type(trainer))
+    present = [one for one in trainer.callback_handler.callbacks if isinstance(one, _WritesCard)]
+    if not present:
+        present = [_WritesCard()]
+        trainer.add_callback(present[0])
+    present[0].trainer = weakref.ref(trainer)
+
+
+class _WritesCard(TrainerCallback):
+    """Writes card and recipe when training is over."""
+
+    trainer: weakref.ref[Trainer] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves the trainer out; :func:`follow` brings it before the next training."""
+        return {}
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        trainer = self.trainer and self.trainer()
+        # A search for hyperparameters trains many times in one folder, and no card of them would be that of the best.
+        if trainer and trainer.is_world_process_zero() and not state.is_hyper_param_search:
+            try:
+                _write_after_training(trainer)
+            except Exception as error:
+                _warn(trainer, error)
+
+
+def _write_after_training(trainer: Trainer) -> None:
+    path = _folder(trainer) / CARD
+    arguments = vars(trainer).get(_CARD_ARGUMENTS)
+    if arguments is None and path.exists() and _GENERATED not in path.read_text(encoding="utf-8"):
+        write_recipe(trainer)
+        logger.warning("%s was not written by a Trainer and stays as it is; the recipe is in %s", path, recipes.NAME)
+        return
+    if arguments is None:
+        named = "model_name" in inspect.signature(trainer.create_model_card).parameters
+        arguments = (), {"model_name": path.absolute().parent.name} if named else {}
+    trainer.create_model_card(*arguments[0], **arguments[1])
+
+
+def _complete_cards_of(cls: Any) -> None:
+    """Has a class of Trainers complete the cards that it writes. Its ancestors may be extended too."""
+    owner = next(kind for kind in cls.__mro__ if "create_model_card" in vars(kind))
+    original = owner.create_model_card
+    if hasattr(original, "hf_soap"):
+        return
+
+    @wraps(original)
+    def create_model_card(self: Any, *args: Any, **kwargs: Any) -> None:
+        if getattr(self, "completes_cards", False) or vars(self).get(_IN_CARD):
+            original(self, *args, **kwargs)
+            return
+        setattr(self, _IN_CARD, True)
+        try:
+            original(self, *args, **kwargs)
+        finally:
+            delattr(self, _IN_CARD)
+        if self.is_world_process_zero():
+            setattr(self, _CARD_ARGUMENTS, (args, kwargs))
+            try_to_complete(self)
+
+    create_model_card.hf_soap = True  # type: ignore[attr-defined]
+    owner.create_model_card = create_model_card
+
+
+def _warn(trainer: Trainer, error: Exception) -> None:
+    logger.warning(
+        "the model card or the recipe in %s could not be written, and training goes on without: %s: %s",
+        trainer.args.output_dir,
+        type(error).__name__,
+        error,
+    )
+
+
+def _folder(trainer: Trainer) -> Path:
+    return Path(str(trainer.args.output_dir))
+
+
+def provenance(trainer: Trainer) -> dict[str, Any]:
+    """Says how a run went: program, data, hardware, packages, how much was seen, and what came out.
+
+    Args:
+        trainer: After training.
+
+    Returns:
+        Nested plain values. ``samples`` counts whole epochs exactly and the begun one to within one step.
+    """
+    state = trainer.state
+    seen: dict[str, Any] = {"steps": state.global_step, "epochs": round(float(state.epoch or 0), 4)}
+    if tokens := int(getattr(state, "num_input_tokens_seen", 0)):
+        seen["tokens"] = tokens
+    else:
+        seen["samples"] = _samples(trainer)
+    return {
+        **({"program": recipes.LAUNCH.program} if recipes.LAUNCH else {}),
+        **({"dataset": name} if (name := _dataset_name(trainer)) else {}),
+        "seen": seen,
+        "hardware": _hardware(trainer.args.world_size),
+        "packages": {"python": platform.python_version(), **_versions()},
+        "results": {
+            name: value if math.isfinite(value) else str(value) for name, value in results(state.log_history).items()
+        },
+    }
+
+
+def results(log_history: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Returns the metrics of the last evaluation and the mean training loss, from a Trainer's log."""
+    found: dict[str, float] = {}
+    for entry in log_history:
+        if "train_loss" in entry or any(name.startswith("eval_") for name in entry):
+            numbers = {name: float(value) for name, value in entry.items() if isinstance(value, (int, float))}
+            found |= {name: value for name, value in numbers.items() if not _NOT_A_RESULT.fullmatch(name)}
+    return {name: value for name, value in found.items() if name == "train_loss" or name.startswith("eval_")}
+
+
+def draw_curve(log_history: Sequence[Mapping[str, Any]], path: Path) -> bool:
+    """Draws training and evaluation loss over steps.
+
+    Args:
+        log_history: A Trainer's log.
+        path: The PNG to write.
+
+    Returns:
+        Whether there was anything to draw and matplotlib to draw it with.
+    """
+    curves = {
+        label: [(entry["step"], entry[name]) for entry in log_history if name in entry]
+        for name, label in (("loss", "training"), ("eval_loss", "evaluation"))
+    }
+    if not any(curves.values()):
+        return False
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        logger.warning("the model card has no curve, since matplotlib is not installed; pip install matplotlib")
+        return False
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes: Any = figure.subplots()
+    for label, points in curves.items():
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="." if len(points) < 50 else None, label=label)
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    return True
+
+
+def _section(trainer: Trainer, recipe: recipes.Recipe, *, drawn: bool) -> str:
+    args, ran = trainer.args, recipe[PROVENANCE]
+    given, name = lacks.optimizer_was_given(trainer), _optimizer_name(trainer)
+    template = files("hf_soap.hub").joinpath("card_template.md").read_text(encoding="utf-8")
+    text: str = jinja2.Template(template, undefined=jinja2.StrictUndefined, keep_trailing_newline=True).render(
+        optim=name,
+        given=given,
+        optim_args=None if given else args.optim_args,
+        options=asdict(registry.resolve(args)) if name in registry.ENTRIES and not given else {},
+        curve=CURVE if drawn else None,
+        results=ran["results"],
+        program=ran.get("program"),
+        takes=recipes.takes_training_arguments(args),
+        left_out=ran.get("left_out", []),
+        adapted=any(key == "use_peft" or key.startswith("lora_") for key in recipe),
+        lacking=ran.get("not_in_recipe", []),
+        repeats=_repeats(trainer),
+        source=getattr(trainer, "hub_model_id", None) or args.hub_model_id or recipes.NAME,
+        recipe=recipes.embed(recipe),
+    )
+    return text
+
+
+def _repeats(trainer: Trainer) -> str:
+    """Says how exactly a second run is the first."""
+    options: Any = {}
+    if registry.optimizer_name(trainer.args) in registry.ENTRIES and not lacks.optimizer_was_given(trainer):
+        options = asdict(registry.resolve(trainer.args))
+    if options.get("asynchronous") and options.get("delay") is None:
+        return "but for rounding and for when roots in the background are done,"
+    if torch.cuda.is_available() and not trainer.args.full_determinism:
+        return "but for GPU kernels that add up in no fixed order (`full_determinism` forbids them),"
+    return "bit for bit"
+
+
+def _optimizer_name(trainer: Trainer) -> str:
+    """The name that ``optim`` gives, or the class of an optimizer that the program made."""
+    if lacks.optimizer_was_given(trainer):
+        return type(unwrapped(trainer.optimizer)).__name__
+    return registry.optimizer_name(trainer.args)
+
+
+def _name_optimizer(text: str, trainer: Trainer) -> str:
+    """Replaces the line that the Trainer writes from AdamW's arguments, whatever the optimizer."""
+    name = _optimizer_name(trainer)
+    if name not in registry.ENTRIES and not lacks.optimizer_was_given(trainer):
+        return text
+    # optim_args may stand on a line of their own.
+    return re.sub(r"^- optimizer: .*(\n(?!- )\S.*)*", f"- optimizer: {name}, see below", text, flags=re.MULTILINE)
+
+
+def _add_metadata(card: ModelCard, trainer: Trainer, recipe: recipes.Recipe) -> None:
+    name = _optimizer_name(trainer)
+    tags = ["hf_soap", name] if name in registry.ENTRIES else ["hf_soap"]
+    data: Any = card.data
+    data.tags = list(dict.fromkeys([*(data.tags or []), *tags]))
+    data.model_name = data.model_name or Path(str(trainer.args.output_dir)).name
+    dataset = _dataset_name(trainer) or "unknown"
+    measured = results(trainer.state.log_history).items()
+    finite = {key: value for key, value in measured if key.startswith("eval_") and math.isfinite(value)}
+    data.eval_results = [
+        *(result for result in data.eval_results or [] if f"eval_{result.metric_type}" not in finite),
+        *(
+            EvalResult(
+                task_type=_task(trainer),
+                dataset_type=recipe.get("dataset_name") or "text",
+                dataset_name=dataset,
+                metric_type=key.removeprefix("eval_"),
+                metric_name=key,
+                metric_value=value,
+            )
+            for key, value in finite.items()
+        ),
+    ]
+
+
+def _task(trainer: Trainer) -> str:
+    from transformers import modelcard
+
+    tasks: Any = modelcard.TASK_MAPPING
+    model: Any = trainer.model
+    name = type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__
+    return next((task for task, names in tasks.items() if name in map(str, names.values())), "other")
+
+
+def _dataset_name(trainer: Trainer) -> str | None:
+    """The dataset or the names of the files, as the program's command line or the data themselves tell."""
+    given = recipes.options_of_launch(recipes.LAUNCH, trainer.args)[0] if recipes.LAUNCH else {}
+    for key in ("dataset_name", "train_files", "train_file"):
+        if value := given.get(key):
+            names = value if isinstance(value, list) else [value]
+            return ", ".join(str(name) if key == "dataset_name" else Path(str(name)).name for name in names)
+    info: Any = getattr(trainer.train_dataset, "info", None)
+    return getattr(info, "dataset_name", None) or getattr(info, "builder_name", None)
+
+
+def _samples(trainer: Trainer) -> int:
+    args, state = trainer.args, trainer.state
+    seen: int = state.global_step * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    try:
+        whole = len(trainer.train_dataset)  # type: ignore[arg-type]
+    except TypeError:  # a stream has no length, and its epochs are none
+        return seen
+    return min(seen, round(float(state.epoch or 0) * whole))
+
+
+def _hardware(processes: int) -> dict[str, Any]:
+    if torch.cuda.is_available():
+        return {"device": torch.cuda.get_device_name(), "count": processes}
+    return {"device": _cpu(), "cores": os.cpu_count(), "processes": processes, "threads": torch.get_num_threads()}
+
+
+def _cpu() -> str:
+    listing = Path("/proc/cpuinfo")
+    if listing.exists() and (found := re.search(r"^model name\s*: (.+)$", listing.read_text(), re.MULTILINE)):
+        return found.group(1).strip()
+    return platform.processor() or platform.machine()
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,181 @@
+"""Eigenbases of Kronecker factors, brought up to date by batched decompositions: tensors are (..., n, n)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_soap.linalg.matrices import eye_like, one_by_one, safe_scale, symmetrize
+
+
+def refresh(factor: Tensor) -> tuple[Tensor, Tensor]:
+    """One orthogonal iteration on a factor that is kept in its own eigenbasis.
+
+    With L = Q L̂ Qᵀ, the textbook refresh qr(L Q) = qr(Q L̂) has the orthogonal part Q·qr(L̂), so that the
+    decomposition of the small-norm-off-diagonal L̂ says all, and R̃Q̃ is the factor in the new basis.
+
+    Args:
+        factor: L̂ (blocks, n, n), symmetric, with its diagonal in descending order.
+
+    Returns:
+        The rotation Q̃ (blocks, n, n), to be applied as Q ← Q Q̃, and the refreshed factor Q̃ᵀ L̂ Q̃; NaN where the
+        decomposition failed.
+
+    Source:
+        SOAP, arXiv:2409.11321, algorithm 4, restated in the rotated frame.
+    """
+    if _solves_by_products(factor):
+        rotation = cholesky_qr(factor)
+        return rotation, symmetrize(rotation.mT @ (factor @ rotation))
+    try:
+        rotation, upper = qr(factor)
+    except torch.linalg.LinAlgError:
+        rotation, upper = one_by_one(lambda one: tuple(part[0] for part in qr(one[None])), factor, (2, 2))
+    return rotation, _symmetric_product(upper, rotation)
+
+
+def cholesky_qr(factor: Tensor) -> Tensor:
+    """The orthogonal factor of a QR decomposition by products, Cholesky and triangular solves.
+
+    On GPUs Householder's reflections, one after the other, are what a refresh waits for. This does not make the host
+    wait. Columns are scaled, the Gram matrix is float64 and shifted at first, and two more passes remove what
+    condition numbers of 1e8 leave. Directions that a factor knows nothing of are held apart by float32's spacing at
+    the largest eigenvalue.
+
+    Args:
+        factor: (blocks, n, n), float32, symmetric positive semi-definite up to rounding.
+
+    Returns:
+        Q, (blocks, n, n), with the signs of a positive diagonal of R; NaN for a matrix that is not finite.
+
+    Source:
+        Shifted CholeskyQR3: Fukaya et al., arXiv:1809.11085.
+    """
+    eye = torch.eye(factor.shape[-1], dtype=torch.float64, device=factor.device)
+    largest = factor.diagonal(dim1=-2, dim2=-1).amax(-1).clamp(min=torch.finfo(factor.dtype).tiny)
+    shift = largest.double() * torch.finfo(factor.dtype).eps
+    basis = factor.double() + shift[..., None, None] * eye
+    for gram_shift in (16 * factor.shape[-1] * torch.finfo(torch.float64).eps, 0.0, 0.0):
+        basis = basis / basis.norm(dim=-2, keepdim=True)
+        lower, _ = torch.linalg.cholesky_ex(basis.mT @ basis + gram_shift * eye)
+        basis = torch.linalg.solve_triangular(lower.mT, basis, upper=True, left=False)
+    sound = (basis.mT @ basis - eye).abs().amax((-2, -1), keepdim=True) < 1e-6  # false for NaN
+    return torch.where(sound, basis, torch.nan).to(factor.dtype)
+
+
+FAST_FLOAT64 = ((7, 0), (8, 0), (9, 0), (10, 0))
+"""Compute capabilities of GPUs that multiply float64 at half the rate of float32 or better."""
+
+
+def _solves_by_products(factor: Tensor) -> bool:
+    if factor.device.type != "cuda" or factor.dtype != torch.float32:
+        return False
+    return torch.cuda.get_device_capability(factor.device) in FAST_FLOAT64
+
+
+def _symmetric_product(upper: Tensor, basis: Tensor) -> Tensor:
+    """Returns the product of an upper triangular matrix and another, (blocks, n, n), that is known to be symmetric."""
+    n = upper.shape[-1]
+    if not _in_panels(upper):
+        return symmetrize(upper @ basis)
+    product, width = torch.empty_like(upper), n // 4
+    for first in range(0, n, width):
+        strip = torch.bmm(upper[:, first : first + width, first:], basis[:, first:, first:])
+        square, right = strip[:, :, :width], strip[:, :, width:]
+        product[:, first : first + width, first : first + width] = symmetrize(square)
+        product[:, first : first + width, first + width :] = right
+        product[:, first + width :, first : first + width] = right.mT
+    return product
+
+
+def _in_panels(matrix: Tensor) -> bool:
+    """Whether matrices are worked through in panels, so that what is known to be zero is not multiplied."""
+    return matrix.device.type == "cpu" and matrix.shape[-1] >= 4 * PANEL
+
+
+def qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Decomposes square matrices into an orthogonal and an upper triangular one.
+
+    LAPACK forms the orthogonal factor at a third of the speed of a product. On a CPU, matrices that are large enough
+    are worked through in panels, so that nearly all work is products.
+
+    Args:
+        matrix: (blocks, n, n).
+
+    Returns:
+        Q and R, (blocks, n, n) each; signs are LAPACK's.
+
+    Source:
+        Compact WY representation: Schreiber and Van Loan, SIAM J. Sci. Stat. Comput. 10 (1989); T from VᵀV: Puglisi,
+        SIAM J. Sci. Stat. Comput. 13 (1992).
+    """
+    n = matrix.shape[-1]
+    if not _in_panels(matrix):
+        basis, upper = torch.linalg.qr(matrix)
+        return basis, upper
+    upper, reflectors = matrix.clone(), []
+    for first in range(0, n, PANEL):
+        rest = upper[:, first:, first:]
+        packed, tau = torch.geqrf(rest[:, :, :PANEL])
+        width = tau.shape[-1]
+        rest[:, :, :PANEL] = packed.triu()
+        v = packed.tril_(-1)
+        v.diagonal(dim1=-2, dim2=-1).fill_(1)
+        # I - V T Vᵀ is the product of the panel's reflections; a reflection that does nothing has τ = 0.
+        coupling = (v.mT @ v).triu_(1).mul_(tau.unsqueeze(-1)) + torch.eye(width, dtype=v.dtype)
+        t = torch.linalg.solve_triangular(coupling, torch.diag_embed(tau), upper=True, unitriangular=True)
+        rest[:, :, PANEL:].baddbmm_(v, t.mT @ (v.mT @ rest[:, :, PANEL:]), alpha=-1)
+        reflectors.append((first, v, t))
+    basis = eye_like(matrix).repeat(matrix.shape[0], 1, 1)
+    for first, v, t in reversed(reflectors):
+        rest = basis[:, first:, first:]
+        rest.baddbmm_(v, t @ (v.mT @ rest), alpha=-1)
+    return basis, upper
+
+
+PANEL = 128
+"""Columns that LAPACK decomposes at once in :func:`qr`."""
+
+
+def sorted_refresh(factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`refresh` of factors whose diagonals may be in any order.
+
+    Args:
+        factor: L̂ (blocks, n, n), symmetric.
+
+    Returns:
+        The order (blocks, n) that sorts the diagonals, largest first, and what :func:`refresh` returns for that.
+    """
+    order = factor.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
+    rows = factor.gather(-2, order.unsqueeze(-1).expand_as(factor))
+    return order, *refresh(rows.gather(-1, order.unsqueeze(-2).expand_as(factor)))
+
+
+def orthonormalize(basis: Tensor) -> Tensor:
+    """One Newton–Schulz step towards the nearest orthonormal basis, Q(3I − QᵀQ)/2.
+
+    Products of thousands of rotations drift off orthonormality by rounding alone; one step squares the error away.
+    Singular values near √3 would become 0, and larger ones would grow: a basis that may have such is scaled first.
+
+    Args:
+        basis: (..., n, n), already orthonormal to about 1e-2.
+
+    Returns:
+        (..., n, n).
+    """
+    basis = basis / safe_scale(basis)
+    gram = basis.mT @ basis
+    # The largest row sum bounds the largest eigenvalue. It stays near 1 for what is nearly orthonormal.
+    reach = gram.abs().sum(-1).amax(-1)[..., None, None]
+    reach = torch.where(reach > 2, reach, 1.0)
+    gram.div_(reach).mul_(-0.5).diagonal(dim1=-2, dim2=-1).add_(1.5)
+    return (basis @ gram).div_(reach.sqrt())
+
+
+def off_diagonal_share(factor: Tensor) -> Tensor:
+    """Returns ‖A − diag A‖_F / ‖A‖_F of each matrix (..., n, n): 0 for an exact eigenbasis, nan-free at A = 0."""
+    scaled = factor / safe_scale(factor)
+    total = scaled.square().sum((-2, -1))
+    # The difference of two sums would be off by their rounding: 3e-4 in the share of a diagonal matrix in float32.
+    scaled.diagonal(dim1=-2, dim2=-1).zero_()
+    return (scaled.square().sum((-2, -1)) / total.clamp_(min=torch.finfo(factor.dtype).tiny)).sqrt_()

@@ -1,0 +1,136 @@
+"""What an optimizer takes of every rank: state, communication and work, from shapes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from hf_soap.distributed import owners
+from hf_soap.engine.buckets import LAUNCH_BYTES, state_dtype, temporary_bytes
+from hf_soap.engine.optimizer import BlockOptimizer
+from hf_soap.engine.state import bytes_of, planned_state
+from hf_soap.rules.layout import Plan
+from hf_soap.rules.storage import COUNT
+
+Mode = Literal["local", "owner", "ddp", "ddp, owner"]
+"""``"local"`` and ``"owner"`` of parameters sharded along their first dimension, or whole parameters on every rank."""
+
+MOMENTS = ("exp_avg", "prev_", "momentum", "step")
+"""What the names of state begin with that belongs to entries, rows or columns, and not to factors."""
+
+
+@dataclass
+class Cost:
+    """What the rank with the most of it has to bear.
+
+    Attributes:
+        state: Bytes of optimizer state.
+        factors: The part of it that is factors, bases and roots.
+        temporaries: Bytes, estimated, that a step needs beside the state.
+        sent: Bytes that it sends to other ranks in a step, averaged over refreshes and over ranks.
+        work: Floating point operations of preconditioning in a step, averaged over refreshes: matrix products and
+            decompositions. What acts on single entries is not counted.
+    """
+
+    state: float = 0.0
+    factors: float = 0.0
+    temporaries: float = 0.0
+    sent: float = 0.0
+    work: float = 0.0
+
+
+@dataclass(frozen=True)
+class Share:
+    """What becomes of a parameter: of the largest part that a rank has, or of all of it on the rank that owns it."""
+
+    group: dict[str, Any]
+    param: Tensor
+    plan: Plan
+    owned: bool
+
+    @cached_property
+    def _state(self) -> dict[str, Tensor]:
+        return planned_state(self.plan, self.param)
+
+    @property
+    def state(self) -> int:
+        """Bytes of optimizer state."""
+        return bytes_of(self._state)
+
+    @property
+    def factors(self) -> int:
+        """The part of it that is factors, bases and roots."""
+        return bytes_of({role: value for role, value in self._state.items() if not role.startswith(MOMENTS)})
+
+
+def shares(optimizer: BlockOptimizer, *, ranks: int, mode: Mode) -> Iterator[Share]:
+    """Yields what becomes of each trainable parameter that has entries; arguments as of :func:`cost`."""
+    for member in optimizer.members():
+        param, settings = member.param, member.settings
+        if not param.requires_grad or not param.numel():
+            continue
+        whole = optimizer.plan(settings, param.shape)
+        stays = mode == "owner" and whole.rule.elementwise(whole.layout)
+        owned = mode in ("owner", "ddp, owner") and not stays and ranks > 1
+        if owned or ranks == 1 or mode == "ddp":
+            yield Share(settings, param, whole, owned)
+        else:
+            yield Share(settings, param, optimizer.plan(settings, param.shape, part=largest_part(param, ranks)), owned)
+
+
+def largest_part(param: Tensor, ranks: int) -> tuple[int, ...]:
+    """Returns the shape of the largest part of a tensor that is sharded along its first dimension."""
+    return (-(-param.shape[0] // ranks), *param.shape[1:]) if param.dim() else ()
+
+
+def cost(optimizer: BlockOptimizer, *, ranks: int, mode: Mode) -> Cost:
+    """Projects an optimizer on a number of ranks; parameters may be on the meta device.
+
+    The scalar that says whether gradients are finite is not counted.
+
+    Args:
+        optimizer: Made for whole parameters.
+        ranks: Number of ranks.
+        mode: Where parameters and state lie.
+
+    Returns:
+        The cost of the rank that has the most.
+    """
+    total, owned = Cost(), []
+    at_once = [0, 0]
+    for share in shares(optimizer, ranks=ranks, mode=mode):
+        param, plan = share.param, share.plan
+        octets = state_dtype(param).itemsize
+        needs = temporary_bytes(plan, state_dtype(param))
+        at_once = [at_once[0] + needs, max(at_once[1], needs)]
+        if share.owned:
+            owned.append(share)
+            # A gradient goes to its owner, a direction comes back, each but for the part that stays where it is.
+            moved = param.numel() * octets * (ranks - 1) / ranks
+            total.sent += 2 * moved / ranks if mode == "owner" else moved
+            total.state += COUNT.itemsize  # every rank counts the steps
+            continue
+        total.state += share.state
+        total.factors += share.factors
+        total.work += plan.work()
+        if mode == "ddp" and ranks > 1 and share.group["distributed_refresh"] is not False:
+            squares = plan.layout.factor_numel() * 2 * octets  # the rotation and the factor in it, or the root
+            if squares:
+                total.sent += squares / share.group["precondition_frequency"] * (ranks - 1) / ranks
+            total.work -= (1 - 1 / ranks) * plan.work(refreshes_only=True)
+    held = [Cost() for _ in range(ranks)]
+    assigned = owners.assign([(share.plan.work(), share.state) for share in owned], ranks)
+    for share, owner in zip(owned, assigned, strict=True):
+        held[owner].work += share.plan.work()
+        held[owner].state += share.state - torch.float32.itemsize
+        held[owner].factors += share.factors
+    total.work += max(one.work for one in held)
+    total.state += max(one.state for one in held)
+    total.factors += max(one.factors for one in held)
+    total.temporaries = min(at_once[0], max(at_once[1], LAUNCH_BYTES))
+    return total

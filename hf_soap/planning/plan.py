@@ -1,0 +1,405 @@
+"""What a training run will take, before it starts: memory, work, and the settings with which it fits."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hf_soap.config import options
+from hf_soap.engine.optimizer import BlockOptimizer
+from hf_soap.optimizers import grouping
+from hf_soap.planning import costs
+from hf_soap.trainer import registry
+
+if TYPE_CHECKING:
+    from torch import nn
+
+LEVERS: dict[str, tuple[Any, ...]] = {
+    "shard_mode": ("owner",),
+    "pack_factors": (True,),
+    "state_dtype": ("bfloat16", "float8"),
+    "factorized": (True,),
+    "one_sided": (True,),
+    # Smaller blocks would always take the least time, and leave ever less of the method.
+    "block_size": (4096, 2048, 1024),
+    "precondition_frequency": (20, 50, 100),
+}
+"""What is tried where a run does not fit: options of the optimizers, and values that save memory or time."""
+
+Measure = Callable[[options.OptimizerConfig], costs.Cost]
+
+
+BATCHES = (32_768, 131_072, 524_288)
+"""Tokens in a step, of all ranks together, that work is compared at where nobody says how many there are."""
+
+ADAMW = ("adamw_torch_fused", "adamw_torch")
+"""Names of torch's AdamW, which plans are compared with."""
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """torch's AdamW in place of a config of ours; ``optim_args`` say nothing to it."""
+
+    name: str = ADAMW[0]
+
+    def to_optim_args(self) -> str:
+        """Returns no options."""
+        return ""
+
+
+def build(model: nn.Module, params: Iterable[Any], config: options.OptimizerConfig) -> BlockOptimizer:
+    """Makes an optimizer as the Trainer does from a config.
+
+    Args:
+        model: Where parameter names come from.
+        params: Param groups as the Trainer makes them, or parameters; they may be on the meta device.
+        config: The options.
+
+    Returns:
+        The optimizer, with groups split by rule.
+
+    Raises:
+        ValueError: If options exclude each other, or a pattern matches no parameter.
+    """
+    kwargs = config.constructor_kwargs()
+    return registry.ENTRIES[config.name].optimizer(grouping.with_overrides(params, model, config), **kwargs)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is to be trained, and where.
+
+    Attributes:
+        model: It may be on the meta device.
+        groups: Param groups as the Trainer makes them.
+        ranks: Number of ranks.
+        sharded: Whether FSDP2 shards the parameters over them, or each has the whole.
+        tokens: Tokens in a step, of all ranks together.
+    """
+
+    model: nn.Module
+    groups: Sequence[dict[str, Any]]
+    ranks: int = 1
+    sharded: bool = False
+    tokens: int = BATCHES[1]
+
+    def mode(self, config: options.OptimizerConfig | AdamW) -> costs.Mode:
+        """Says where parameters and state lie under a config."""
+        owner = getattr(config, "shard_mode", "local") == "owner"
+        if self.sharded:
+            return "owner" if owner else "local"
+        return "ddp, owner" if owner else "ddp"
+
+    def cost(self, config: options.OptimizerConfig | AdamW) -> costs.Cost:
+        """Returns what the optimizer costs; raises ValueError where options exclude each other."""
+        if isinstance(config, AdamW):
+            parts = [math.prod(self._part(param)) * param.element_size() for _, param in self._trained()]
+            state = sum(2 * part + torch.float32.itemsize for part in parts)  # two moments, and the number of steps
+            # torch's word for what the version that is not fused holds at once on a GPU.
+            return costs.Cost(state=state, temporaries=0 if config.name == ADAMW[0] else sum(parts))
+        optimizer = build(self.model, self.groups, config)
+        return costs.cost(optimizer, ranks=self.ranks, mode=self.mode(config))
+
+    def _trained(self) -> Iterator[tuple[dict[str, Any], Tensor]]:
+        return ((group, param) for group in self.groups for param in group["params"])
+
+    def _part(self, param: Tensor) -> tuple[int, ...]:
+        return costs.largest_part(param, self.ranks if self.sharded else 1)
+
+    def weights(self, *, trained: bool) -> int:
+        """Returns the bytes of all parameters on a rank, or of those that are trained, which gradients take again."""
+        return sum(
+            math.prod(self._part(param)) * param.element_size()
+            for param in self.model.parameters()
+            if param.requires_grad or not trained
+        )
+
+    def memory(self, cost: costs.Cost) -> float:
+        """Returns the bytes that weights, gradients and optimizer take of a rank."""
+        return self.weights(trained=False) + self.weights(trained=True) + cost.state + cost.temporaries
+
+    @cached_property
+    def model_work(self) -> float:
+        """Estimated floating point operations of forward and backward on a rank; see :func:`model_work`."""
+        return model_work(self.model, tokens=self.tokens) / self.ranks
+
+    def overhead(self, cost: costs.Cost) -> float:
+        """Returns the operations of preconditioning as a share of those of forward and backward."""
+        return cost.work / self.model_work
+
+    def routing(self, config: options.OptimizerConfig | AdamW) -> list[Row]:
+        """Says what becomes of each tensor; see :func:`routing`."""
+        if not isinstance(config, AdamW):
+            optimizer = build(self.model, self.groups, config)
+            return routing(self.model, optimizer, ranks=self.ranks, mode=self.mode(config))
+        names: dict[Tensor, str] = {param: name for name, param in self.model.named_parameters()}
+        rows = _Rows()
+        for group, param in self._trained():
+            state = 2 * math.prod(self._part(param)) * param.element_size() + torch.float32.itemsize
+            rows.add(names[param], tuple(param.shape), "AdamW", (), decays=group["weight_decay"] != 0, state=state)
+        return rows.listed()
+
+
+def model_work(model: nn.Module, *, tokens: int) -> float:
+    """Estimates the floating point operations of forward and backward.
+
+    Six for each trained parameter and token, four for each frozen one, whose own gradient is not computed. Of the
+    experts of a mixture those that a token is sent to count. Attention scores and recomputed activations are left out.
+
+    Args:
+        model: A model of transformers; it may be on the meta device.
+        tokens: Tokens in a step.
+    """
+    config: Any = getattr(model, "config", None)
+    with suppress(AttributeError, ValueError):  # where there is none, or are several, which then have no experts
+        config = config.get_text_config()
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    experts = next((getattr(config, name) for name in names if getattr(config, name, None)), 1)
+    active = (getattr(config, "num_experts_per_tok", None) or experts) / experts
+    return tokens * sum(
+        param.numel() * (6 if param.requires_grad else 4) * (active if ".experts." in name else 1)
+        for name, param in model.named_parameters()
+    )
+
+
+@dataclass(frozen=True)
+class Row:
+    """Tensors of one shape that are treated alike.
+
+    Attributes:
+        example: Name of the first of them.
+        tensors: How many there are.
+        shape: Their whole shape.
+        rule: What updates them.
+        sides: Lengths of the sides that have a factor, of a block.
+        decays: Whether the group that they are in decays weights.
+        factors: Bytes of factors, bases and roots of all of them together.
+        state: Bytes of all optimizer state of theirs.
+    """
+
+    example: str
+    tensors: int
+    shape: tuple[int, ...]
+    rule: str
+    sides: tuple[int, ...]
+    decays: bool
+    factors: int
+    state: int
+
+
+def routing(model: nn.Module, optimizer: BlockOptimizer, *, ranks: int, mode: costs.Mode) -> list[Row]:
+    """Says what becomes of each tensor, those of the same shape and treatment in one row.
+
+    Args:
+        model: Where the names come from.
+        optimizer: Made for its whole parameters.
+        ranks: Number of ranks.
+        mode: Where parameters and state lie; what an owner has counts whole, else what the rank with most of it has.
+    """
+    names: dict[Tensor, str] = {param: name for name, param in model.named_parameters()}
+    rows = _Rows()
+    for share in costs.shares(optimizer, ranks=ranks, mode=mode):
+        layout = share.plan.layout
+        rule, sides = grouping.describe(share.plan, owned=share.owned), tuple(layout.block[i] for i in layout.sides)
+        name, shape, decays = names[share.param], tuple(share.param.shape), share.group["weight_decay"] != 0
+        rows.add(name, shape, rule, sides, decays=decays, factors=share.factors, state=share.state)
+    return rows.listed()
+
+
+class _Rows:
+    """Puts tensors that are treated alike into one row."""
+
+    def __init__(self) -> None:
+        self._rows: dict[tuple[Any, ...], Row] = {}
+
+    def add(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        rule: str,
+        sides: tuple[int, ...],
+        *,
+        decays: bool,
+        state: int,
+        factors: int = 0,
+    ) -> None:
+        key = (shape, rule, sides, decays)
+        known = self._rows.setdefault(key, Row(name, 0, *key, 0, 0))
+        self._rows[key] = replace(
+            known, tensors=known.tensors + 1, factors=known.factors + factors, state=known.state + state
+        )
+
+    def listed(self) -> list[Row]:
+        return list(self._rows.values())
+
+
+def settings_that_fit(
+    config: options.OptimizerConfig, measure: Measure, fits: Callable[[costs.Cost], bool]
+) -> list[tuple[options.OptimizerConfig, costs.Cost]]:
+    """Finds the settings that fit with the fewest changed options, the one that takes the least time first.
+
+    Args:
+        config: The options to start from.
+        measure: Says what a config costs; it may raise ValueError where options exclude each other.
+        fits: Says whether a cost can be borne.
+
+    Returns:
+        The settings and what they cost; none if nothing that was tried fits.
+    """
+    for changes in range(len(LEVERS) + 1):
+        found = []
+        for candidate in _candidates(config, changes):
+            try:
+                cost = measure(candidate)
+            except ValueError:
+                continue
+            if fits(cost):
+                found.append((candidate, cost))
+        if found:
+            return sorted(found, key=lambda pair: pair[1].work)
+    return []
+
+
+def _candidates(config: options.OptimizerConfig, changes: int) -> Iterator[options.OptimizerConfig]:
+    known = options.option_fields(type(config))
+    for names in itertools.combinations([name for name in LEVERS if name in known], changes):
+        for values in itertools.product(*(LEVERS[name] for name in names)):
+            changed = dict(zip(names, values, strict=True))
+            if all(getattr(config, name) != value for name, value in changed.items()):
+                yield replace(config, **changed)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """Options of an optimizer and what they cost on the rank that has most: bytes, and operations in a step.
+
+    Attributes:
+        optim_args: As ``TrainingArguments(optim_args=...)`` takes them.
+        cost: What the optimizer takes.
+        memory: Bytes of weights, gradients, optimizer state and temporaries together.
+        overhead: Operations of preconditioning as a share of those of forward and backward.
+    """
+
+    optim_args: str
+    cost: costs.Cost
+    memory: float
+    overhead: float
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a step of so many tokens takes.
+
+    Attributes:
+        tokens: Tokens in a step, of all ranks together.
+        model_work: Operations of forward and backward on a rank.
+        overhead: Operations of preconditioning as a share of those.
+    """
+
+    tokens: int
+    model_work: float
+    overhead: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """What ``hf-soap plan`` says.
+
+    Attributes:
+        model: Class of the model, of that under adapters.
+        parameters: Number of parameters.
+        trained: Number of those that are trained.
+        optim: Name of the optimizer.
+        ranks: Number of ranks.
+        mode: Where parameters and state lie.
+        tokens: Tokens in a step, of all ranks together.
+        tensors: What becomes of the tensors.
+        weights: Bytes of weights on a rank.
+        gradients: Bytes of gradients on a rank.
+        model_work: Operations of forward and backward on a rank in a step.
+        batches: The overhead at several numbers of tokens.
+        asked: The settings as asked for.
+        adamw: torch's AdamW on the same ranks.
+        fits: Whether they keep within the limits; None without limits.
+        suggestions: Settings that do, where those do not, with the fewest changed options and the least work first.
+    """
+
+    model: str
+    parameters: int
+    trained: int
+    optim: str
+    ranks: int
+    mode: costs.Mode
+    tokens: int
+    tensors: list[Row]
+    weights: int
+    gradients: int
+    model_work: float
+    batches: list[Batch]
+    asked: Setting
+    adamw: Setting
+    fits: bool | None
+    suggestions: list[Setting]
+
+
+def report(
+    run: Run,
+    config: options.OptimizerConfig | AdamW,
+    *,
+    memory: float | None = None,
+    overhead: float | None = None,
+    batches: Sequence[int] = (),
+) -> Report:
+    """Plans a run.
+
+    Args:
+        run: What is to be trained, and where.
+        config: The optimizer's options.
+        memory: Bytes that a rank has; None does not look.
+        overhead: Largest share of forward and backward that preconditioning may take; None does not look.
+        batches: Numbers of tokens in a step to give the overhead at; none gives it at those of the run alone.
+
+    Returns:
+        All figures.
+
+    Raises:
+        ValueError: If the options exclude each other.
+    """
+
+    def fits(cost: costs.Cost) -> bool:
+        small = memory is None or run.memory(cost) <= memory
+        return small and (overhead is None or run.overhead(cost) <= overhead)
+
+    def setting(config: options.OptimizerConfig | AdamW, cost: costs.Cost) -> Setting:
+        return Setting(config.to_optim_args(), cost, run.memory(cost), run.overhead(cost))
+
+    cost, adamw = run.cost(config), config if isinstance(config, AdamW) else AdamW()
+    fine = fits(cost)
+    found = [] if fine or isinstance(config, AdamW) else settings_that_fit(config, run.cost, fits)
+    at = [replace(run, tokens=tokens) for tokens in batches or (run.tokens,)]
+    return Report(
+        model=type(getattr(run.model, "get_base_model", lambda: run.model)()).__name__,
+        parameters=sum(param.numel() for param in run.model.parameters()),
+        trained=sum(param.numel() for param in run.model.parameters() if param.requires_grad),
+        optim=config.name,
+        ranks=run.ranks,
+        mode=run.mode(config),
+        tokens=run.tokens,
+        tensors=run.routing(config),
+        weights=run.weights(trained=False),
+        gradients=run.weights(trained=True),
+        model_work=run.model_work,
+        batches=[Batch(each.tokens, each.model_work, each.overhead(cost)) for each in at],
+        asked=setting(config, cost),
+        adamw=setting(adamw, run.cost(adamw)),
+        fits=None if memory is None and overhead is None else fine,
+        suggestions=[setting(*pair) for pair in found],
+    )

@@ -1,0 +1,427 @@
+"""How a parameter is cut into blocks of one shape, and the stacks that keep the state of many of them together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_soap.engine.profiling import IDLE, Gauge
+from hf_soap.rules.storage import Storage
+
+if TYPE_CHECKING:
+    from hf_soap.distributed.dtensor import Team
+    from hf_soap.engine.background import Background
+    from hf_soap.engine.failures import Failures
+    from hf_soap.rules.base import Rule
+
+FACTOR_RATIO = 4
+"""A factor of a shard has at most this many times the shard's entries; a longer side is cut into blocks."""
+
+SMALLEST_CUT = 8
+"""Where that would take blocks shorter than this, a shard's side keeps no factor instead."""
+
+PREV_PARAM = "prev_param"
+"""Role of the weights before the last update."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one tensor becomes a batch of same-shape blocks.
+
+    Attributes:
+        view: Shape after merging dimensions; reshaping the parameter to it moves no data.
+        grid: Number of blocks along each dimension of ``view``.
+        block: Shape (d_1, ..., d_k) of one block; grid * block exceeds ``view`` where the last block is padded.
+        sides: Modes that carry a Kronecker factor, ascending; the others keep an identity basis.
+        too_long: Modes that would, were they not too long beside the others.
+        stack: Number of matrices that the tensor is a stack of; each has as many adjacent blocks.
+    """
+
+    view: tuple[int, ...]
+    grid: tuple[int, ...]
+    block: tuple[int, ...]
+    sides: tuple[int, ...]
+    too_long: tuple[int, ...] = ()
+    stack: int = 1
+
+    @cached_property
+    def blocks(self) -> int:
+        """Number of blocks of one tensor."""
+        return math.prod(self.grid)
+
+    @cached_property
+    def numel(self) -> int:
+        """Entries of one tensor, padding not counted."""
+        return math.prod(self.view)
+
+    @cached_property
+    def matrix_numel(self) -> int:
+        """Entries of one matrix of a stack, or of the tensor, padding not counted."""
+        if self.stack == 1:
+            return self.numel
+        return self.grid[0] // self.stack * self.block[0] * math.prod(self.view[1:])  # no row of a stack is padding
+
+    @cached_property
+    def whole(self) -> bool:
+        """Whether the tensor, reshaped, is its only block."""
+        return self.blocks == 1 and not self.padded
+
+    @cached_property
+    def padded(self) -> bool:
+        """Whether some blocks hold entries that no parameter entry stands behind."""
+        return any(g * b != v for g, b, v in zip(self.grid, self.block, self.view, strict=True))
+
+    def fitted(self, shape: Sequence[int], part: Sequence[int]) -> Layout:
+        """Returns this layout of a tensor of ``shape`` for a smaller ``part``, which is padded to the same blocks."""
+        if not math.prod(shape):
+            return self  # and no smaller part has more than nothing
+        view, sizes = [], iter(zip(shape, part, strict=True))
+        for extent in self.view:
+            covered, size = 1, 1
+            while covered < extent:
+                of_shape, of_part = next(sizes)
+                covered, size = covered * of_shape, size * of_part
+            view.append(size)
+        return replace(self, view=tuple(view)) if shape else self
+
+    def factor_numel(self) -> int:
+        """Entries of all factors of one tensor; the bases take as many again."""
+        return self.blocks * sum(self.block[side] ** 2 for side in self.sides)
+
+    def to_blocks(self, tensor: Tensor) -> Tensor:
+        """Cuts a tensor into (blocks, d_1, ..., d_k), zero-padded; a view when there is one block."""
+        tensor = tensor.reshape(self.view)
+        if self.whole:
+            return tensor.unsqueeze(0)
+        if self.padded:
+            excess = [g * b - v for g, b, v in zip(self.grid, self.block, self.view, strict=True)]
+            tensor = F.pad(tensor, [n for e in reversed(excess) for n in (0, e)])
+        k = len(self.grid)
+        split = tensor.reshape([n for pair in zip(self.grid, self.block, strict=True) for n in pair])
+        return split.permute(*range(0, 2 * k, 2), *range(1, 2 * k, 2)).reshape(self.blocks, *self.block)
+
+    def from_blocks(self, blocks: Tensor, shape: Sequence[int]) -> Tensor:
+        """Puts (blocks, d_1, ..., d_k) together again as a tensor of ``shape``, without the padding."""
+        if self.blocks == 1 and not self.padded:
+            return blocks.reshape(tuple(shape))
+        k = len(self.grid)
+        order = [n for i in range(k) for n in (i, k + i)]
+        whole = blocks.reshape(*self.grid, *self.block).permute(order)
+        whole = whole.reshape([g * b for g, b in zip(self.grid, self.block, strict=True)])
+        if self.padded:
+            whole = whole[tuple(slice(v) for v in self.view)]
+        return whole.reshape(tuple(shape))
+
+    def entries(self) -> Tensor:
+        """Returns how many entries of each block are no padding, (blocks,), on the CPU."""
+        return self.to_blocks(torch.ones(self.view, device="cpu")).flatten(1).sum(1)
+
+    def trim(self, blocks: Tensor) -> Tensor:
+        """Zeroes the padding of (tensors * blocks, d_1, ..., d_k), so that norms see only real entries."""
+        if not self.padded:
+            return blocks
+        tensors = blocks.split(self.blocks)
+        return torch.cat([self.to_blocks(self.from_blocks(one, self.view)) for one in tensors])
+
+
+def merge_shape(shape: Sequence[int], limit: int, ratio: float | None = None) -> tuple[int, ...]:
+    """Merges neighbouring dimensions from the left while their product n stays small enough for a factor.
+
+    Args:
+        shape: Shape of a tensor.
+        limit: Largest n.
+        ratio: With a number, the n x n factor of a merged dimension has at most so many times the tensor's entries.
+
+    Returns:
+        The merged shape.
+
+    Source:
+        The greedy rule of the SOAP paper's code for convolutions (arXiv:2409.11321): on overflow the running
+        product is emitted and restarts at this dimension.
+    """
+    numel = math.prod(shape)
+    largest = limit if ratio is None else min(limit, math.isqrt(int(ratio * numel)))
+    merged: list[int] = []
+    running = 1
+    for size in shape:
+        if running * size <= largest:
+            running *= size
+        elif running == 1:
+            merged.append(size)
+        else:
+            merged.append(running)
+            running = size
+    if running != 1 or not merged:
+        merged.append(running)
+    return tuple(merged)
+
+
+def uncut(shape: Sequence[int]) -> Layout:
+    """Returns the layout of a tensor that is one block without factors."""
+    view = tuple(shape) or (1,)
+    return Layout(view, (1,) * len(view), view, ())
+
+
+def is_vector(shape: Sequence[int]) -> bool:
+    """Whether a tensor has at most one dimension of more than one entry, as N x 1 has."""
+    return sum(size > 1 for size in shape) < 2
+
+
+def is_stack(shape: Sequence[int]) -> bool:
+    """Whether a tensor looks like a stack of matrices: three dimensions, of which the first is the shortest.
+
+    So mixtures keep their experts, (experts, rows, columns). Convolutions have their short dimensions last.
+    """
+    return len(shape) == 3 and 0 < shape[0] < min(shape[1:])
+
+
+def plan_layout(
+    shape: Sequence[int],
+    *,
+    max_precond_dim: int,
+    max_aspect_ratio: float | None = None,
+    stacked_matrices: bool = False,
+    merge_dims: bool = False,
+    precondition_1d: bool = False,
+    one_sided: bool = False,
+    block_size: int | None = None,
+    factored: bool = True,
+    part: Sequence[int] | None = None,
+) -> Layout:
+    """Decides how a tensor is cut and which of its sides are factored.
+
+    Args:
+        shape: Shape of the parameter; a scalar counts as a vector of one entry.
+        max_precond_dim: A longer side keeps an identity basis.
+        max_aspect_ratio: So does a side of more than this many times the entries of all others together, the long one
+            of a matrix that is flatter than that: its factor would outweigh the tensor by as much. What is 1 x N or
+            N x 1 counts as a vector. None sets no limit.
+        stacked_matrices: Cut a stack of matrices (:func:`is_stack`) into its matrices.
+        merge_dims: Merge neighbouring dimensions of a tensor with more than two of them, as far as the factors stay
+            within both limits. A matrix is never merged.
+        precondition_1d: Factor vectors too, whatever their aspect ratio.
+        one_sided: Factor only the shorter side of a matrix (the left one of equals).
+        block_size: Cut sides longer than this into equal blocks, the last one zero-padded.
+        factored: False keeps every basis at the identity, which makes SOAP Adam.
+        part: Shape of the largest part that a rank has, where the tensor is sharded. The sides to be factored are
+            those of the whole; where a part's factors would outweigh it by more than ``FACTOR_RATIO``, they are cut.
+
+    Returns:
+        The layout of the tensor, or of the part.
+    """
+    vector = len(shape) < 2 or (max_aspect_ratio is not None and is_vector(shape))
+    stacked = stacked_matrices and factored and not vector and is_stack(shape)
+    if stacked and part is not None:  # a smaller part of each matrix cannot be padded to the same blocks
+        stacked = all(size % largest == 0 for size, largest in zip(shape[1:], part[1:], strict=True))
+
+    def cut(size: Sequence[int]) -> Layout:
+        view = (math.prod(size),) if vector else tuple(size)
+        if stacked:
+            view = (size[0] * size[1], size[2])
+        elif merge_dims and len(view) > 2:
+            view = merge_shape(view, max_precond_dim, max_aspect_ratio)
+        grid = [1 for _ in view]
+        if factored and block_size is not None and (not vector or precondition_1d):
+            grid = [max(1, -(-extent // block_size)) for extent in view]
+        if stacked:
+            grid[0] = size[0] * _even_cuts(size[1], block_size or size[1])
+        block = tuple(-(-extent // count) for extent, count in zip(view, grid, strict=True))
+        sides: tuple[int, ...] = ()
+        if factored and (not vector or precondition_1d):
+            sides = tuple(i for i, n in enumerate(block) if 1 < n <= max_precond_dim)
+        if one_sided and len(block) == 2:
+            sides = tuple(side for side in sides if side == (0 if block[0] <= block[1] else 1))
+        too_long: tuple[int, ...] = ()
+        if max_aspect_ratio is not None and not vector:
+            too_long = tuple(i for i in sides if block[i] ** 2 > max_aspect_ratio * math.prod(block))
+        kept = tuple(i for i in sides if i not in too_long)
+        return Layout(view, tuple(grid), block, kept, too_long, stack=size[0] if stacked else 1)
+
+    layout = cut(shape)
+    if part is not None:
+        whole, layout = layout, cut(part)
+        # Merged differently, the modes of part and whole are not the same ones.
+        alike = len(whole.view) == len(layout.view)
+        too_long = whole.too_long if alike else layout.too_long
+        sides = tuple(sorted({*layout.sides, *layout.too_long} - {*too_long}))
+        layout = _limit_factors(replace(layout, sides=sides, too_long=too_long))
+    if stacked and not layout.sides:
+        return uncut(shape if part is None else part)
+    return layout
+
+
+def _even_cuts(size: int, longest: int) -> int:
+    """Into how many equal parts of at most ``longest`` a size can be cut; 1 where no small number divides it."""
+    needed = -(-size // max(1, longest))
+    return next((count for count in range(needed, 4 * needed) if size % count == 0), 1)
+
+
+def _limit_factors(layout: Layout) -> Layout:
+    grid, block, sides = list(layout.grid), list(layout.block), list(layout.sides)
+    for side in sorted(layout.sides, key=lambda i: block[i], reverse=True):
+        longest = FACTOR_RATIO * math.prod(block) // block[side]
+        if longest >= block[side]:
+            continue
+        if longest < SMALLEST_CUT:
+            sides.remove(side)
+        elif side == 0 and layout.stack > 1:  # no block may hold rows of two matrices
+            grid[side] = grid[side] * _even_cuts(block[side], longest)
+            block[side] = layout.view[side] // grid[side]
+        else:
+            grid[side] = -(-layout.view[side] // longest)
+            block[side] = -(-layout.view[side] // grid[side])
+    return replace(layout, grid=tuple(grid), block=tuple(block), sides=tuple(sides))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What happens to one tensor.
+
+    Attributes:
+        rule: Where its direction comes from.
+        layout: How it is cut.
+        auxiliary: Whether it follows the learning rate and decay for vectors, where the optimizer has such.
+        decay_last: Decay the weights after the update, as SOAP's implementation does; else both at once.
+        keep_weights: Keep the weights before the last update in the state, for exact MARS.
+        storage: How its state is kept between steps.
+        maximize: Ascend: the gradient counts with the other sign.
+        splits_refreshes: Split refreshes among ranks that hold equal state.
+        overlaps: Refresh beside the next forward and backward pass, on a stream of its own.
+    """
+
+    rule: Rule
+    layout: Layout
+    auxiliary: bool = False
+    decay_last: bool = False
+    keep_weights: bool = False
+    storage: Storage = Storage()
+    maximize: bool = False
+    splits_refreshes: bool = False
+    overlaps: bool = False
+
+    @cached_property
+    def refreshes_later(self) -> bool:
+        """Whether refreshes come after the step: not where that would round state once more."""
+        return self.overlaps and self.kept.plain and bool(self.layout.sides) and self.rule.refreshes_last
+
+    @property
+    def entrywise(self) -> bool:
+        """Whether all state has the tensor's own shape and coordinates, so that it can be cut anew."""
+        return self.rule.entrywise(self.layout)
+
+    @cached_property
+    def kept(self) -> Storage:
+        """How state is kept: what can be cut anew has no scales for its blocks, and no matrices to be packed."""
+        if not self.entrywise:
+            return self.storage
+        return Storage("float32" if self.storage.format == "float32" else "bfloat16")
+
+    def allocate(self, tensors: int, *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        """Returns fresh state by role for a number of tensors, (tensors * blocks, ...) each, as it is kept."""
+        state = self.computed(tensors, dtype=dtype, device=device if self.kept.plain else torch.device("meta"))
+        return state if self.kept.plain else self.kept.allocate(state, device)
+
+    def computed(self, tensors: int, *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        """As :meth:`allocate`, as the rule computes with it."""
+        state = self.rule.allocate(self.layout, tensors, dtype=dtype, device=device)
+        if self.keep_weights:
+            shape = (tensors * self.layout.blocks, *self.layout.block)
+            state[PREV_PARAM] = torch.zeros(shape, dtype=dtype, device=device)
+        return state
+
+    def work(self, *, refreshes_only: bool = False) -> float:
+        """Floating point operations of the matrix products and decompositions of a step, averaged over refreshes."""
+        return self.rule.work(self.layout, refreshes_only=refreshes_only)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """The part of a bucket that one call of a rule works on: adjacent tensors at the same stage.
+
+    Attributes:
+        layout: Layout of every tensor in it.
+        t: 1-based number of this update, a number per tensor.
+        index: Place of each tensor in the whole optimizer, which staggers refreshes.
+        background: Where work may go on beside the training loop.
+        team: Ranks with equal state that split decompositions among them.
+        usable: Whether the gradients are, where only the device knows.
+        gauge: Whom refreshes and updates report to.
+        failures: Who counts decompositions that fail.
+        later: Leave refreshes to a call of the rule's ``refresh``.
+    """
+
+    layout: Layout
+    t: tuple[int, ...]
+    index: tuple[int, ...]
+    background: Background | None = None
+    team: Team | None = None
+    usable: Tensor | None = None
+    gauge: Gauge = IDLE
+    failures: Failures | None = None
+    later: bool = False
+
+    def share(self, compute: Callable[[Tensor], tuple[Tensor, ...]], batch: Tensor) -> tuple[Tensor, ...]:
+        """Returns ``compute(batch)`` of matrices that all ranks of the team have, each computed by one of them.
+
+        Contiguous, as what comes from other ranks is: products of other memory layouts round in other ways.
+        """
+        if self.team is not None:
+            return self.team.share(compute, batch, turn=self.index[0])
+        return tuple(part.contiguous() for part in compute(batch))
+
+    def sound(self, *results: Tensor) -> Tensor:
+        """Says of which matrices all results (blocks, ...) are finite, (blocks, 1, 1), and has the others counted."""
+        sound = torch.stack([result.isfinite().flatten(1).all(1) for result in results]).all(0)
+        if self.failures is not None:
+            self.failures.note(sound)
+        return sound.view(-1, 1, 1)
+
+    def per_block(self, of: Callable[[int], float], like: Tensor) -> float | Tensor:
+        """Spreads a function of the number of a tensor's update over its blocks, for (blocks, d_1, ..., d_k)."""
+        values = {t: of(t) for t in set(self.t)}
+        if len(values) == 1:
+            return values[self.t[0]]
+        column = torch.tensor([values[t] for t in self.t], dtype=like.dtype, device="cpu")
+        column = column.to(like.device, non_blocking=True)
+        spread: Tensor = column.repeat_interleave(self.layout.blocks).view(-1, *[1] * (like.dim() - 1))
+        return spread
+
+    def tensor_square_sum(self, blocks: Tensor) -> Tensor:
+        """Squared norm of each tensor, to broadcast against ``blocks``, whose padding must be zero (see trim)."""
+        return _square_sum(blocks, self.layout.blocks)
+
+    def matrix_square_sum(self, blocks: Tensor) -> Tensor:
+        """As :meth:`tensor_square_sum`, of each matrix where tensors are stacks of them."""
+        return _square_sum(blocks, self.layout.blocks // self.layout.stack)
+
+    def runs(self, flags: Iterable[bool]) -> Iterator[tuple[slice, Chunk]]:
+        """Yields each run of adjacent tensors whose flag is set, as a slice of blocks and a smaller chunk."""
+        for first, last in adjacent(flags):
+            blocks = slice(first * self.layout.blocks, last * self.layout.blocks)
+            yield blocks, replace(self, t=self.t[first:last], index=self.index[first:last])
+
+
+def _square_sum(blocks: Tensor, together: int) -> Tensor:
+    total = blocks.square().flatten(1).sum(1).view(-1, together).sum(1)
+    return total.repeat_interleave(together).view(-1, *[1] * (blocks.dim() - 1))
+
+
+def adjacent(flags: Iterable[bool], longest: int | None = None) -> Iterator[tuple[int, int]]:
+    """Yields (first, end) of every run of set flags, none longer than ``longest``."""
+    first: int | None = None
+    place = -1
+    for place, flag in enumerate(flags):
+        if flag and first is None:
+            first = place
+        elif first is not None and (not flag or place - first == longest):
+            yield first, place
+            first = place if flag else None
+    if first is not None:
+        yield first, place + 1

@@ -1,0 +1,105 @@
+"""Optimizer diagnostics in the log of any Trainer."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from typing import Any
+
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from hf_soap.engine.optimizer import BlockOptimizer, unwrapped
+from hf_soap.engine.profiling import Probe
+from hf_soap.trainer import metrics
+
+logger = logging.getLogger(__name__)
+
+
+class SoapMetricsCallback(TrainerCallback):
+    """Writes what an optimizer of this package measures of itself to the log of a Trainer.
+
+    ``optim_args="log_every=50"`` adds one. By hand it serves optimizers that a program makes itself:
+    ``Trainer(..., callbacks=[SoapMetricsCallback(every=50)], optimizers=(SOAP(...), None))``. Refreshes are measured
+    in every step, updates in those that are logged.
+
+    Args:
+        every: Steps between two entries.
+
+    Raises:
+        ValueError: If ``every`` is below 1.
+    """
+
+    def __init__(self, every: int = 50) -> None:
+        if every < 1:
+            raise ValueError(f"every must be >= 1, got {every}; leave the callback out to log nothing")
+        self.every = every
+        self._trainer: weakref.ref[Trainer] | None = None
+        self._warned = False
+
+    @property
+    def trainer(self) -> Trainer | None:
+        """The trainer that this logs for, which has the callback and not the reverse: a deleted one is freed."""
+        return None if self._trainer is None else self._trainer()
+
+    @trainer.setter
+    def trainer(self, trainer: Trainer) -> None:
+        self._trainer = weakref.ref(trainer)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves the trainer out, to which :func:`attach` makes the callback known before it trains."""
+        return {**vars(self), "_trainer": None}
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Has the optimizer measured, and says whether the step to come is one that is logged."""
+        optimizer = self._optimizer()
+        if isinstance(optimizer, BlockOptimizer):
+            optimizer.probe = optimizer.probe or Probe()
+            optimizer.probe.due = (state.global_step + 1) % self.every == 0
+        elif not self._warned:
+            self._warned = True
+            logger.warning(
+                "SoapMetricsCallback got %s, wanted an optimizer of hf_soap in a Trainer: it logs nothing",
+                type(optimizer).__name__,
+            )
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Logs the step, on all ranks."""
+        optimizer = self._optimizer()
+        measured = isinstance(optimizer, BlockOptimizer) and optimizer.probe is not None
+        trainer = self.trainer
+        if trainer is not None and measured and state.global_step % self.every == 0:
+            due = control.should_log
+            trainer.log(metrics.measurements(optimizer))
+            control.should_log = due  # logging clears it, and the loss of this step would go unlogged
+
+    def _optimizer(self) -> Any:
+        return None if self.trainer is None else unwrapped(self.trainer.optimizer)
+
+
+class _ByOption(SoapMetricsCallback):
+    """The callback that ``log_every`` adds, which goes when the option does."""
+
+
+def attach(trainer: Trainer, *, every: int) -> None:
+    """Makes a trainer known to its :class:`SoapMetricsCallback`, and adds one if it has none.
+
+    Args:
+        trainer: Any trainer that is about to train.
+        every: Steps between two entries of the one that is added; 0 adds none, and removes what another value added.
+    """
+    # The first time, nothing is there that the Trainer made: a model card must not say that `optim` made it.
+    vars(trainer).setdefault("_given_optimizer", trainer.optimizer is not None)
+    vars(trainer).setdefault("_given_scheduler", trainer.lr_scheduler is not None)
+    present = [one for one in trainer.callback_handler.callbacks if isinstance(one, SoapMetricsCallback)]
+    for outdated in [one for one in present if isinstance(one, _ByOption) and one.every != every]:
+        trainer.remove_callback(outdated)
+        present.remove(outdated)
+    if every and not present:
+        present = [_ByOption(every)]
+        trainer.add_callback(present[0])
+    for callback in present:
+        callback.trainer = trainer

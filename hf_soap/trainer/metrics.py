@@ -1,0 +1,156 @@
+"""What the log stream gets to know about an optimizer."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from hf_soap.distributed import dtensor
+from hf_soap.engine.optimizer import BlockOptimizer
+from hf_soap.engine.profiling import Sums
+from hf_soap.linalg import eigenbases
+from hf_soap.rules.storage import decoded, is_own
+
+COLUMNS = (
+    *("update", "weight", "entries", "rotation", "rotations", "root_change", "roots", "refresh"),
+    *("off_diagonal", "factors", "seeded", "tensors"),
+)
+"""What is known of each rule, as sums that can be added up over ranks."""
+
+
+@torch.no_grad()
+def diagnostics(optimizer: BlockOptimizer) -> dict[str, float]:
+    """Looks at the state that this rank has, whether a probe has measured steps or not.
+
+    Args:
+        optimizer: Any optimizer of the family.
+
+    Returns:
+        ``factor_off_diagonal``: mean over the factors of SOAP of ‖L̂ - diag L̂‖_F / ‖L̂‖_F, 0 where the bases
+        diagonalise the factors exactly; ``seeded_share``: share of the tensors with state that have had a non-zero
+        gradient;
+        ``skipped_steps``: steps left out because of a non-finite gradient; ``failed_refreshes``: decompositions that
+        failed, for which a previous basis or root stayed in use. Names carry the prefix ``optimizer/``.
+    """
+    failed = optimizer.failed_refreshes  # behind which no refresh is under way
+    return _overall(_state_sums(optimizer, rules_of(optimizer)).values(), optimizer, failed)
+
+
+@torch.no_grad()
+def measurements(optimizer: BlockOptimizer) -> dict[str, float]:
+    """Reads the probe of an optimizer and its state, and lets the probe start anew.
+
+    Several ranks add up what they have, for which all of them must call this; what several have counts once for each.
+
+    Args:
+        optimizer: One with a probe.
+
+    Returns:
+        What :func:`diagnostics` returns, ``optimizer/step_ms``, and by the rule that tensors follow what is listed in
+        the README, as ``optimizer/WHAT/RULE``. What nobody had occasion to measure is left out.
+    """
+    if optimizer.probe is None:
+        raise ValueError("got an optimizer without a probe, wanted one that measures; set optimizer.probe = Probe()")
+    rules = rules_of(optimizer)
+    failed_here = optimizer.failed_refreshes  # behind which no refresh is under way
+    timing, measured = optimizer.probe.take()
+    kept = _state_sums(optimizer, rules)
+    # What the ranks add up is alike on all, also where one has no part of any tensor of a rule.
+    labels = sorted(set(rules.values()))
+    numbers = [timing["steps"], timing["step"], failed_here]
+    for label in labels:
+        sums = {**measured.get(label, {}), **kept[label]}
+        numbers += [sums.get(column, 0.0) for column in COLUMNS]
+    steps, seconds, failed, *rest = dtensor.summed(numbers, next(iter(rules))) if rules else numbers
+    table: dict[str, Sums] = {}
+    for number, label in enumerate(labels):
+        row = rest[number * len(COLUMNS) : (number + 1) * len(COLUMNS)]
+        table[label] = dict(zip(COLUMNS, row, strict=True))
+    found = _overall(table.values(), optimizer, failed)
+    if steps:
+        found["optimizer/step_ms"] = seconds / steps * 1e3
+    for label, sums in table.items():
+        values = _of_rule(sums, steps, seconds)
+        found |= {f"optimizer/{what}/{slug(label)}": value for what, value in values.items()}
+    return found
+
+
+def slug(label: str) -> str:
+    """Returns a rule's description as it stands in names: ``SOAP, 2 sides`` as ``soap_2_sides``."""
+    return re.sub(r"\W+", "_", label.lower())
+
+
+def rules_of(optimizer: BlockOptimizer) -> dict[Tensor, str]:
+    """Says for each trainable parameter in a few words which rule it follows."""
+    plans = {
+        member.param: optimizer.plan_of(member.settings, member.param)
+        for member in optimizer.members()
+        if member.param.requires_grad and member.param.numel()
+    }
+    return {param: plan.rule.describe(plan.layout) for param, plan in plans.items()}
+
+
+def _state_sums(optimizer: BlockOptimizer, rules: dict[Tensor, str]) -> defaultdict[str, Sums]:
+    sums: defaultdict[str, Sums] = defaultdict(lambda: dict.fromkeys(COLUMNS[-4:], 0.0))
+    shares: defaultdict[tuple[torch.device, torch.dtype], list[tuple[str, Tensor]]] = defaultdict(list)
+    for param, label in rules.items():
+        kept = optimizer.state.get(param, {})
+        if "step" not in kept:
+            continue
+        seeded = bool(kept["step"] > 0)
+        sums[label]["tensors"] += 1
+        sums[label]["seeded"] += seeded
+        # Without a basis, a factor lives in the space of the gradients, where it need not be diagonal.
+        roles = [
+            role
+            for role in kept
+            if is_own(role) and role.startswith("factor_") and role.replace("factor", "basis") in kept
+        ]
+        for factor in decoded({role: kept[role] for role in roles if seeded}, torch.float32).values():
+            share = eigenbases.off_diagonal_share(factor)
+            shares[share.device, share.dtype].append((label, share))
+    for pairs in shares.values():
+        numbers = iter(torch.cat([share for _, share in pairs]).tolist())  # one wait for the device
+        for label, share in pairs:
+            sums[label]["off_diagonal"] += sum(itertools.islice(numbers, len(share)))
+            sums[label]["factors"] += len(share)
+    return sums
+
+
+def _overall(rules: Iterable[Sums], optimizer: BlockOptimizer, failed: float) -> dict[str, float]:
+    total = dict.fromkeys(COLUMNS[-4:], 0.0)
+    for sums, column in itertools.product(rules, total):
+        total[column] += sums[column]
+    found = {
+        "optimizer/skipped_steps": float(optimizer.skipped_steps),
+        "optimizer/failed_refreshes": float(failed),
+    }
+    if total["factors"]:
+        found["optimizer/factor_off_diagonal"] = total["off_diagonal"] / total["factors"]
+    if total["tensors"]:
+        found["optimizer/seeded_share"] = total["seeded"] / total["tensors"]
+    return found
+
+
+def _of_rule(sums: Sums, steps: float, seconds: float) -> dict[str, float]:
+    found = {}
+    if sums["entries"]:
+        found["update_rms"] = math.sqrt(sums["update"] / sums["entries"])
+    if sums["weight"]:
+        found["update_ratio"] = math.sqrt(sums["update"] / sums["weight"])
+    if sums["factors"]:
+        found["factor_off_diagonal"] = sums["off_diagonal"] / sums["factors"]
+    if sums["rotations"]:
+        found["rotation_degrees"] = math.degrees(sums["rotation"] / sums["rotations"])
+    if sums["roots"]:
+        found["root_change"] = sums["root_change"] / sums["roots"]
+    if sums["refresh"]:
+        found["refresh_ms"] = sums["refresh"] / steps * 1e3
+        found["refresh_share"] = sums["refresh"] / seconds
+    return found

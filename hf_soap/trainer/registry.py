@@ -1,0 +1,333 @@
+"""Optimizer names in ``TrainingArguments(optim=...)``, and what the Trainer makes of them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import weakref
+from collections.abc import Callable, Iterable
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache, wraps
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from hf_soap.config import configs, options
+from hf_soap.distributed.dtensor import is_sharded, rank, ranks
+from hf_soap.engine.optimizer import BlockOptimizer
+from hf_soap.optimizers import grouping
+from hf_soap.optimizers.mars import MARS
+from hf_soap.optimizers.shampoo import Shampoo
+from hf_soap.optimizers.soap import SOAP
+from hf_soap.rules.layout import FACTOR_RATIO
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import TrainingArguments
+
+logger = logging.getLogger(__name__)
+
+HF_LEARNING_RATE = 5e-5
+HF_ADAM = {"beta1": ("adam_beta1", 0.9), "beta2": ("adam_beta2", 0.999), "eps": ("adam_epsilon", 1e-8)}
+"""Option to the argument of TrainingArguments that may set it, and the default by which that counts as not set."""
+
+
+GATHERS_STATE: ContextVar[bool] = ContextVar("GATHERS_STATE", default=False)
+"""Whether the trainer that makes the optimizer brings all of its state to rank 0 before it saves."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One registered name: the optimizer class and the config that its ``optim_args`` are read into."""
+
+    optimizer: type[BlockOptimizer]
+    config: type[options.OptimizerConfig]
+
+
+MARS_CONFIGS: tuple[type[options.OptimizerConfig], ...] = (
+    configs.MarsConfig,
+    configs.MarsAdamWConfig,
+    configs.MarsLionConfig,
+    configs.MarsShampooConfig,
+    configs.MarsSoapConfig,
+    configs.MarsMConfig,
+)
+
+SOAP_CONFIGS: tuple[type[options.OptimizerConfig], ...] = (configs.SoapConfig, configs.KlSoapConfig)
+SHAMPOO_CONFIGS: tuple[type[options.OptimizerConfig], ...] = (configs.ShampooConfig, configs.KlShampooConfig)
+
+ENTRIES: dict[str, Entry] = {
+    config.name: Entry(optimizer, config)
+    for optimizer, listed in ((SOAP, SOAP_CONFIGS), (Shampoo, SHAMPOO_CONFIGS), (MARS, MARS_CONFIGS))
+    for config in listed
+}
+
+
+def resolve(args: TrainingArguments) -> options.OptimizerConfig:
+    """Reads the options of the optimizer that ``args.optim`` names.
+
+    A value comes from ``optim_args``; else, for betas and eps, from ``adam_beta1``, ``adam_beta2`` and
+    ``adam_epsilon`` where they differ from the Transformers defaults; else it is the published default. The arguments
+    do not say whether somebody set ``adam_beta1=0.9`` or left it there, since a command line sets every one of them:
+    ``optim_args="beta1=0.9"`` is how to ask for a value that is AdamW's default, and what won is logged at INFO.
+
+    Args:
+        args: Training arguments whose ``optim`` is a name registered here.
+
+    Returns:
+        The checked options.
+
+    Raises:
+        ValueError: If ``optim_args`` is wrong, or the run shows the optimizer flat vectors (DeepSpeed, FSDP1).
+    """
+    name = optimizer_name(args)
+    _refuse_flat_parameters(args, name)
+    return options.parse_optim_args(args.optim_args, ENTRIES[name].config, changed_adam_arguments(args))
+
+
+def changed_adam_arguments(args: TrainingArguments) -> dict[str, float]:
+    """Returns the options that ``adam_beta1``, ``adam_beta2`` and ``adam_epsilon`` set: those not at their default."""
+    return {
+        option: getattr(args, argument)
+        for option, (argument, default) in HF_ADAM.items()
+        if getattr(args, argument) != default
+    }
+
+
+def class_and_kwargs(args: TrainingArguments, model: nn.Module | None) -> tuple[type[BlockOptimizer], dict[str, Any]]:
+    """Returns what ``Trainer.get_optimizer_cls_and_kwargs`` must for a name registered here.
+
+    Args:
+        args: Training arguments.
+        model: The model, for parameter names; without one nothing can be routed by name.
+
+    Returns:
+        A class that takes the Trainer's param groups, and the keyword arguments for it.
+
+    Raises:
+        ValueError: As :func:`resolve`.
+    """
+    _follow_log_level(args)
+    entry, config = ENTRIES[optimizer_name(args)], resolve(args)
+    under_ddp = args.world_size > 1 and not _shards(args)
+    if under_ddp and getattr(config, "shard_mode", "local") == "owner" and not GATHERS_STATE.get():
+        raise ValueError(
+            f"optim={config.name!r} got shard_mode='owner' under DDP, wanted a trainer that gathers the state of all "
+            "ranks before it saves what rank 0 has; use hf_soap.SoapTrainer, FSDP2, or shard_mode='local'"
+        )
+    kwargs = {"lr": args.learning_rate, **config.constructor_kwargs()}
+    if kwargs["distributed_refresh"] is None:
+        kwargs["distributed_refresh"] = under_ddp
+    _report_once(config.name, ", ".join(f"{key}={value}" for key, value in kwargs.items()), _passed_over(args, config))
+    if args.learning_rate == HF_LEARNING_RATE:
+        _warn_learning_rate_once(config.name, _learning_rate_advice(config, model))
+    if args.optim_target_modules:
+        _warn_target_modules_once(config.name, str(args.optim_target_modules))
+    return _grouping_class(entry.optimizer, config, model), kwargs
+
+
+def _passed_over(args: TrainingArguments, config: options.OptimizerConfig) -> str:
+    """Says which defaults of Transformers did not count, and how to have them."""
+    changed, known = changed_adam_arguments(args), options.option_fields(type(config))
+    passed = []
+    for option, (argument, default) in HF_ADAM.items():
+        ours = known[option].default
+        if option not in changed and getattr(config, option) == ours != default:
+            passed.append(
+                f"{option}={ours:g}, not {argument}={default:g} (optim_args='{option}={default:g}' has that)"
+            )
+    return f". Transformers' default for AdamW counts as not set: {'; '.join(passed)}" if passed else ""
+
+
+def _learning_rate_advice(config: options.OptimizerConfig, model: nn.Module | None) -> str:
+    """Words a learning rate to start from, for the task as far as the model shows it."""
+    published = "is published with" if config.lr_is_published else "is best started from"
+    scratch = f"{config.name} {published} {config.lr:g} for training from scratch"
+    # Lion's updates have the size of their signs, for which its paper takes 3 to 10 times less than AdamW.
+    lion = getattr(config, "variant", "") == "lion"
+    tuned = "a tenth to a third of AdamW's usual rate" if lion else "about AdamW's usual rate, up to a few times that"
+    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
+        return f"for adapters start from {tuned}; {scratch}"
+    # Empty unless a model or its config was loaded from somewhere; the config of a new model may have been as well.
+    if origin := getattr(getattr(model, "config", None), "_name_or_path", None):
+        return f"to fine-tune {options.shown(str(origin))} start from {tuned}; {scratch}"
+    return f"{scratch}; to fine-tune pretrained weights start from {tuned}"
+
+
+def optimizer_name(args: TrainingArguments) -> str:
+    """Returns ``args.optim`` as a plain string, whether it is a member of OptimizerNames or text."""
+    return str(getattr(args.optim, "value", args.optim))
+
+
+def _grouping_class(
+    optimizer: type[BlockOptimizer], config: options.OptimizerConfig, model: nn.Module | None
+) -> type[BlockOptimizer]:
+    """Returns a class that splits the Trainer's param groups by rule and then makes a plain ``optimizer``.
+
+    The Trainer takes an optimizer class and calls it with its decay groups, which subclasses may have changed. Groups
+    of our own in their place, or a factory, would bypass those.
+    """
+    # Weakly: a class is part of a cycle, and a model that it held would stay until the collector comes by.
+    named: Callable[[], nn.Module | None] = (lambda: None) if model is None else weakref.ref(model)
+
+    class FromTrainerGroups(optimizer):  # type: ignore[misc, valid-type]
+        def __new__(cls, params: Iterable[Any], **kwargs: Any) -> Any:
+            made = optimizer(grouping.with_overrides(params, named(), config), **kwargs)
+            logger.info("%s routes parameters as follows\n%s", config.name, grouping.routing_table(made))
+            _report_sharding(made, config.name)
+            return made
+
+    FromTrainerGroups.__name__ = FromTrainerGroups.__qualname__ = optimizer.__name__
+    return FromTrainerGroups
+
+
+def _report_sharding(optimizer: BlockOptimizer, name: str) -> None:
+    """Says behind the first step what became of parameters that were sharded after the optimizer was made."""
+
+    def report(*_: Any) -> None:
+        handle.remove()
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        if rank() == 0 and any(is_sharded(param) for param in params):
+            logger.info(
+                "%s on rank 0 of %d. With shard_mode=local norms and Newton-Schulz act on a rank's part of a matrix, "
+                "and a factor of more than %d times the entries of the part is cut into blocks\n%s",
+                name,
+                ranks(),
+                FACTOR_RATIO,
+                grouping.routing_table(optimizer),
+            )
+
+    handle = optimizer.register_step_post_hook(report)
+
+
+def add_names(training_args: ModuleType) -> None:
+    """Makes the names members of OptimizerNames; ``training_args`` is the module that has it."""
+    names = training_args.OptimizerNames
+    for value in ENTRIES:
+        if value not in names._value2member_map_:
+            member = str.__new__(names, value) if issubclass(names, str) else object.__new__(names)
+            member._name_, member._value_, member.__objclass__ = value.upper(), value, names
+            member._sort_order_ = len(names._member_names_)
+            # A pickled member says the plain string: training_args.bin must load where this package is not imported.
+            member.__reduce_ex__ = lambda proto, value=value: (str, (value,))
+            type.__setattr__(names, member._name_, member)
+            names._member_names_.append(member._name_)
+            names._member_map_[member._name_] = member
+            names._value2member_map_[value] = member
+
+    if not hasattr(names._missing_, "hf_soap"):
+        _extend_errors(names)
+        _extend_arguments(training_args.TrainingArguments)
+
+
+def _extend_errors(names: Any) -> None:
+    listed = names._missing_
+
+    def missing(cls: Any, value: object) -> Any:
+        if match := options.nearest(str(value).lower(), [member.value for member in cls]):
+            raise ValueError(f"unknown optim {value!r}: {match}Valid names are {', '.join(m.value for m in cls)}.")
+        return listed(value)
+
+    missing.hf_soap = True  # type: ignore[attr-defined]
+    names._missing_ = classmethod(missing)
+
+
+def _extend_arguments(cls: Any) -> None:
+    """Has ``optim_args`` of a file become text at once, and numbers that YAML reads as text numbers.
+
+    Whoever looks at the arguments later, the Trainer, a recipe, ``training_args.bin`` where this package is missing,
+    then meets what a command line would have given.
+    """
+    completes, sets_optimizer = cls.__post_init__, cls.set_optimizer
+
+    @wraps(completes)
+    def post_init(self: Any) -> None:
+        if optimizer_name(self) in ENTRIES:
+            _read_as_from_command_line(self)
+        completes(self)
+
+    @wraps(sets_optimizer)
+    def set_optimizer(self: Any, *args: Any, **kwargs: Any) -> Any:
+        done = sets_optimizer(self, *args, **kwargs)
+        if optimizer_name(self) in ENTRIES:
+            _read_as_from_command_line(self)
+        return done
+
+    cls.__post_init__, cls.set_optimizer = post_init, set_optimizer
+
+
+def _read_as_from_command_line(args: Any) -> None:
+    args.optim_args = options.as_text(args.optim_args)
+    for name in ("learning_rate", "weight_decay", *(argument for argument, _ in HF_ADAM.values())):
+        value = getattr(args, name)
+        if isinstance(value, str):
+            try:
+                setattr(args, name, float(value))
+            except ValueError:
+                raise ValueError(f"{name} must be a number, got {options.shown(value)}; for example 3.0e-3") from None
+
+
+def log_every(args: TrainingArguments) -> int:
+    """Returns the steps between two entries of diagnostics that ``optim_args`` asks for, or 0."""
+    every: int = getattr(resolve(args), "log_every", 0) if optimizer_name(args) in ENTRIES else 0
+    return every
+
+
+def _refuse_flat_parameters(args: TrainingArguments, name: str) -> None:
+    # `accelerate launch` says so by the environment, and the arguments then do not.
+    launched = {way for way in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{way}", "").lower() == "true"}
+    if getattr(args, "deepspeed", None) or getattr(args, "hf_deepspeed_config", None) or "DEEPSPEED" in launched:
+        raise ValueError(
+            f"optim={name!r} got DeepSpeed, wanted matrices or shards of them: ZeRO hands the optimizer one flat "
+            "vector, on which it could only be Adam; use FSDP2 (fsdp=True) or DDP"
+        )
+    if _shards(args) and (version := _fsdp_version(args)) != 2:
+        raise ValueError(
+            f"optim={name!r} got FSDP version {version}, wanted 2: version 1 shows the optimizer flat vectors, on "
+            "which it could only be Adam; set fsdp_config={'version': 2}, or fsdp_version: 2 in accelerate's config "
+            "(transformers 4: FSDP_VERSION=2 in the environment)"
+        )
+
+
+def _shards(args: TrainingArguments) -> bool:
+    return bool(getattr(args, "fsdp", None)) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
+def _fsdp_version(args: TrainingArguments) -> int:
+    # transformers 4 leaves it to accelerate, which reads the environment, whatever fsdp_config says.
+    plugin: dict[str, Any] = getattr(args, "fsdp_plugin_args", None) or {}
+    return int(plugin.get("fsdp_version", os.environ.get("FSDP_VERSION", "1")))
+
+
+def _follow_log_level(args: TrainingArguments) -> None:
+    """Lets the package's logger follow ``log_level``, so that what it did is seen where the Trainer's messages are."""
+    package = logging.getLogger("hf_soap")
+    if package.level == logging.NOTSET:
+        package.setLevel(args.get_process_log_level())
+    if not package.hasHandlers():
+        package.addHandler(logging.StreamHandler())
+
+
+@cache
+def _report_once(name: str, settings: str, passed_over: str) -> None:
+    logger.info("optim=%s runs with %s%s", name, settings, passed_over)
+
+
+@cache
+def _warn_learning_rate_once(name: str, advice: str) -> None:
+    logger.warning(
+        "optim=%s: learning_rate is %g, the Transformers default for AdamW. Set learning_rate: %s.",
+        name,
+        HF_LEARNING_RATE,
+        advice,
+    )
+
+
+@cache
+def _warn_target_modules_once(name: str, modules: str) -> None:
+    logger.warning(
+        "optim_target_modules=%s is for GaLore and its relatives, and optim=%s does not read it; what shall follow "
+        "Adam is named by adam_modules in optim_args.",
+        modules,
+        name,
+    )
