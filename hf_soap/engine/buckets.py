@@ -20,7 +20,7 @@ from hf_soap.rules.storage import COUNT, SCALE, is_own, step_keys
 logger = logging.getLogger(__name__)
 
 CHUNK_BYTES = {"cpu": 8 * 2**20}
-LAUNCH_BYTES = 256 * 2**20
+LAUNCH_BYTES = 2**30
 """Budgets for the temporaries of one step of one bucket; a larger bucket is worked through in chunks of whole tensors.
 
 What a CPU works on stays in its cache. Other devices want few launches.

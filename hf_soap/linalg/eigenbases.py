@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -35,12 +37,13 @@ def refresh(factor: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def cholesky_qr(factor: Tensor) -> Tensor:
-    """The orthogonal factor of a QR decomposition by products, Cholesky and triangular solves.
+    """The orthogonal factor of a QR decomposition by products of float64 matrices.
 
-    On GPUs Householder's reflections, one after the other, are what a refresh waits for. This does not make the host
-    wait. Columns are scaled, the Gram matrix is float64 and shifted at first, and two more passes remove what
-    condition numbers of 1e8 leave. Directions that a factor knows nothing of are held apart by float32's spacing at
-    the largest eigenvalue.
+    On GPUs Householder's reflections, one after the other, are what a refresh waits for, and so are Cholesky
+    decompositions and triangular solves of large matrices. Here both work on small diagonal blocks only; all else is
+    products. Columns are scaled, the Gram matrix is shifted at first, and a second pass removes what condition
+    numbers of 1e8 leave. Directions that a factor knows nothing of are held apart by float32's spacing at the largest
+    eigenvalue. The host does not wait.
 
     Args:
         factor: (blocks, n, n), float32, symmetric positive semi-definite up to rounding.
@@ -49,18 +52,76 @@ def cholesky_qr(factor: Tensor) -> Tensor:
         Q, (blocks, n, n), with the signs of a positive diagonal of R; NaN for a matrix that is not finite.
 
     Source:
-        Shifted CholeskyQR3: Fukaya et al., arXiv:1809.11085.
+        Shifted CholeskyQR: Fukaya et al., arXiv:1809.11085.
     """
-    eye = torch.eye(factor.shape[-1], dtype=torch.float64, device=factor.device)
-    largest = factor.diagonal(dim1=-2, dim2=-1).amax(-1).clamp(min=torch.finfo(factor.dtype).tiny)
-    shift = largest.double() * torch.finfo(factor.dtype).eps
-    basis = factor.double() + shift[..., None, None] * eye
-    for gram_shift in (16 * factor.shape[-1] * torch.finfo(torch.float64).eps, 0.0, 0.0):
+    n = factor.shape[-1]
+    at_once = max(1, CHOLESKY_ENTRIES // max(1, n * n))
+    return torch.cat([_cholesky_qr(part) for part in factor.split(at_once)]) if len(factor) else factor.clone()
+
+
+CHOLESKY_ENTRIES = 2**26
+"""Entries of the factors that :func:`cholesky_qr` works on at once: it takes about 32 bytes for each."""
+
+LEAF = 128
+"""Largest diagonal block that is left to cuSOLVER's Cholesky decomposition."""
+
+
+def _cholesky_qr(factor: Tensor) -> Tensor:
+    n, tiny = factor.shape[-1], torch.finfo(factor.dtype).tiny
+    largest = factor.diagonal(dim1=-2, dim2=-1).amax(-1).clamp(min=tiny)
+    basis = factor.double()
+    basis.diagonal(dim1=-2, dim2=-1).add_((largest.double() * torch.finfo(factor.dtype).eps).unsqueeze(-1))
+    for shift in (4096 * n * torch.finfo(torch.float64).eps, 0.0):
         basis = basis / basis.norm(dim=-2, keepdim=True)
-        lower, _ = torch.linalg.cholesky_ex(basis.mT @ basis + gram_shift * eye)
-        basis = torch.linalg.solve_triangular(lower.mT, basis, upper=True, left=False)
-    sound = (basis.mT @ basis - eye).abs().amax((-2, -1), keepdim=True) < 1e-6  # false for NaN
-    return torch.where(sound, basis, torch.nan).to(factor.dtype)
+        gram = _lower_gram(basis)
+        gram.diagonal(dim1=-2, dim2=-1).add_(shift)
+        basis = _times_upper(basis, _inverse_cholesky(gram).mT)
+    found = basis.to(factor.dtype)
+    # Of a matrix that keeps the length of a few vectors in general position it can be said that it is orthonormal.
+    probes = torch.arange(8 * n, dtype=factor.dtype, device=factor.device).sin_().view(n, 8)
+    off = (found.mT @ (found @ probes) - probes).norm(dim=-2).amax(-1) / probes.norm(dim=-2).amax()
+    sound = (off < 1e-5)[:, None, None]  # false for NaN
+    return torch.where(sound, found, torch.nan)
+
+
+def _strips(n: int) -> Iterator[tuple[int, int]]:
+    """Yields the first and the end of a quarter of the columns, or of all where products are small."""
+    width = -(-n // 4) if n >= 8 * LEAF else n
+    for first in range(0, n, width):
+        yield first, min(n, first + width)
+
+
+def _lower_gram(basis: Tensor) -> Tensor:
+    """Returns AᵀA (blocks, n, n) of ``basis``; above its diagonal blocks it may be zero instead."""
+    gram = torch.zeros_like(basis)
+    for first, end in _strips(basis.shape[-1]):
+        gram[:, first:, first:end] = basis[:, :, first:].mT @ basis[:, :, first:end]
+    return gram
+
+
+def _times_upper(basis: Tensor, upper: Tensor) -> Tensor:
+    """Returns the product (blocks, n, n) with an upper triangular matrix."""
+    product = torch.empty_like(basis)
+    for first, end in _strips(basis.shape[-1]):
+        product[:, :, first:end] = basis[:, :, :end] @ upper[:, :end, first:end]
+    return product
+
+
+def _inverse_cholesky(gram: Tensor) -> Tensor:
+    """Returns the inverse of the lower Cholesky factor of (blocks, n, n), of which the lower triangle is read."""
+    n = gram.shape[-1]
+    if n <= LEAF:
+        lower, _ = torch.linalg.cholesky_ex(gram)
+        eye = torch.eye(n, dtype=gram.dtype, device=gram.device).expand_as(gram)
+        return torch.linalg.solve_triangular(lower, eye, upper=False)
+    half = LEAF * -(-n // (2 * LEAF))
+    inverse = torch.zeros_like(gram)
+    first = _inverse_cholesky(gram[:, :half, :half])
+    coupling = gram[:, half:, :half] @ first.mT
+    second = _inverse_cholesky(torch.baddbmm(gram[:, half:, half:], coupling, coupling.mT, alpha=-1))
+    inverse[:, :half, :half], inverse[:, half:, half:] = first, second
+    inverse[:, half:, :half] = (second @ coupling @ first).neg_()
+    return inverse
 
 
 FAST_FLOAT64 = ((7, 0), (8, 0), (9, 0), (10, 0))
