@@ -66,9 +66,6 @@ def optimizers(frequency: int) -> dict[str, Callable[[list[Tensor]], torch.optim
         "SOAP, bf16 state, packed": lambda params: SOAP(
             params, lr=1e-4, precondition_frequency=frequency, state_dtype="bfloat16", pack_factors=True
         ),
-        "SOAP, 8-bit moments, packed": lambda params: SOAP(
-            params, lr=1e-4, precondition_frequency=frequency, state_dtype="float8", pack_factors=True
-        ),
         "SOAP, one side": lambda params: SOAP(params, lr=1e-4, precondition_frequency=frequency, one_sided=True),
         "SOAP, one side, factorized": lambda params: SOAP(
             params, lr=1e-4, precondition_frequency=frequency, one_sided=True, factorized=True

@@ -52,7 +52,6 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "max_precond_dim": {"max_precond_dim": 6},
         "rule=adam": {"rule": "adam"},
         "bfloat16": {"state_dtype": "bfloat16"},
-        "float8": {"state_dtype": "float8"},
         "pack_factors": {"pack_factors": True},
     },
     "shampoo": {
@@ -78,12 +77,12 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "soap, exact": {"variant": "soap", "exact": True},
         "optimize_1d": {"optimize_1d": True},
         "rule=adam": {"rule": "adam"},
-        "float8": {"state_dtype": "float8"},
+        "bfloat16": {"state_dtype": "bfloat16"},
     },
 }
 """What is changed of each optimizer: by itself, from nothing and back."""
 
-KEEPS_ALL = ("", "block_size", "bfloat16", "float8", "pack_factors")
+KEEPS_ALL = ("", "block_size", "bfloat16", "pack_factors")
 """Changes that say how the same state is cut or kept, and load from any layout into any other."""
 
 

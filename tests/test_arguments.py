@@ -256,15 +256,15 @@ def test_nothing_is_guessed_where_nothing_is_near() -> None:
 @pytest.mark.parametrize(
     ("given", "meant"),
     [
-        ("state_dtype=bf16", "float32 or bfloat16 or float8, got 'bf16'; did you mean bfloat16?"),
-        ("state_dtype=fp32", "float32 or bfloat16 or float8, got 'fp32'; did you mean float32?"),
-        ("state_dtype=float", "float32 or bfloat16 or float8, got 'float'; did you mean float32?"),
-        ("state_dtype=half", "float32 or bfloat16 or float8, got 'half'; did you mean bfloat16?"),
-        ("state_dtype=fp8", "float32 or bfloat16 or float8, got 'fp8'; did you mean float8?"),
+        ("state_dtype=bf16", "float32 or bfloat16, got 'bf16'; did you mean bfloat16?"),
+        ("state_dtype=fp32", "float32 or bfloat16, got 'fp32'; did you mean float32?"),
+        ("state_dtype=float", "float32 or bfloat16, got 'float'; did you mean float32?"),
+        ("state_dtype=half", "float32 or bfloat16, got 'half'; did you mean bfloat16?"),
+        ("state_dtype=fp8", "float32 or bfloat16, got 'fp8'; did you mean bfloat16?"),
         ("state_dtype=torch.bfloat16", "got 'torch.bfloat16'; did you mean bfloat16?"),
         ("state_dtype=BFLOAT16", "got 'BFLOAT16'; did you mean bfloat16?"),
         ("matmul_dtype=bf16", "float32 or tf32 or bfloat16, got 'bf16'; did you mean bfloat16?"),
-        ("matmul_dtype=fp8", "float32 or tf32 or bfloat16, got 'fp8'"),
+        ("matmul_dtype=fp8", "float32 or tf32 or bfloat16, got 'fp8'; did you mean bfloat16?"),
         ("shard_mode=owners", "local or owner, got 'owners'; did you mean owner?"),
     ],
 )

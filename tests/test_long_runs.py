@@ -34,7 +34,6 @@ MEMBERS: dict[str, Callable[[list[Parameter], float], Any]] = {
     "adaptive": entry("soap", refresh_tol=0.05),
     "every step": entry("soap", precondition_frequency=1),
     "bfloat16 state": entry("soap", state_dtype="bfloat16"),
-    "float8 state": entry("soap", state_dtype="float8"),
     "packed": entry("soap", pack_factors=True),
     "late roots": entry("shampoo", **LATE),
     "newton": entry("shampoo", root_method="newton"),

@@ -289,7 +289,6 @@ def test_the_fewest_changes_come_first_and_of_them_the_quickest(tmp_path: Path) 
         "factorized=true",
         "pack_factors=true",
         "state_dtype=bfloat16",
-        "state_dtype=float8",
     }
     assert set(texts(whole - 1)) == one_change
     assert texts(half)[0] == "one_sided=true"

@@ -20,7 +20,7 @@ OPTIONS: list[dict[str, Any]] = [
     {},
     {"nonfinite": "off"},
     {"state_dtype": "bfloat16"},
-    {"state_dtype": "float8", "pack_factors": True},
+    {"state_dtype": "bfloat16", "pack_factors": True},
     {"pack_factors": True},
     {"lr": torch.tensor(0.01)},
     {"weight_decay": 0.3, "eps": 1e-4},

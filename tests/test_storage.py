@@ -9,10 +9,9 @@ from torch import Tensor
 
 from hf_soap import MARS, SOAP, Shampoo
 from hf_soap.linalg import matrices
-from hf_soap.rules.storage import SCALE, Storage, decoded, step_keys
+from hf_soap.rules.storage import Storage, decoded, step_keys
 
 SHAPES = [(24, 36), (36, 24), (40,), (30, 30), (6, 5, 4)]
-FORMATS = ["bfloat16", "float8"]
 
 
 def state_of(blocks: int = 4) -> dict[str, Tensor]:
@@ -51,50 +50,36 @@ def test_packed_state_comes_back_bit_for_bit() -> None:
         assert torch.equal(value, state[role]), role
 
 
-@pytest.mark.parametrize(("form", "error"), [("bfloat16", 2**-7), ("float8", 2**-3)])
-def test_rounding_errs_by_less_than_the_spacing(form: Any, error: float) -> None:
-    state = state_of()
+def test_rounding_errs_by_less_than_the_spacing() -> None:
+    storage, state = Storage("bfloat16", packed=True), state_of()
     for keys in (None, [1, 2, 3, 4]):
-        stored = kept(Storage(form, packed=True), state, keys)
-        for role, value in Storage(form, packed=True).decode(stored, torch.float32).items():
-            worst = 2.2 * error if role == "exp_avg_sq" else error  # its root is kept
-            tiny = 2**-17 * value.abs().max()
-            assert ((value - state[role]).abs() <= worst * state[role].abs() + tiny).all(), role
+        stored = kept(storage, state, keys)
+        for role, value in storage.decode(stored, torch.float32).items():
+            assert ((value - state[role]).abs() <= 2**-7 * state[role].abs()).all(), role
+    assert stored["exp_avg"].dtype == torch.bfloat16
     assert stored["exp_avg_sq_row"].dtype == torch.float32
-    assert (SCALE.join(("exp_avg", "")) in stored) == (form == "float8")
 
 
-@pytest.mark.parametrize("form", FORMATS)
-def test_the_mean_of_many_roundings_is_the_number(form: Any) -> None:
-    storage, state = Storage(form), {"exp_avg": torch.full((1, 4000), 1.0 + 1 / 512)}
-    state["exp_avg"][0, 0] = 1.875  # the largest, which 8 bits are scaled by
+def test_the_mean_of_many_roundings_is_the_number() -> None:
+    storage, state = Storage("bfloat16"), {"exp_avg": torch.full((1, 4000), 1.0 + 1 / 512)}
     total, draws = torch.zeros(1, 4000, dtype=torch.float64), 200
     for step in range(draws):
         total += storage.decode(kept(storage, state, step_keys([step], [7])), torch.float32)["exp_avg"]
-    error = (total / draws - state["exp_avg"].double())[0, 1:]
-    spread = 2**-7 / 2 if form == "bfloat16" else 2**-3 / 2  # of one draw, at most
+    error = total / draws - state["exp_avg"].double()
+    spread = 2**-7 / 2  # of one draw, at most
     assert abs(error.mean()) < 6 * spread / (4000 * draws) ** 0.5 + 2e-7
     assert error.abs().max() < 6 * spread / draws**0.5
 
 
-@pytest.mark.parametrize("form", FORMATS)
-def test_rounding_depends_on_step_place_and_role_alone(form: Any) -> None:
+def test_rounding_depends_on_step_place_and_role_alone() -> None:
     """A tensor rounds alike whatever it is stacked with, so that ranks and resumed runs do."""
-    storage, state = Storage(form, packed=True), state_of(4)
+    storage, state = Storage("bfloat16", packed=True), state_of(4)
     together = kept(storage, state, step_keys([3, 3, 5, 5], [0, 1, 2, 3]))
     alone = kept(storage, {role: value[2:3] for role, value in state.items()}, step_keys([5], [2]))
     later = kept(storage, {role: value[2:3] for role, value in state.items()}, step_keys([6], [2]))
     for role, value in alone.items():
         assert torch.equal(together[role][2:3], value), role
     assert not torch.equal(alone["exp_avg"], later["exp_avg"])
-
-
-def test_a_small_second_moment_is_never_lost() -> None:
-    """8 bits would make 0 of it, and a direction of any size of the first moment over it."""
-    state = {"exp_avg_sq": torch.tensor([[1.0, 1e-12, 0.0]])}
-    assert (Storage("float8").decode(kept(Storage("float8"), state), torch.float32)["exp_avg_sq"] > 0).tolist() == [
-        [True, True, False]
-    ]
 
 
 MAKERS = {
@@ -122,10 +107,9 @@ def fresh(dtype: torch.dtype = torch.float32) -> list[Any]:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("name", MAKERS)
-def test_resume_is_bit_for_bit(name: str, form: Any, dtype: torch.dtype) -> None:
-    make, options = MAKERS[name], {"lr": 0.01, "state_dtype": form, "pack_factors": True}
+def test_resume_is_bit_for_bit(name: str, dtype: torch.dtype) -> None:
+    make, options = MAKERS[name], {"lr": 0.01, "state_dtype": "bfloat16", "pack_factors": True}
     params = fresh(dtype)
     optimizer = make(params, **options)
     train(optimizer, params, 0, 5)
@@ -151,26 +135,30 @@ def test_packing_changes_rounding_alone(name: str) -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("name", MAKERS)
-def test_rounded_state_follows_the_exact_one(name: str, form: Any) -> None:
+def test_rounded_state_follows_the_exact_one(name: str) -> None:
     """Not closely, entry by entry: but weights go where they go with exact state."""
     start, runs = [p.detach().clone() for p in fresh()], []
-    for kind in ("float32", form):
+    for kind in ("float32", "bfloat16"):
         params = fresh()
         optimizer = MAKERS[name](params, lr=0.01, state_dtype=kind)
         train(optimizer, params, 0, 20)
         runs.append(torch.cat([(p.detach() - s).flatten() for p, s in zip(params, start, strict=True)]))
-    assert torch.cosine_similarity(*runs, dim=0) > (0.97 if form == "bfloat16" else 0.9)
+    assert torch.cosine_similarity(*runs, dim=0) > 0.97
 
 
-@pytest.mark.parametrize("after", ["float32", "bfloat16", "float8"])
-@pytest.mark.parametrize("before", ["float32", "bfloat16", "float8"])
-def test_state_of_one_form_loads_into_another(before: Any, after: Any) -> None:
+FORMS: list[dict[str, Any]] = [
+    {"state_dtype": dtype, "pack_factors": packed} for dtype in ("float32", "bfloat16") for packed in (False, True)
+]
+
+
+@pytest.mark.parametrize("after", FORMS)
+@pytest.mark.parametrize("before", FORMS)
+def test_state_of_one_form_loads_into_another(before: dict[str, Any], after: dict[str, Any]) -> None:
     params = fresh()
-    optimizer = SOAP(params, lr=0.01, state_dtype=before, pack_factors=before == "bfloat16")
+    optimizer = SOAP(params, lr=0.01, **before)
     train(optimizer, params, 0, 4)
-    other = SOAP(params, lr=0.01, state_dtype=after, pack_factors=after == "float8")
+    other = SOAP(params, lr=0.01, **after)
     other.load_state_dict(optimizer.state_dict())
     train(other, params, 4, 5)
     basis = decoded(dict(other.state[params[0]]), torch.float32)["basis_0"][0]
@@ -178,16 +166,28 @@ def test_state_of_one_form_loads_into_another(before: Any, after: Any) -> None:
     assert other.state[params[0]]["step"] == 5
 
 
-@pytest.mark.parametrize("form", FORMATS)
-def test_rounded_bases_stay_orthonormal(form: Any) -> None:
+def test_rounded_bases_stay_orthonormal() -> None:
     params = fresh()
-    optimizer = SOAP(params, lr=0.01, precondition_frequency=1, state_dtype=form)
+    optimizer = SOAP(params, lr=0.01, precondition_frequency=1, state_dtype="bfloat16")
     train(optimizer, params, 0, 150)
     for param in params:
         for role, value in optimizer.state[param].items():
             if role.startswith("basis"):
                 basis = value.float()
                 assert (basis.mT @ basis - torch.eye(basis.shape[-1])).abs().max() < 0.02
+
+
+def test_state_in_8_bits_is_gone() -> None:
+    """It saved 2 of 15.5 bytes a parameter. Read as numbers, its bytes would be moments of up to 255."""
+    params = fresh()
+    with pytest.raises(ValueError, match="must be float32 or bfloat16, got 'float8'; did you mean bfloat16"):
+        SOAP(params, state_dtype="float8")  # type: ignore[arg-type]
+    optimizer = SOAP(params, state_dtype="bfloat16")
+    train(optimizer, params, 0, 1)
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["state_dtype"] = "float8"
+    with pytest.raises(ValueError, match=r"saved with state_dtype='float8', .* wanted float32 or bfloat16"):
+        optimizer.load_state_dict(saved)
 
 
 def test_bytes_of_a_gpt() -> None:
@@ -202,5 +202,4 @@ def test_bytes_of_a_gpt() -> None:
     assert octets() == pytest.approx(38.7, abs=0.1)
     assert octets(pack_factors=True) == pytest.approx(31.1, abs=0.2)
     assert octets(state_dtype="bfloat16", pack_factors=True) <= 16
-    assert octets(state_dtype="float8", pack_factors=True) <= 14
     assert octets(one_sided=True, factorized=True) < 8

@@ -27,7 +27,6 @@ def peak(call: Callable[[], Any]) -> int:
 OPTIMIZERS: dict[str, Callable[..., Any]] = {
     "soap": SOAP,
     "soap, bf16 state": lambda params, **kw: SOAP(params, state_dtype="bfloat16", pack_factors=True, **kw),
-    "soap, 8 bits": lambda params, **kw: SOAP(params, state_dtype="float8", pack_factors=True, **kw),
     "soap, bf16 rotations": lambda params, **kw: SOAP(params, matmul_dtype="bfloat16", **kw),
     "kl_soap": lambda params, **kw: SOAP(params, kl=True, **kw),
     "factorized": lambda params, **kw: SOAP(params, one_sided=True, factorized=True, **kw),

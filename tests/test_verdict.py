@@ -99,9 +99,8 @@ def test_state_is_read_behind_the_verdict(read: str, deferring: None) -> None:
         assert int(optimizer.state[params[-1]]["step"]) == step
 
 
-@pytest.mark.parametrize("form", ["bfloat16", "float8"])
-def test_rounded_state_is_put_back_with_its_scales(form: Any, deferring: None) -> None:
-    params, optimizer = trained(SOAP, steps=4, state_dtype=form, pack_factors=True)
+def test_rounded_state_is_put_back(deferring: None) -> None:
+    params, optimizer = trained(SOAP, steps=4, state_dtype="bfloat16", pack_factors=True)
     before = snapshot(optimizer, params)
     spoil(params, 4, torch.nan)
     optimizer.step()

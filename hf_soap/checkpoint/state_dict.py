@@ -134,6 +134,20 @@ def refuse_state_of_others(state_dict: dict[str, Any], members: Sequence[Member]
             check_state(known, {"step": torch.empty((), device="meta")}, member.name, tuple(member.param.shape))
 
 
+def refuse_float8(state_dict: dict[str, Any]) -> None:
+    """Refuses state with moments in 8 bits, which development versions before 0.1.0 could keep.
+
+    Raises:
+        ValueError: If a param group was saved with ``state_dtype="float8"``.
+    """
+    if any(group.get("state_dtype") == "float8" for group in state_dict["param_groups"]):
+        raise ValueError(
+            "the checkpoint was saved with state_dtype='float8', which is gone; wanted float32 or bfloat16. With the "
+            "version of hf_soap that wrote it, load it into an optimizer with state_dtype='bfloat16' and save that; "
+            "or start without the optimizer's state"
+        )
+
+
 def foreign_state(state: Mapping[Any, Any], ours: Collection[Any]) -> dict[Any, Any]:
     """Returns what else there is in the state of a state dict: entries of wrappers, which torch keeps by itself.
 

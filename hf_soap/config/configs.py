@@ -26,10 +26,9 @@ class _Guard(OptimizerConfig):
         "With several ranks: `local` preconditions each rank's part of a matrix, `owner` whole matrices on one rank "
         "each, equal to one process.",
     )
-    state_dtype: Literal["float32", "bfloat16", "float8"] = option(
+    state_dtype: Literal["float32", "bfloat16"] = option(
         "float32",
-        "What state is kept in between steps; `float8` is for moments, what goes with them is bfloat16. Rounded at "
-        "random, repeatably.",
+        "What state is kept in between steps; arithmetic stays float32. Rounded at random, repeatably.",
     )
     stacked_matrices: bool = option(
         True, "Treat a 3-D tensor whose first dimension is the shortest (a mixture's experts) as a stack of matrices."

@@ -290,11 +290,10 @@ DTYPES = {
     "f32": "float32",
     "float": "float32",
     "single": "float32",
-    "fp8": "float8",
-    "f8": "float8",
-    "e4m3": "float8",
-    "float8_e4m3fn": "float8",
-    "float8_e5m2": "float8",
+    "float8": "bfloat16",
+    "float8_e4m3fn": "bfloat16",
+    "float8_e5m2": "bfloat16",
+    "fp8": "bfloat16",
 }
 """Usual names of what an option calls otherwise, or of what comes nearest to it."""
 

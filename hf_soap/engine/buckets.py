@@ -15,7 +15,7 @@ from hf_soap.config.members import Member, Roster
 from hf_soap.distributed import dtensor
 from hf_soap.linalg.precision import float32_products
 from hf_soap.rules.layout import Chunk, Layout, Plan
-from hf_soap.rules.storage import COUNT, SCALE, is_own, step_keys
+from hf_soap.rules.storage import COUNT, is_own, step_keys
 
 logger = logging.getLogger(__name__)
 
@@ -88,9 +88,6 @@ class Bucket:
         own = {role: value for role, value in known.items() if is_own(role)}
         if own.keys() - {"step"} or own.get("step", 0) > 0:
             own = self.plan.kept.converted(own, views)
-            for role in own.keys() - views.keys():
-                if role.endswith(SCALE):
-                    del own[role]
             check_state(own, views, member.name, tuple(member.param.shape))
         for role, view in views.items():
             if role in own:
@@ -145,7 +142,7 @@ class Bucket:
         if not storage.plain:
             storage.encode_(kept, changed, step_keys(chunk.t, chunk.index))
         for role, value in before.items():
-            if role.removesuffix(SCALE) in changed:
+            if role in changed:
                 kept[role].copy_(torch.where(chunk.usable, kept[role], value))  # type: ignore[arg-type]
 
     def exact_arithmetic(self) -> ExitStack:

@@ -320,6 +320,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
 
     def _restored(self, state_dict: dict[str, Any]) -> tuple[dict[Tensor, dict[str, Any]], set[Any]]:
         """Returns the family's state in a state dict by parameter, and the keys under which it was."""
+        checkpoint.refuse_float8(state_dict)
         owners = self._find_owners()
         members = {member.param: member for member in self.members()}
         jobs, keys = [], set()

@@ -58,9 +58,9 @@ class Shampoo(BlockOptimizer):
         max_skipped_in_a_row: Raise an error when this many steps in a row were skipped; 0 never does.
         shard_mode: With several ranks: ``"local"`` preconditions each rank's part of a matrix by itself, ``"owner"``
             whole matrices on one rank each, which is equal to one process.
-        state_dtype: What state is kept in between steps: ``"float32"`` (float64 for float64 parameters),
-            ``"bfloat16"``, or ``"float8"`` for the moments of what has factors and bfloat16 for all else. Arithmetic
-            is in float32; rounding is stochastic and depends on step, parameter and role alone.
+        state_dtype: What state is kept in between steps: ``"float32"`` (float64 for float64 parameters) or
+            ``"bfloat16"``. Arithmetic is in float32; rounding is stochastic and depends on step, parameter and role
+            alone.
         pack_factors: Keep one triangle of each symmetric matrix.
         distributed_refresh: Split decompositions among ranks that hold equal weights and gradients (DDP): each does
             its share and gives it to the others. All ranks must step together. None is False but for the Trainer.
@@ -115,7 +115,7 @@ class Shampoo(BlockOptimizer):
         nonfinite: Literal["skip", "off"] = "skip",
         max_skipped_in_a_row: int = 100,
         shard_mode: Literal["local", "owner"] = "local",
-        state_dtype: Literal["float32", "bfloat16", "float8"] = "float32",
+        state_dtype: Literal["float32", "bfloat16"] = "float32",
         pack_factors: bool = False,
         distributed_refresh: bool | None = None,
         max_aspect_ratio: float | None = 8.0,

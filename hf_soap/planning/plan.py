@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 LEVERS: dict[str, tuple[Any, ...]] = {
     "shard_mode": ("owner",),
     "pack_factors": (True,),
-    "state_dtype": ("bfloat16", "float8"),
+    "state_dtype": ("bfloat16",),
     "factorized": (True,),
     "one_sided": (True,),
     # Smaller blocks would always take the least time, and leave ever less of the method.

@@ -318,10 +318,8 @@ class Plan:
 
     @cached_property
     def kept(self) -> Storage:
-        """How state is kept: what can be cut anew has no scales for its blocks, and no matrices to be packed."""
-        if not self.entrywise:
-            return self.storage
-        return Storage("float32" if self.storage.format == "float32" else "bfloat16")
+        """How state is kept: what can be cut anew has no matrices to be packed."""
+        return Storage(self.storage.format) if self.entrywise else self.storage
 
     def allocate(self, tensors: int, *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """Returns fresh state by role for a number of tensors, (tensors * blocks, ...) each, as it is kept."""

@@ -13,17 +13,15 @@ from torch import Tensor
 
 from hf_soap.linalg import matrices
 
-Format = Literal["float32", "bfloat16", "float8"]
+Format = Literal["float32", "bfloat16"]
 
 SYMMETRIC = ("factor", "root", "snapshot")
 """Kinds of roles that hold symmetric matrices."""
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-
 COUNT = torch.float64
 """Dtype of counts of steps: float32 stands still at 2^24, and refreshes with it."""
 
-ROUNDED = ("factor", "root", "basis", *MOMENTS, "prev_grad", "momentum")
+ROUNDED = ("factor", "root", "basis", "exp_avg", "exp_avg_sq", "prev_grad", "momentum")
 """Kinds of roles that may be rounded; what else there is, is small or must be exact."""
 
 LAYOUT = "layout"
@@ -35,23 +33,13 @@ KINDS = {
 }
 """Kinds of all roles of the family."""
 
-SCALE = "_scale"
-"""Ending of the role that holds, for each block, what its entries of 8 bits are multiplied by."""
-
-TOP = 240.0
-"""What 8 bits hold for the largest entry of a block: stochastic rounding must not carry it over 448, the end."""
-
-TINIEST = 2.0**-9
-"""The smallest number above 0 that float8_e4m3fn holds."""
-
 
 @dataclass(frozen=True)
 class Storage:
     """Keeps state in the dtype that it is computed in, or smaller; packed, of symmetric matrices only a triangle.
 
     Attributes:
-        format: ``"bfloat16"`` rounds matrices and entries to that; ``"float8"`` rounds moments further, to
-            float8_e4m3fn with a scale for each block, of the second moment its root.
+        format: ``"bfloat16"`` rounds matrices and entries to that.
         packed: Keep one triangle of symmetric matrices, which is exact.
 
     What is rounded is rounded stochastically: a moving average whose changes are smaller than the spacing of the
@@ -73,10 +61,7 @@ class Storage:
             kind, shape, dtype = _kind(role), tuple(value.shape), value.dtype
             if self._packs(kind):
                 shape = (*shape[:-2], shape[-1] // 2 + 1, shape[-1])
-            if self._in_bytes(kind):
-                dtype = torch.uint8
-                kept[role + SCALE] = torch.zeros(shape[0], dtype=torch.float32, device=device)
-            elif self._rounds(kind):
+            if self._rounds(kind):
                 dtype = torch.bfloat16
             kept[role] = torch.zeros(shape, dtype=dtype, device=device)
         return kept
@@ -117,15 +102,11 @@ class Storage:
                 continue
             if self._packs(kind):
                 value = matrices.pack(value)
-            if self._in_bytes(kind):
-                value = _scaled(value, role, kept[role + SCALE])
-            elif self._rounds(kind):
+            if self._rounds(kind):
                 value = value.to(torch.float32).contiguous()
-            if keys is not None and self._rounds(kind):
-                dropped = 20 if self._in_bytes(kind) else 16
-                for part, key in zip(value.chunk(len(keys)), keys, strict=True):
-                    _round_at_random_(part, dropped=dropped, key=_mixed(key, zlib.crc32(role.encode())))
-            target.copy_(value.to(torch.float8_e4m3fn).view(torch.uint8) if self._in_bytes(kind) else value)
+                for part, key in zip(value.chunk(len(keys)), keys, strict=True) if keys is not None else ():
+                    _round_at_random_(part, key=_mixed(key, zlib.crc32(role.encode())))
+            target.copy_(value)
 
     def _packs(self, kind: str) -> bool:
         return self.packed and kind in SYMMETRIC
@@ -133,20 +114,11 @@ class Storage:
     def _rounds(self, kind: str) -> bool:
         return self.format != "float32" and kind in ROUNDED
 
-    def _in_bytes(self, kind: str) -> bool:
-        return self.format == "float8" and kind in MOMENTS
-
 
 def decoded(kept: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """Returns state of any form to compute with in ``dtype``; what is in that form already comes as it is."""
     state: dict[str, Tensor] = {}
     for role, value in kept.items():
-        if role.endswith(SCALE):
-            continue
-        if value.dtype == torch.uint8:
-            scale = kept[role + SCALE].view(-1, *[1] * (value.dim() - 1))
-            value = value.view(torch.float8_e4m3fn).to(dtype).mul_(scale)
-            value = value.square_() if role == "exp_avg_sq" else value
         value = value.to(dtype) if value.dtype == torch.bfloat16 else value
         packed = _kind(role) in SYMMETRIC and value.dim() > 1 and value.shape[-2] == value.shape[-1] // 2 + 1
         state[role] = matrices.unpack(value) if packed and value.shape[-1] > 2 else value
@@ -160,7 +132,7 @@ def _alike(kept: Tensor, wanted: Tensor) -> bool:
 
 def is_own(role: Any) -> bool:
     """Whether state under this key is the family's; a wrapper may keep state of another kind beside it."""
-    return isinstance(role, str) and _kind(role.removesuffix(SCALE)) in KINDS
+    return isinstance(role, str) and _kind(role) in KINDS
 
 
 def _kind(role: str) -> str:
@@ -169,24 +141,13 @@ def _kind(role: str) -> str:
     return name if side.isdigit() else role
 
 
-def _scaled(value: Tensor, role: str, scale: Tensor) -> Tensor:
-    """Returns what 8 bits shall hold, and writes the scale of each block."""
-    value = value.to(torch.float32).contiguous()
-    value = value.sqrt() if role == "exp_avg_sq" else value
-    largest = value.flatten(1).abs().amax(1)
-    scale.copy_(largest.div_(TOP).clamp_(min=torch.finfo(torch.float32).tiny))
-    value = value / scale.view(-1, *[1] * (value.dim() - 1))
-    # A second moment of 0 beside a first one that is none would make an update of any size.
-    return torch.where(value > 0, value.clamp(min=TINIEST), value) if role == "exp_avg_sq" else value
-
-
-def _round_at_random_(values: Tensor, *, dropped: int, key: int) -> None:
-    """Clears the last bits of float32 numbers, up or down with the probability that keeps their mean."""
+def _round_at_random_(values: Tensor, *, key: int) -> None:
+    """Rounds float32 numbers to those of bfloat16, up or down with the probability that keeps their mean."""
     bits = values.view(-1).view(torch.int32)
     for number, piece in enumerate(bits.split(NOISE_LENGTH)):
         start = _mixed(key, number) % NOISE_LENGTH
         noise = _noise(values.device)[start : start + piece.numel()]
-        piece.add_(noise, alpha=1 << (dropped - 16)).bitwise_and_(-1 << dropped)
+        piece.add_(noise).bitwise_and_(-1 << 16)
 
 
 NOISE_LENGTH = 2**19
