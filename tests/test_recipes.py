@@ -51,6 +51,29 @@ def test_yaml_round_trip(options: dict[str, Any], provenance: Any) -> None:
     assert plain_yaml.load(recipes.embedded(f"# A card\n\n{recipes.embed(recipe)}\n\nMore\n".encode())) == recipe
 
 
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        *((text, 1e-3) for text in ("1e-3", "1E-3", "1.0e-3", "+1e-3", "0.001", ".001")),
+        ("5.", 5.0),
+        ("1e3", 1000.0),
+        ("-12", -12),
+        ("0", 0),
+        *((text, True) for text in ("true", "True", "TRUE")),
+        *((text, None) for text in ("null", "~", "")),
+        # YAML 1.1 reads these as booleans, octal, hexadecimal and sexagesimal numbers, and dates.
+        *((text, text) for text in ("yes", "no", "on", "off", "Y", "n", "010", "0x1F", "0b1", "1_000", "12:30")),
+        *((text, text) for text in ("2026-01-01", "2026-01-01T12:30:00Z", "main", "1.2.3", "e3", "1e")),
+        ("'1e-3'", "1e-3"),
+        ("'true'", "true"),
+    ],
+)
+def test_scalars_are_those_of_yaml_1_2(text: str, value: Any) -> None:
+    """PyYAML's own loader reads `learning_rate: 1e-3` as text and `eval_strategy: no` as false."""
+    (read_back,) = plain_yaml.load(f"a: {text}".encode()).values()
+    assert (type(read_back), read_back) == (type(value), value)
+
+
 @given(flat)
 @cases()
 def test_command_line_round_trip(options: dict[str, Any]) -> None:
@@ -66,9 +89,10 @@ def test_command_line_round_trip(options: dict[str, Any]) -> None:
         ("a: !!python/object/apply:os.system ['touch owned']", "got the tag 'tag:yaml.org,2002:python/object/apply"),
         ("a: !!str 1", "got the tag"),
         ("a: ! b", "got the tag"),
-        ("a: &x [1]\nb: *x", "anchor or alias"),
+        ("a: &x [1]\nb: *x", r"anchor or alias, wanted every value written out \(line 1, column 4\)"),
+        ("a: 1\nb: *x", r"anchor or alias, .* \(line 2, column 4\)"),
         ("a: &a [x,x]\nb: &b [*a,*a]\nc: &c [*b,*b]\nd: [*c,*c]", "anchor or alias"),
-        ("seed: 1\nseed: 2", "got the key 'seed' twice, wanted it once"),
+        ("seed: 1\nseed: 2", r"got the key 'seed' twice, wanted it once \(line 2, column 1\)"),
         ("provenance: {a: 1, a: 2}", "got the key 'a' twice"),
         ("1: 2", "got the key '1', wanted text as key"),
         ("[a]: 2", "wanted text as key"),
