@@ -163,6 +163,8 @@ def test_any_content_is_a_recipe_or_refused_by_key(content: dict[str, Any], key:
         (f"optim_target_modules: '{'.?' * 22 + '.' * 22}!'", "at most 3 of"),
         (f"optim_args: 'adam_modules={'(.|.)' * 26}!'", "few alternatives"),
         ("lora_modules_to_save: [lm_head, (a+)+$]", "groups .* that are not repeated"),
+        ("optim_target_modules: '(?=(a+)+$)'", "groups .* that are not repeated"),
+        (r"optim_target_modules: '(.*)\1\1\1!'", "groups .* that are not repeated"),
         (f"optim_target_modules: [{'.*a.*b.*c.*d,' * 2}]", "at most 3 of"),
         ("optim_target_modules: [.*a.*b.*c, .*d.*e.*f]", "got '.*a.*b.*c|.*d.*e.*f', .*at most 3 of"),
         (f"run_name: {'x' * 5000}", "run_name: got text of 5000 characters"),
@@ -189,6 +191,8 @@ def test_harm_is_refused_by_key(text: str, why: str) -> None:
         "optim_args: adam_modules=lm_head|embed",
         r"optim_args: adam_modules='.*\.layers\.(0|1|2)\..*'",
         r"optim_args: adam_modules=^model\.(q|k|v)_proj$,one_sided_modules=layers\.[0-9]+\.mlp",
+        r"optim_target_modules: .*\.layers\.\w+\.[a-z_]+\.\w+_proj\.lora_A\..*",
+        rf"optim_target_modules: .*layers\.({'|'.join(map(str, range(80)))})\.mlp\.(?:gate|up|down)_proj",
         r"optim_target_modules: .*layers\.\d+\.(self_attn|mlp)\.[a-z]+_proj\..*lora_[AB].*",
         rf"optim_target_modules: (^|\.)layers\.({'|'.join(map(str, range(32)))})\.mlp\.(gate|up|down)_proj",
         "optim_target_modules: [" + "a.b," * 999 + "]",
@@ -225,6 +229,12 @@ def give_up(*_: Any) -> None:
 @example(r"\x2e?\x2e", "!")
 @example("[^]|a]" * 20, "!")
 @example("|".join([".*?.*?.*?"] * 300), "!")
+@example(r"[^.]+\.?" * 20, "!")
+@example(r"[^[0-9]+\.*" * 20, "!")
+@example(r"[--z]+\." * 20, "!")
+@example(r"\\\d+\.*" * 20, "!")
+@example("(?=.*)" * 20, "!")
+@example(r"(.*.*.*)\1", "!")
 @cases(4)
 def test_what_passes_as_a_pattern_is_searched_for_in_bounded_time(start: str, end: str) -> None:
     """Ways through a pattern doubled with each of its groups; the slowest that is found now takes half a second."""

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 from hf_soap.config import options
 from hf_soap.config.options import shown
-from hf_soap.hub import patterns
 
 PROVENANCE = "provenance"
 """The one key with a nested value: how a run went. It is shown and never run."""
@@ -41,6 +41,15 @@ _TOKEN = re.compile(r"\b((hf|sk|gh[a-z]|github_pat)_|sk-)[A-Za-z0-9_-]{20,}")
 _PATTERN = re.compile(r"optim_args|(.*_)?(modules|parameters|modules_to_save|layers_pattern)")
 _PICKLE = re.compile(r"\.(pkl|pickle|pt|pth|bin|ckpt|joblib|npy)$", re.IGNORECASE)
 _OPENED = re.compile(r"(.*_)?(files?|path|dir|folder)")
+
+MAX_REPEATS = 3
+"""Repeats in one pattern for names of modules: what n of them cost on k letters grows as k to the power n."""
+_TRIES = 16  # that a repeat counts for among the ways through a pattern; an alternative counts for one
+# What can match in one way alone from a place on: a repeat of what is no dot up to a dot, an escape, a class.
+_UP_TO_A_DOT = r"(?:\\[dw]|\[(?:\w(?:-\w)?)+\]|\[\^\\?\.\])[*+]\\\.(?![*+?{])"
+_ONE_WAY = re.compile(rf"{_UP_TO_A_DOT}|\\\D|\[\^?\]?(?:\\.|[^\]\\])*\]?", re.DOTALL)
+_FLAT_GROUP = re.compile(r"\(([^()*+?{]*)\)(?![*+?{])")
+_BRANCH = re.compile(r"(?:\([^()]*\)|[^|()])+")
 _OVERRIDE = r"[A-Za-z]\w*=[\w.+-]*"
 
 
@@ -144,8 +153,41 @@ def _in_patterns(key: str, text: str) -> str:
         found = options.patterns(text) if key == "optim_args" else [text]
     except ValueError as error:
         return str(error)
-    problem = patterns.problem("|".join(found))  # each name is tried on all of them
+    problem = _slowness("|".join(found))  # each name is tried on all of them
     return problem and f"got {shown(text)}, {problem}"
+
+
+def _slowness(pattern: str) -> str:
+    """Says why a regular expression may take forever on a name, or returns nothing.
+
+    Python's ``re``, by which the Trainer and peft search, tries one way through a pattern after the other and has no
+    time limit. So only patterns pass that have few ways: no repeat holds another one, and few follow each other.
+    """
+    plain = _ONE_WAY.sub("\0", pattern).replace("(?:", "(")
+    if re.search(r"[()\\]", _FLAT_GROUP.sub("", plain)):
+        return (
+            "wanted groups such as (q|k)_proj that are not repeated, with no repeat, group or reference in them; "
+            "others may take forever, give them on the command line"
+        )
+    if sum(map(_ways, _BRANCH.findall(plain))) > _TRIES**MAX_REPEATS:
+        return (
+            f"wanted fewer ways to try: at most {MAX_REPEATS} of * + ? {{}}, but for a last .* and those that a dot "
+            r"ends, such as [0-9]+\., and few alternatives; others may take forever, give them on the command line"
+        )
+    return ""
+
+
+def _ways(branch: str) -> int:
+    """Estimates the ways through a pattern with flat groups and no alternatives but theirs."""
+    repeats = re.findall(r"[*+?]\??|\{", branch.rstrip("$").removesuffix(".*"))
+    ways: int = _TRIES ** len(repeats)
+    return ways * math.prod(map(_ways_through_group, _FLAT_GROUP.findall(branch)))
+
+
+def _ways_through_group(group: str) -> int:
+    """Counts the alternatives that may match at one place: those with the same first letter, if all begin with one."""
+    first = Counter(one[:1] for one in group.split("|"))
+    return max(first.values()) if all(map(str.isalnum, first)) else first.total()
 
 
 def _in_patterns_together(key: str, entries: list[Any]) -> str:
