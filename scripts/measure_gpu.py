@@ -30,7 +30,6 @@ import sys
 import sysconfig
 import tempfile
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -45,6 +44,18 @@ for place in (ROOT, ROOT / "scripts"):
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.utils import logging as transformers_logging
+
+import hf_soap  # noqa: F401 - registers the optimizers
 
 Shape = tuple[int, ...]
 
@@ -163,7 +174,7 @@ def compare_kernels(setup: Setup) -> None:
     """Times decompositions by size and number of matrices, and says which is the fastest that is accurate."""
     from hf_soap.linalg import eigenbases, inverse_roots
 
-    sizes = [16, 32] if setup.rehearse else [64, 128, 256, 512, 768, 1024, 2048, 3072, 4096]
+    sizes = [16, 32] if setup.rehearse else [64, 256, 768, 1024, 2048, 3072, 8192]
     for n, batch in itertools.product(sizes, [1, 2] if setup.rehearse else [1, 8, 24]):
         if n * batch > 32768 or setup.seconds_left < 30:
             continue
@@ -188,9 +199,7 @@ def compare_kernels(setup: Setup) -> None:
         want = inverse_roots.inverse_root(factor.double(), exponent=-0.25, ridge=1e-6)
         for method in ("eigh", "newton"):
             with outcome(roots, method):
-                call = functools.partial(
-                    inverse_roots.inverse_root, factor, exponent=-0.25, ridge=1e-6, method=method
-                )
+                call = functools.partial(inverse_roots.inverse_root, factor, exponent=-0.25, ridge=1e-6, method=method)
                 error = float((call().double() - want).norm() / want.norm())
                 roots[method] = {"ms": 1e3 * seconds(call, setup.device, repeats=3), "error": error}
         setup.put(f"root n={n} batch={batch}", roots | {"fastest": fastest(roots, limit=1e-2)})
@@ -256,26 +265,28 @@ def contenders(frequencies: Sequence[int]) -> dict[str, Callable[[list[Parameter
 
     found: dict[str, Callable[[list[Parameter]], Any]] = {
         "AdamW (fused)": lambda p: torch.optim.AdamW(p, lr=1e-4, fused=p[0].is_cuda),
+        "MARS": functools.partial(MARS, lr=1e-4),
     }
     if hasattr(torch.optim, "Muon"):
         found["torch Muon + AdamW"] = torch_muon
+    once: dict[str, tuple[Any, dict[str, Any]]] = {
+        "SOAP, bf16 rotations": (SOAP, {"matmul_dtype": "bfloat16"}),
+        "SOAP, staggered": (SOAP, {"stagger": True}),
+        "KL-SOAP": (SOAP, {"kl": True}),
+        "Shampoo": (Shampoo, {}),
+        "Shampoo by Newton's method": (Shampoo, {"root_method": "newton"}),
+        "SOAP, bf16 state, packed": (SOAP, {"state_dtype": "bfloat16", "pack_factors": True}),
+    }
     peers = peer_constructors()
     for f in frequencies:
         ours: dict[str, tuple[Any, dict[str, Any]]] = {
             "SOAP": (SOAP, {}),
             "SOAP, tf32 rotations": (SOAP, {"matmul_dtype": "tf32"}),
-            "SOAP, bf16 rotations": (SOAP, {"matmul_dtype": "bfloat16"}),
-            "Shampoo": (Shampoo, {}),
-            "KL-SOAP": (SOAP, {"kl": True}),
-            "SOAP, bf16 state, packed": (SOAP, {"state_dtype": "bfloat16", "pack_factors": True}),
         }
-        for name, (cls, options) in ours.items():
-            if f == 1 and name in ("Shampoo", "KL-SOAP", "SOAP, bf16 state, packed"):
-                continue
+        for name, (cls, options) in (ours | (once if f == frequencies[0] else {})).items():
             found[f"{name}, f={f}"] = functools.partial(cls, lr=1e-4, precondition_frequency=f, **options)
         for name, make in peers.items():
             found[f"{name}, f={f}"] = functools.partial(make, lr=1e-4, precondition_frequency=f)
-    found["MARS"] = functools.partial(MARS, lr=1e-4)
     return found
 
 
@@ -302,6 +313,7 @@ def peer_constructors() -> dict[str, Callable[..., Any]]:
     try:
         import heavyball
 
+        heavyball.utils.compile_mode = None  # its compilation takes minutes
         found["heavyball SOAP"] = functools.partial(heavyball.SOAP, max_precond_dim=10000)
     except ImportError:
         pass
@@ -320,7 +332,7 @@ def time_steps(setup: Setup) -> None:
     for model, shapes in models(setup).items():
         for name, make in contenders(frequencies).items():
             large = "Llama" in model
-            if setup.seconds_left < 20 or (large and not re.search(r"AdamW|SOAP, f=10|rotations, f=10|heavy", name)):
+            if setup.seconds_left < 15 or (large and not re.search(r"fused|^SOAP, f=10|tf32.*f=10|heavy.*f=10", name)):
                 continue
             row: dict[str, Any] = {}
             with outcome(row, "step"):
@@ -378,48 +390,6 @@ def time_one(make: Callable[..., Any], shapes: list[Shape], setup: Setup, *, per
     return {name: round(value, 3) for name, value in found.items()}
 
 
-def compare_policies(setup: Setup) -> None:
-    """Times the finite check and overlapping refreshes, beside a forward and backward pass, with defaults to choose."""
-    from hf_soap import SOAP
-
-    model, shapes = next(iter(models(setup).items()))
-    policies: dict[str, dict[str, Any]] = {
-        "deferred finite check": {"nonfinite": "skip"},
-        "no finite check": {"nonfinite": "off"},
-        "overlap_refresh": {"overlap_refresh": True},
-        "stagger": {"stagger": True},
-        "stagger, overlap_refresh": {"stagger": True, "overlap_refresh": True},
-    }
-    n = 64 if setup.rehearse else 8192
-    operand = torch.randn(n, n, device=setup.device, dtype=torch.bfloat16)
-    rounds = 2 if setup.rehearse else 20
-    for name, options in policies.items():
-        row: dict[str, Any] = {}
-        with outcome(row, "step"):
-            params = [Parameter(torch.randn(shape, device=setup.device) / 16) for shape in shapes]
-            grads = [torch.randn_like(param) / 16 for param in params]
-            optimizer = SOAP(params, lr=1e-4, precondition_frequency=10, **options)
-
-            def step(*, passes: int) -> None:
-                for _ in range(passes):
-                    operand @ operand
-                for param, grad in zip(params, grads, strict=True):
-                    param.grad = grad
-                optimizer.step()
-
-            for _ in range(12):
-                step(passes=1)
-            for passes in (0, 1, 8):
-
-                def several(passes: int = passes) -> None:
-                    for _ in range(rounds):
-                        step(passes=passes)
-
-                row[f"ms after {passes} products"] = round(1e3 * seconds(several, setup.device, repeats=3) / rounds, 3)
-        setup.put(f"{model}: {name}", row)
-        free(setup.device)
-
-
 def profile_step(setup: Setup) -> None:
     """Counts launches and host waits of one step with and without a refresh, and says what the time went to."""
     from hf_soap import MARS, SOAP, Shampoo
@@ -445,17 +415,13 @@ def profile_step(setup: Setup) -> None:
         for kind, wanted in (("a step without a refresh", False), ("a step with a refresh", True)):
             if label == "MARS" and wanted:
                 continue
-            while refreshes_next(optimizer, params[0]) != wanted and label != "MARS":
+            # SOAP's first step only seeds.
+            last = 9 if label == "Shampoo" else 0
+            while label != "MARS" and (int(optimizer.state[params[0]]["step"]) % 10 == last) != wanted:
                 step()
             setup.put(f"{model}: {label}, {kind}", profiled(step, setup.device))
         del optimizer
         free(setup.device)
-
-
-def refreshes_next(optimizer: Any, param: Parameter) -> bool:
-    """Whether the next step is one of those that refresh: the first step of SOAP only seeds."""
-    count = int(optimizer.state[param]["step"])
-    return count % 10 == 0
 
 
 def profiled(step: Callable[[], None], device: torch.device) -> dict[str, Any]:
@@ -471,7 +437,8 @@ def profiled(step: Callable[[], None], device: torch.device) -> dict[str, Any]:
         synchronize(device)
         wall = time.perf_counter() - start
     events = profiler.events() or []
-    kernels = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    on_device = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [event for event in on_device if not event.name.startswith("Optimizer.")]  # a range around all
     busy, end = 0.0, -math.inf
     for kernel in sorted(kernels, key=lambda event: event.time_range.start):
         busy += max(0.0, kernel.time_range.end - max(end, kernel.time_range.start))
@@ -501,32 +468,82 @@ HOST_WAITS = {"cudaStreamSynchronize", "cudaEventSynchronize", "aten::item", "at
 # ---------------------------------------------------------------------------------------------------------------------
 
 RUNS: dict[str, dict[str, Any]] = {
-    "AdamW, lr 6e-4": {"optim": "adamw_torch_fused", "learning_rate": 6e-4, "adam_beta2": 0.95},
+    "AdamW, lr 1.8e-3": {"optim": "adamw_torch_fused", "learning_rate": 1.8e-3, "adam_beta2": 0.95},
     "SOAP f=10, lr 3e-3": {"optim": "soap", "learning_rate": 3e-3},
     "SOAP f=1, lr 3e-3": {"optim": "soap", "learning_rate": 3e-3, "optim_args": "precondition_frequency=1"},
-    "AdamW, lr 1.8e-3": {"optim": "adamw_torch_fused", "learning_rate": 1.8e-3, "adam_beta2": 0.95},
+    "AdamW, lr 6e-4": {"optim": "adamw_torch_fused", "learning_rate": 6e-4, "adam_beta2": 0.95},
     "SOAP f=10, tf32 rotations, lr 3e-3": {"optim": "soap", "learning_rate": 3e-3, "optim_args": "matmul_dtype=tf32"},
-    "SOAP f=10, lr 1.8e-3": {"optim": "soap", "learning_rate": 1.8e-3},
     "KL-SOAP f=10, lr 3e-3": {"optim": "kl_soap", "learning_rate": 3e-3},
+    "SOAP f=10, lr 1.8e-3": {"optim": "soap", "learning_rate": 1.8e-3},
     "AdamW, lr 3e-3": {"optim": "adamw_torch_fused", "learning_rate": 3e-3, "adam_beta2": 0.95},
     "MARS, lr 3e-3": {"optim": "mars", "learning_rate": 3e-3},
-    "Shampoo f=10, lr 1e-3": {"optim": "shampoo", "learning_rate": 1e-3},
 }
-"""Arguments of the Trainer for each run, the most valuable first."""
+"""Arguments of the Trainer for each run that is trained to its end, the most valuable first."""
+
+POLICIES: dict[str, str | None] = {
+    "AdamW (fused)": None,
+    "SOAP f=10": "",
+    "SOAP f=10, deferred finite check": "",
+    "SOAP f=10, no finite check": "nonfinite=off",
+    "SOAP f=10, tf32 rotations": "matmul_dtype=tf32",
+    "SOAP f=1": "precondition_frequency=1",
+    "SOAP f=1, tf32 rotations": "precondition_frequency=1,matmul_dtype=tf32",
+    "SOAP f=10, staggered": "stagger=true",
+    "SOAP f=10, tf32, overlap_refresh": "matmul_dtype=tf32,overlap_refresh=true",
+    "AdamW (fused), again": None,
+}
+"""optim_args of each run that is only timed; None stands for AdamW."""
+
+
+def time_training(setup: Setup) -> None:
+    """Times training steps of GPT-2 124M through the Trainer under each policy, without a wait inside a step."""
+    from hf_soap.engine.verdict import DEFERS
+
+    length, micro, accumulation = SIZES["tiny" if setup.rehearse else "full"]
+    vocab, period = (512, 2) if setup.rehearse else (50257, 10)
+    generator = torch.Generator().manual_seed(0)
+    blocks = torch.randint(vocab, (16 * micro * accumulation, length), generator=generator, dtype=torch.int32)
+    base = 0.0
+    for name, options in list(POLICIES.items())[: 3 if setup.rehearse else None]:
+        if setup.seconds_left < 30:
+            break
+        arguments: dict[str, Any] = {"optim": "adamw_torch_fused" if options is None else "soap"}
+        arguments |= {"optim_args": options} if options else {}
+        row: dict[str, Any] = {}
+        with outcome(row, "training"):
+            DEFERS.update({setup.device.type} if "deferred" in name else ())
+            trained = train_once(
+                setup,
+                blocks,
+                None,
+                {"learning_rate": 3e-4, **arguments},
+                vocab=vocab,
+                micro=micro,
+                accumulation=accumulation,
+                steps=3 + 2 * period,
+                timed_from=3,
+            )
+            row = {key: trained[key] for key in ("seconds_per_step", "peak_gib")}
+            base = base or row["seconds_per_step"]
+            row["over_adamw"] = round(row["seconds_per_step"] / base - 1, 4)
+        DEFERS.clear()
+        setup.put(name, row)
+        free(setup.device)
+
+
+SIZES = {"tiny": (32, 2, 1), "full": (1024, 32, 8)}
+"""Tokens of a sequence, sequences of a batch, and batches of a step."""
 
 
 def train_gpt2(setup: Setup) -> None:
     """Trains GPT-2 124M from scratch through the Trainer on the text that Python and its packages ship."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.set_verbosity_error()
-    length, micro, accumulation = (32, 2, 1) if setup.rehearse else (1024, 32, 8)
+    length, micro, accumulation = SIZES["tiny" if setup.rehearse else "full"]
     began = time.monotonic()
     blocks, vocab = corpus(
         length=length,
-        limit=2_000_000 if setup.rehearse else 260_000_000,
+        limit=2_000_000 if setup.rehearse else 200_000_000,
         vocab_size=512 if setup.rehearse else 50257,
-        sample=1_000_000 if setup.rehearse else 40_000_000,
+        sample=1_000_000 if setup.rehearse else 30_000_000,
     )
     held_out, train = blocks[: 2 * micro], blocks[2 * micro :]
     setup.put(
@@ -538,45 +555,59 @@ def train_gpt2(setup: Setup) -> None:
             "seconds": round(time.monotonic() - began, 1),
         },
     )
-    run = functools.partial(
-        train_once, setup, train, held_out, vocab=vocab, micro=micro, accumulation=accumulation
-    )
-    probe = run(RUNS["AdamW, lr 6e-4"], steps=2 if setup.rehearse else 6)
-    wanted = list(RUNS.items())[: 2 if setup.rehearse else 7]
-    # Twice AdamW's step for what takes longer, and a third for evaluations and starts.
-    steps = int(0.72 * setup.seconds_left / len(wanted) / probe["seconds_per_step"])
+    run = functools.partial(train_once, setup, train, vocab=vocab, micro=micro, accumulation=accumulation)
+    probe = run(None, RUNS["AdamW, lr 6e-4"], steps=2 if setup.rehearse else 5, timed_from=1)
+    count = 2 if setup.rehearse else 5
+    # A fifth for what takes longer than AdamW, for evaluations and starts.
+    steps = int(0.8 * setup.seconds_left / count / probe["seconds_per_step"])
     steps = 3 if setup.rehearse else max(40, min(steps, 400, len(train) // (micro * accumulation)))
-    setup.put("steps", {"steps": steps, "tokens a step": micro * accumulation * length})
-    for name, arguments in wanted:
-        if setup.seconds_left < 10:
+    setup.put("length", {"steps": steps, "tokens a step": micro * accumulation * length})
+    for name, arguments in list(RUNS.items())[: count if setup.rehearse else None]:
+        if setup.seconds_left < 1.2 * steps * probe["seconds_per_step"]:
             break
         row: dict[str, Any] = {}
         with outcome(row, "training"):
-            row = run(arguments, steps=steps)
+            row = run(held_out, arguments, steps=steps)
         setup.put(name, row)
         free(setup.device)
+
+
+class Clock(TrainerCallback):
+    """Takes the time from the end of one step to the end of the last, the device's queue included.
+
+    Args:
+        timed_from: The step.
+    """
+
+    def __init__(self, timed_from: int) -> None:
+        self.timed_from = timed_from
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step in (self.timed_from, state.max_steps):
+            synchronize(args.device)
+            now = time.perf_counter()
+            if state.global_step == self.timed_from:
+                self.began = now
+            self.seconds_per_step = (now - self.began) / max(1, state.global_step - self.timed_from)
 
 
 def train_once(
     setup: Setup,
     train: Tensor,
-    held_out: Tensor,
+    held_out: Tensor | None,
     arguments: dict[str, Any],
     *,
     vocab: int,
     micro: int,
     accumulation: int,
     steps: int,
+    timed_from: int = 1,
 ) -> dict[str, Any]:
     """Trains one model.
 
     Returns:
-        Seconds a step, the share of the optimizer in it, and losses by step.
+        Seconds a step, with those of the evaluations where there are any, and losses by step.
     """
-    from transformers import GPT2Config, GPT2LMHeadModel, PrinterCallback, Trainer, TrainingArguments, set_seed
-
-    import hf_soap  # noqa: F401 - registers the optimizers
-    from hf_soap.cli.compare.training import Clock
 
     class Blocks(torch.utils.data.Dataset[dict[str, Tensor]]):
         def __init__(self, blocks: Tensor) -> None:
@@ -601,7 +632,7 @@ def train_once(
         eos_token_id=None,
         **sizes,
     )
-    clock = Clock()
+    clock = Clock(timed_from)
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
             model=GPT2LMHeadModel(config),
@@ -616,9 +647,9 @@ def train_once(
                 weight_decay=0.1,
                 bf16=setup.device.type == "cuda",
                 use_cpu=setup.device.type == "cpu",
-                logging_steps=max(1, steps // 20),
-                eval_strategy="steps",
-                eval_steps=max(1, steps // 4),
+                logging_steps=max(1, steps // 16) if held_out is not None else steps,
+                eval_strategy="no" if held_out is None else "steps",
+                eval_steps=max(1, steps // 8),
                 save_strategy="no",
                 report_to="none",
                 disable_tqdm=True,
@@ -626,7 +657,7 @@ def train_once(
                 **arguments,
             ),
             train_dataset=Blocks(train),
-            eval_dataset=Blocks(held_out),
+            eval_dataset=None if held_out is None else Blocks(held_out),
             callbacks=[clock],
         )
         trainer.remove_callback(PrinterCallback)
@@ -635,10 +666,7 @@ def train_once(
         losses = [(entry["step"], round(entry["loss"], 4)) for entry in history if "loss" in entry]
         evaluated = {entry["step"]: round(entry["eval_loss"], 4) for entry in history if "eval_loss" in entry}
     return {
-        "seconds_per_step": round(clock.seconds / steps, 4),
-        "optimizer_seconds_per_step": round(clock.optimizer_seconds / steps, 4),
-        "optimizer_share": round(clock.optimizer_seconds / clock.seconds, 4),
-        "tokens_per_second": round(steps * micro * accumulation * train.shape[1] / clock.seconds),
+        "seconds_per_step": round(clock.seconds_per_step, 4),
         "final_eval_loss": list(evaluated.values())[-1] if evaluated else None,
         "eval_losses": evaluated,
         "train_losses": losses,
@@ -680,8 +708,12 @@ def corpus(*, length: int, limit: int, vocab_size: int, sample: int) -> tuple[Te
 
 def read_texts(limit: int) -> list[str]:
     """Returns the sources and documents of Python and its packages, each once, in a fixed order that mixes packages."""
-    folders = {sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")} | {str(Path(torch.__file__).parents[1])}
-    paths = sorted({path for folder in folders for kind in ("py", "md", "rst") for path in Path(folder).rglob(f"*.{kind}")})
+    folders = {sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")} | {
+        str(Path(torch.__file__).parents[1])
+    }
+    paths = sorted(
+        {path for folder in folders for kind in ("py", "md", "rst") for path in Path(folder).rglob(f"*.{kind}")}
+    )
     random.Random(0).shuffle(paths)
     texts, seen, size = [], set(), 0
     for path in paths:
@@ -705,12 +737,12 @@ def read_texts(limit: int) -> list[str]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 STAGES: dict[str, Stage] = {
-    "tests": Stage(3, run_tests, "the tests that are marked cuda"),
-    "kernels": Stage(2.5, compare_kernels, "QR, Cholesky-QR and eigh, Newton and eigh, by size and batch"),
-    "policies": Stage(1.5, compare_policies, "the finite check and overlapping refreshes"),
-    "steps": Stage(6, time_steps, "bare steps beside fused AdamW, Muon and the peers"),
+    "tests": Stage(1.5, run_tests, "the tests that are marked cuda"),
+    "steps": Stage(5, time_steps, "bare steps beside fused AdamW, Muon and the peers"),
+    "timing": Stage(4.5, time_training, "training steps of GPT-2 124M under each policy, beside AdamW"),
     "profile": Stage(1.5, profile_step, "launches, host waits and gaps of a step"),
-    "train": Stage(10.5, train_gpt2, "GPT-2 124M through the Trainer"),
+    "kernels": Stage(2, compare_kernels, "QR, Cholesky-QR and eigh, Newton and eigh, by size and batch"),
+    "train": Stage(10.5, train_gpt2, "GPT-2 124M through the Trainer, to its end"),
 }
 
 
@@ -733,7 +765,7 @@ def describe(device: torch.device, *, rehearse: bool) -> dict[str, Any]:
     is_gpu = device.type == "cuda"
     return {
         "rehearsal": rehearse,
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "commit": output("git", "rev-parse", "--short", "HEAD") or os.environ.get("COMMIT", ""),
         "card": torch.cuda.get_device_name(device) if is_gpu else platform.machine(),
         "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if is_gpu else "",
@@ -746,7 +778,10 @@ def describe(device: torch.device, *, rehearse: bool) -> dict[str, Any]:
 def run_stage(name: str, args: argparse.Namespace) -> None:
     """Runs one stage in this process."""
     if args.peers:
-        sys.path[:0] = [str(path) for path in sorted(args.peers.glob("*.whl"))]  # pure Python ones need no installation
+        sys.path[:0] = [
+            str(path) for path in sorted(args.peers.glob("*.whl"))
+        ]  # pure Python ones need no installation
+    transformers_logging.set_verbosity_error()
     device = torch.device("cpu" if args.rehearse else "cuda")
     report = Report(args.out / "gpu.json")
     setup = Setup(
@@ -803,7 +838,16 @@ def main() -> None:
 
 def run_child(name: str, args: argparse.Namespace, budget: float) -> str:
     """Runs a stage in a process that is stopped when its time is over; returns how it ended."""
-    command = [sys.executable, __file__, "--out", str(args.out), "--in-this-process", name, "--seconds", str(budget - 5)]
+    command = [
+        sys.executable,
+        __file__,
+        "--out",
+        str(args.out),
+        "--in-this-process",
+        name,
+        "--seconds",
+        str(budget - 5),
+    ]
     command += ["--rehearse"] if args.rehearse else []
     command += ["--peers", str(args.peers)] if args.peers else []
     log = args.out / f"{name}.log"
@@ -811,7 +855,12 @@ def run_child(name: str, args: argparse.Namespace, budget: float) -> str:
     with log.open("w") as file:
         try:
             ended = subprocess.run(
-                command, stdout=file, stderr=subprocess.STDOUT, timeout=budget, env=os.environ | environment, check=False
+                command,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                timeout=budget,
+                env=os.environ | environment,
+                check=False,
             )
         except subprocess.TimeoutExpired:
             return "cut"

@@ -157,6 +157,7 @@ def test_refreshes_on_a_stream_of_their_own_are_the_same() -> None:
             for place, param in enumerate(params):
                 param.grad = gradient(param.cpu(), place, step).cuda()
             optimizer.step()
-        return snapshot(optimizer, params)
+        weights, saved = snapshot(optimizer, params)
+        return weights, saved["state"]
 
     assert_same(run(overlap=True), run(overlap=False))

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-DEFERS = {"cuda"}
-"""Kinds of devices on which the host does not wait for the verdict: it would leave the device without work."""
+DEFERS: set[str] = set()
+"""Kinds of devices on which the host does not wait for the finite check, but keeps a copy of all state and goes on."""
 
 
 @dataclass
