@@ -469,14 +469,20 @@ HOST_WAITS = {"cudaStreamSynchronize", "cudaEventSynchronize", "aten::item", "at
 
 RUNS: dict[str, dict[str, Any]] = {
     "AdamW, lr 1.8e-3": {"optim": "adamw_torch_fused", "learning_rate": 1.8e-3, "adam_beta2": 0.95},
-    "SOAP f=10, lr 3e-3": {"optim": "soap", "learning_rate": 3e-3},
-    "SOAP f=1, lr 3e-3": {"optim": "soap", "learning_rate": 3e-3, "optim_args": "precondition_frequency=1"},
-    "AdamW, lr 6e-4": {"optim": "adamw_torch_fused", "learning_rate": 6e-4, "adam_beta2": 0.95},
     "SOAP f=10, tf32 rotations, lr 3e-3": {"optim": "soap", "learning_rate": 3e-3, "optim_args": "matmul_dtype=tf32"},
-    "KL-SOAP f=10, lr 3e-3": {"optim": "kl_soap", "learning_rate": 3e-3},
-    "SOAP f=10, lr 1.8e-3": {"optim": "soap", "learning_rate": 1.8e-3},
-    "AdamW, lr 3e-3": {"optim": "adamw_torch_fused", "learning_rate": 3e-3, "adam_beta2": 0.95},
+    "KL-SOAP f=10, tf32 rotations, lr 3e-3": {
+        "optim": "kl_soap",
+        "learning_rate": 3e-3,
+        "optim_args": "matmul_dtype=tf32",
+    },
+    "AdamW, lr 6e-4": {"optim": "adamw_torch_fused", "learning_rate": 6e-4, "adam_beta2": 0.95},
     "MARS, lr 3e-3": {"optim": "mars", "learning_rate": 3e-3},
+    "SOAP f=1, tf32 rotations, lr 3e-3": {
+        "optim": "soap",
+        "learning_rate": 3e-3,
+        "optim_args": "precondition_frequency=1,matmul_dtype=tf32",
+    },
+    "AdamW, lr 3e-3": {"optim": "adamw_torch_fused", "learning_rate": 3e-3, "adam_beta2": 0.95},
 }
 """Arguments of the Trainer for each run that is trained to its end, the most valuable first."""
 
@@ -541,8 +547,8 @@ def train_gpt2(setup: Setup) -> None:
     began = time.monotonic()
     blocks, vocab = corpus(
         length=length,
-        limit=2_000_000 if setup.rehearse else 200_000_000,
-        vocab_size=512 if setup.rehearse else 50257,
+        limit=2_000_000 if setup.rehearse else 150_000_000,
+        vocab_size=512 if setup.rehearse else 16384,
         sample=1_000_000 if setup.rehearse else 30_000_000,
     )
     held_out, train = blocks[: 2 * micro], blocks[2 * micro :]
@@ -556,10 +562,10 @@ def train_gpt2(setup: Setup) -> None:
         },
     )
     run = functools.partial(train_once, setup, train, vocab=vocab, micro=micro, accumulation=accumulation)
-    probe = run(None, RUNS["AdamW, lr 6e-4"], steps=2 if setup.rehearse else 5, timed_from=1)
-    count = 2 if setup.rehearse else 5
-    # A fifth for what takes longer than AdamW, for evaluations and starts.
-    steps = int(0.8 * setup.seconds_left / count / probe["seconds_per_step"])
+    probe = run(None, RUNS["AdamW, lr 1.8e-3"], steps=2 if setup.rehearse else 5, timed_from=1)
+    count = 2 if setup.rehearse else 4
+    # A tenth for what takes longer than AdamW, for evaluations and starts.
+    steps = int(0.9 * setup.seconds_left / count / probe["seconds_per_step"])
     steps = 3 if setup.rehearse else max(40, min(steps, 400, len(train) // (micro * accumulation)))
     setup.put("length", {"steps": steps, "tokens a step": micro * accumulation * length})
     for name, arguments in list(RUNS.items())[: count if setup.rehearse else None]:
@@ -573,22 +579,33 @@ def train_gpt2(setup: Setup) -> None:
 
 
 class Clock(TrainerCallback):
-    """Takes the time from the end of one step to the end of the last, the device's queue included.
+    """Takes the time of all steps after the first ones, without evaluations, the device's queue included.
 
     Args:
-        timed_from: The step.
+        timed_from: The last step that is not timed.
     """
 
     def __init__(self, timed_from: int) -> None:
-        self.timed_from = timed_from
+        self.timed_from, self.steps, self.seconds = timed_from, 0, 0.0
+        self.began: float | None = None
+
+    @property
+    def seconds_per_step(self) -> float:
+        return self.seconds / max(1, self.steps)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.began is None and state.global_step >= self.timed_from:
+            synchronize(args.device)
+            self.began = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if state.global_step in (self.timed_from, state.max_steps):
+        if self.began is None:
+            return
+        self.steps += 1
+        if control.should_evaluate or state.global_step == state.max_steps:
             synchronize(args.device)
-            now = time.perf_counter()
-            if state.global_step == self.timed_from:
-                self.began = now
-            self.seconds_per_step = (now - self.began) / max(1, state.global_step - self.timed_from)
+            self.seconds += time.perf_counter() - self.began
+            self.began = None
 
 
 def train_once(
