@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from hf_soap.config import options
-from hf_soap.trainer import registry
+from hf_soap.optimizers.names import ENTRIES
 
 README = Path(__file__).parent.parent / "README.md"
 MARKED = re.compile(r"(<!-- options (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -19,7 +19,7 @@ def with_tables(text: str) -> str:
     """Returns the README's text with the table of each marked optimizer as the schema has it now."""
 
     def table(match: re.Match[str]) -> str:
-        return f"{match[1]}{options.option_table(registry.ENTRIES[match[2]].config)}\n{match[3]}"
+        return f"{match[1]}{options.option_table(ENTRIES[match[2]].config)}\n{match[3]}"
 
     return MARKED.sub(table, text)
 

@@ -20,7 +20,7 @@ from hf_soap import MARS, SOAP, Shampoo
 from hf_soap.checkpoint import state_dict as checkpoint
 from hf_soap.distributed import dtensor
 from hf_soap.engine.optimizer import BlockOptimizer
-from hf_soap.rules.layout import Plan
+from hf_soap.engine.plan import Plan
 from hf_soap.rules.storage import decoded
 from hf_soap.trainer import resume
 

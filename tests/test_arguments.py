@@ -33,6 +33,8 @@ from hf_soap import (
 )
 from hf_soap.config import options
 from hf_soap.config.options import OptimizerConfig, near_options, parse_optim_args
+from hf_soap.optimizers import arguments
+from hf_soap.optimizers.names import ENTRIES
 from hf_soap.trainer import registry
 
 
@@ -87,7 +89,7 @@ def assert_is_config(args: TrainingArguments) -> None:
     assert isinstance(args.optim_args, str)
     assert json.loads(args.to_json_string())["optim_args"] == args.optim_args == args.to_sanitized_dict()["optim_args"]
     for each in (args, pickle.loads(pickle.dumps(args)), replace(args, learning_rate=0.1)):
-        assert registry.resolve(each) == CONFIG
+        assert arguments.resolve(each) == CONFIG
     optimizer = made_from(args)
     assert type(optimizer) is SOAP
     assert {group["precondition_frequency"] for group in optimizer.param_groups} == {2}
@@ -130,7 +132,7 @@ def test_options_that_are_set_later(given: Any, tmp_path: Path) -> None:
     args = tiny.arguments(tmp_path, optim="sgd")
     assert_is_config(args.set_optimizer("soap", learning_rate=0.1, args=given))
     args.optim_args = given
-    assert registry.resolve(args) == CONFIG
+    assert arguments.resolve(args) == CONFIG
 
 
 def test_yaml_as_it_is_written(tmp_path: Path) -> None:
@@ -141,7 +143,7 @@ def test_yaml_as_it_is_written(tmp_path: Path) -> None:
     )
     (args,) = HfArgumentParser(TrainingArguments).parse_yaml_file(str(tmp_path / "args.yaml"))  # type: ignore[arg-type]
     assert (args.learning_rate, args.weight_decay, args.adam_epsilon) == (3e-3, 1e-2, 1e-6)
-    assert registry.resolve(args) == ShampooConfig(nonfinite="off", ridge=1e-5, graft=None, stagger=True, eps=1e-6)
+    assert arguments.resolve(args) == ShampooConfig(nonfinite="off", ridge=1e-5, graft=None, stagger=True, eps=1e-6)
 
 
 def test_a_mapping_is_left_to_an_optimizer_that_is_not_ours(tmp_path: Path) -> None:
@@ -177,12 +179,12 @@ def test_a_mapping_is_left_to_an_optimizer_that_is_not_ours(tmp_path: Path) -> N
 def test_what_is_none_of_these_is_refused(given: Any, message: str, tmp_path: Path) -> None:
     """A list was glued together: `["precondition_frequency=2", "0"]` refreshed every 20 steps without a word."""
     with pytest.raises(ValueError, match=message):
-        registry.resolve(tiny.arguments(tmp_path, optim_args=given))
+        arguments.resolve(tiny.arguments(tmp_path, optim_args=given))
 
 
 @pytest.mark.parametrize("empty", [{}, [], (), "", None])
 def test_no_options(empty: Any, tmp_path: Path) -> None:
-    assert registry.resolve(tiny.arguments(tmp_path, optim_args=empty)) == SoapConfig()
+    assert arguments.resolve(tiny.arguments(tmp_path, optim_args=empty)) == SoapConfig()
 
 
 @pytest.mark.parametrize("pattern", ["a,b", "(a|b)", "x=y", r"h\.[01]\.", "foo\\(", "[(]"])
@@ -198,11 +200,11 @@ def test_a_pattern_in_a_file_means_what_it_means_in_text(pattern: str, shape: st
     assert options.patterns(found.to_optim_args()) == [pattern]
 
 
-@pytest.mark.parametrize("name", registry.ENTRIES)
+@pytest.mark.parametrize("name", ENTRIES)
 @pytest.mark.parametrize("value", [0.125, 1e-12, 3, True, False, None, "both", "off", "a|b"])
 def test_every_option_may_stand_in_a_mapping(name: str, value: Any) -> None:
     """Those that can be set to the value are, through YAML and back."""
-    cls = registry.ENTRIES[name].config
+    cls = ENTRIES[name].config
     config = cls()
     for option in options.option_fields(cls):
         with contextlib.suppress(ValueError):
@@ -368,7 +370,7 @@ def test_a_config_or_a_mapping(
     args = tiny.arguments(tmp_path, optim=optim or default_optim())
     for _ in range(2):  # the same arguments again, as they are after the first trainer
         trainer = SoapTrainer(tiny.gpt2(), args, optimizer_config=given)
-        assert registry.resolve(trainer.args) == config
+        assert arguments.resolve(trainer.args) == config
         optimizer: Any = trainer.create_optimizer()
         assert type(optimizer) is cls
 

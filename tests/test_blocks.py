@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from reference import block_grid, merged_shape, zero_padded
 from torch import Tensor
 
-from hf_soap.rules.layout import Chunk, Layout, adjacent, merge_shape, plan_layout
+from hf_soap.rules.context import StepContext, adjacent
+from hf_soap.rules.layout import Layout, merge_shape, plan_layout
 
 shapes = st.lists(st.integers(1, 7), max_size=5).map(tuple)
 
@@ -213,24 +214,24 @@ def test_adjacent_covers_the_set_flags_in_order(flags: list[bool], longest: int 
     assert all(end < start or end - first == longest for (first, end), (start, _) in itertools.pairwise(runs))
 
 
-def chunk(layout: Layout, *t: int) -> Chunk:
-    return Chunk(layout, t, tuple(range(10, 10 + len(t))))
+def context(layout: Layout, *t: int) -> StepContext:
+    return StepContext(layout, t, tuple(range(10, 10 + len(t))))
 
 
 def test_a_number_per_tensor_is_spread_over_its_blocks() -> None:
     layout = planned((20, 30), block_size=10)
     like = torch.zeros(12, 10, 10, dtype=torch.float64)
-    spread = chunk(layout, 1, 2).per_block(lambda t: t / 10, like)
+    spread = context(layout, 1, 2).per_block(lambda t: t / 10, like)
     assert spread.dtype == torch.float64
     assert torch.equal((like + spread)[:, 3, 4], torch.tensor([0.1] * 6 + [0.2] * 6, dtype=torch.float64))
-    assert chunk(layout, 2, 2).per_block(lambda t: t / 10, like) == 0.2
+    assert context(layout, 2, 2).per_block(lambda t: t / 10, like) == 0.2
 
 
 def test_norms_are_a_tensors_over_all_of_its_blocks() -> None:
     layout = planned((13, 24), block_size=8)
     tensors = [numbered((13, 24)).double(), torch.ones(13, 24, dtype=torch.float64)]
     blocks = torch.cat([layout.to_blocks(tensor) for tensor in tensors])
-    sums = chunk(layout, 1, 1).tensor_square_sum(blocks)
+    sums = context(layout, 1, 1).tensor_square_sum(blocks)
     expected = [tensor.square().sum() for tensor in tensors for _ in range(layout.blocks)]
     torch.testing.assert_close(sums.flatten(), torch.stack(expected))
     assert (blocks / sums).shape == blocks.shape
@@ -238,7 +239,7 @@ def test_norms_are_a_tensors_over_all_of_its_blocks() -> None:
 
 def test_runs_slice_blocks_and_keep_each_tensors_numbers() -> None:
     layout = planned((20, 30), block_size=10)
-    runs = list(chunk(layout, 1, 2, 3, 4).runs([True, False, True, True]))
+    runs = list(context(layout, 1, 2, 3, 4).runs([True, False, True, True]))
     assert [blocks for blocks, _ in runs] == [slice(0, 6), slice(12, 24)]
     assert [part.t for _, part in runs] == [(1,), (3, 4)]
     assert [part.index for _, part in runs] == [(10,), (12, 13)]

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from transformers import Trainer
 
 from hf_soap import SoapTrainer
-from hf_soap.trainer.registry import ENTRIES
+from hf_soap.optimizers.names import ENTRIES
 from hf_soap.trainer.resume import find_damage, find_problem, last_complete_checkpoint
 
 FILES = ["optimizer.pt", "model.safetensors", "scheduler.pt", "rng_state.pth"]

@@ -14,7 +14,7 @@ from transformers import Trainer
 
 from hf_soap import SOAP, SoapConfig
 from hf_soap.optimizers.grouping import routing_table, with_overrides
-from hf_soap.trainer.registry import ENTRIES
+from hf_soap.optimizers.names import ENTRIES
 
 
 def optimizer_for(model: nn.Module, folder: Path, **changes: Any) -> Any:

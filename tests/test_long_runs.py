@@ -15,8 +15,8 @@ from helpers import parameters, train
 from torch import Tensor
 from torch.nn import Parameter
 
+from hf_soap.optimizers.names import ENTRIES
 from hf_soap.rules.storage import decoded
-from hf_soap.trainer.registry import ENTRIES
 
 
 def entry(name: str, **options: Any) -> Callable[[list[Parameter], float], Any]:

@@ -21,7 +21,8 @@ from hf_soap import MARS, SOAP, Shampoo, SoapMetricsCallback, SoapTrainer
 from hf_soap.engine.optimizer import BlockOptimizer
 from hf_soap.engine.profiling import Probe, RuleGauge, Stopwatch
 from hf_soap.linalg import eigenbases
-from hf_soap.rules.layout import Chunk, Layout
+from hf_soap.rules.context import StepContext
+from hf_soap.rules.layout import Layout
 from hf_soap.rules.soap import Soap
 from hf_soap.rules.storage import decoded
 from hf_soap.trainer.metrics import diagnostics, measurements, rules_of, slug
@@ -142,7 +143,7 @@ def test_vectors_that_change_places_have_not_turned() -> None:
     }
     rule = Soap(beta1=0.9, beta2=0.9, shampoo_beta=0.9, eps=1e-8, precondition_frequency=1)
     one = gauge()
-    rule._refresh(state, Chunk(Layout((3, 2), (1, 1), (3, 2), (0,)), (1,), (0,), gauge=one))
+    rule._refresh(state, StepContext(Layout((3, 2), (1, 1), (3, 2), (0,)), (1,), (0,), gauge=one))
     assert state["factor_0"][0].diagonal().tolist() == [5.0, 3.0, 1.0]
     sums = one.take()
     assert (sums["rotation"], sums["rotations"]) == (0.0, 1.0)

@@ -8,6 +8,7 @@ import sys
 import tomllib
 import zipfile
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from importlib.metadata import packages_distributions
 from pathlib import Path
 
@@ -17,55 +18,22 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hf_soap"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
-LAYERS = [
-    "__main__",
-    "cli",
-    "__init__",
-    "trainer.trainer",
-    "hub.cards",
-    "hub",
-    "trainer.preflight",
-    "planning.plan",
-    "trainer.patches",
-    "trainer.registry",
-    "trainer.callbacks",
-    "trainer.metrics",
-    "trainer.resume",
-    "trainer.checksums",
-    "trainer.import_hook",
-    "optimizers.grouping",
-    "planning.costs",
-    "optimizers.mars",
-    "optimizers.shampoo",
-    "optimizers.soap",
-    "engine.optimizer",
-    "engine.state",
-    "config.checks",
-    "checkpoint.state_dict",
-    "config.configs",
-    "config.options",
-    "engine.refresh",
-    "engine.nonfinite",
-    "engine.step",
-    "engine.buckets",
-    "config.members",
-    "checkpoint.reshard",
-    "distributed.owners",
+FOLDERS = (
+    "linalg",
+    "distributed",
+    "config",
     "rules",
-    "engine.background",
-    "engine.failures",
-    "engine.verdict",
-    "rules.layout",
-    "engine.profiling",
-    "linalg.elementwise",
-    "rules.storage",
-    "linalg.eigenbases",
-    "linalg.inverse_roots",
-    "linalg.matrices",
-    "linalg.precision",
-    "distributed.dtensor",
-]
-"""A module imports only from those listed after it, and within a folder from its siblings."""
+    "checkpoint",
+    "engine",
+    "optimizers",
+    "planning",
+    "hub",
+    "trainer",
+    "__init__",
+    "cli",
+    "__main__",
+)
+"""A folder imports only from those before it, and from its own modules without a circle; for types, too."""
 
 EXTRAS = {
     "cli": {"cli", "peft", "plot"},
@@ -96,30 +64,39 @@ def layer(source: Path) -> str:
     return source.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
+def module_of(source: Path) -> str:
+    """Dotted name of a file below the package; a folder's own for its `__init__`, and `__init__` for the package's."""
+    return ".".join(source.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
+
+
 def within(source: Path, places: set[str]) -> bool:
     """Whether a file is one of these modules, or lies in one of these folders."""
-    module = ".".join(source.relative_to(PACKAGE).with_suffix("").parts)
+    module = module_of(source)
     return any(module == place or module.startswith(f"{place}.") for place in places)
 
 
-def place_of(module: str) -> str:
-    """The entry of LAYERS that holds a dotted name below the package."""
-    fitting = [layer for layer in LAYERS if f"{module}.".startswith(f"{layer}.")]
-    return max(fitting, key=len, default="__init__")
+def ours(source: Path) -> Iterator[str]:
+    """Modules below the package that a file imports; `from hf_soap import SOAP` asks the package itself."""
+    for imported in imports(source, for_types=True):
+        if imported.split(".")[0] == "hf_soap":
+            name = imported.partition(".")[2]
+            while name and name not in MODULES:
+                name = name.rpartition(".")[0]
+            yield name or "__init__"
 
 
-def imports(source: Path) -> Iterator[str]:
-    """Dotted names that a file imports, in functions too, but not those that only type checkers read."""
+def imports(source: Path, *, for_types: bool = False) -> Iterator[str]:
+    """Dotted names that a file imports, in functions too; those that only type checkers read where asked for."""
     tree = ast.parse(source.read_text(encoding="utf-8"))
-    for_types = {
+    skipped = {
         id(inner)
         for node in ast.walk(tree)
-        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+        if not for_types and isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
         for statement in node.body
         for inner in ast.walk(statement)
     }
     for node in ast.walk(tree):
-        if id(node) in for_types:
+        if id(node) in skipped:
             continue
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -134,15 +111,32 @@ def name(source: Path) -> str:
     return str(source.relative_to(PACKAGE))
 
 
+MODULES = {module_of(source): source for source in SOURCES}
+
+
 @pytest.mark.parametrize("source", SOURCES, ids=name)
-def test_imports_point_downwards(source: Path) -> None:
-    own = place_of(".".join(source.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__"))
-    for imported in imports(source):
-        if imported.split(".")[0] == "hf_soap":
-            # `from hf_soap import SOAP` names no module: it is the package that is asked.
-            other = place_of(imported.partition(".")[2])
-            siblings = own == other and (PACKAGE / own).is_dir()
-            assert siblings or LAYERS.index(other) > LAYERS.index(own), f"{own} imports {imported} from above"
+def test_a_folder_imports_from_those_before_it(source: Path) -> None:
+    own = layer(source)
+    assert own in FOLDERS, f"{own} has no place in FOLDERS; add it after all that it imports"
+    for imported in ours(source):
+        other = imported.split(".")[0]
+        assert FOLDERS.index(other) <= FOLDERS.index(own), f"{name(source)} imports {imported}, which comes after it"
+
+
+def test_imports_within_a_folder_go_in_no_circle() -> None:
+    sorter = TopologicalSorter({module: set(ours(source)) - {module} for module, source in MODULES.items()})
+    try:
+        sorter.prepare()
+    except CycleError as error:
+        pytest.fail(f"these import each other: {' > '.join(error.args[1])}")
+
+
+@pytest.mark.parametrize("folder", [folder for folder in FOLDERS if not folder.startswith("__")])
+def test_a_folder_says_what_lives_in_it(folder: str) -> None:
+    body = ast.parse((PACKAGE / folder / "__init__.py").read_text(encoding="utf-8"))
+    assert ast.get_docstring(body), f"hf_soap/{folder}/__init__.py has no docstring"
+    defined = [node for node in body.body[1:] if not isinstance(node, ast.ImportFrom)]
+    assert [ast.unparse(node).split(" = ")[0] for node in defined] in ([], ["__all__"]), "an __init__ defines nothing"
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=name)

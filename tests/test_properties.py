@@ -21,11 +21,12 @@ from hf_soap import SOAP
 from hf_soap.checkpoint import reshard
 from hf_soap.config.options import option_fields, parse_optim_args
 from hf_soap.distributed.dtensor import Shard
+from hf_soap.optimizers.names import ENTRIES
 from hf_soap.rules.base import Rule
+from hf_soap.rules.context import StepContext
 from hf_soap.rules.elementwise import AdamW
-from hf_soap.rules.layout import Chunk, Layout, plan_layout
+from hf_soap.rules.layout import Layout, plan_layout
 from hf_soap.rules.soap import Soap
-from hf_soap.trainer.registry import ENTRIES
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Shapes and memory
@@ -162,9 +163,9 @@ def piece(rule: Rule, shard: Shard, layout: Layout, grads: list[Tensor]) -> resh
     here = tuple(slice(a, a + n) for a, n in zip(shard.offset, shard.size, strict=True))
     state = rule.allocate(layout, 1, dtype=torch.float64, device=torch.device("cpu"))
     if rule.seeds:
-        rule.seed(layout.to_blocks(grads[0][here]), state, Chunk(layout, (0,), (0,)))
+        rule.seed(layout.to_blocks(grads[0][here]), state, StepContext(layout, (0,), (0,)))
     for t, grad in enumerate(grads[rule.seeds :], start=1):
-        rule.update(layout.to_blocks(grad[here]), state, Chunk(layout, (t,), (0,)))
+        rule.update(layout.to_blocks(grad[here]), state, StepContext(layout, (t,), (0,)))
     return reshard.Piece(shard, layout, {**state, "step": torch.tensor(float(len(grads)))})
 
 

@@ -9,7 +9,7 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 from update_readme import README, with_tables  # noqa: E402
 
-from hf_soap.trainer import registry  # noqa: E402
+from hf_soap.optimizers.names import ENTRIES  # noqa: E402
 
 
 def test_option_tables_are_those_of_the_schema() -> None:
@@ -22,4 +22,4 @@ def test_every_name_and_its_learning_rate_is_listed() -> None:
     names = README.read_text().partition("## Names")[2].partition("## Settings")[0]
     rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|.*\| ([\de.-]+) \|$", names, flags=re.MULTILINE)
     listed = {name: float(lr) for names, lr in rows for name in re.findall(r"`(\w+)`", names)}
-    assert listed == {name: entry.config.lr for name, entry in registry.ENTRIES.items()}
+    assert listed == {name: entry.config.lr for name, entry in ENTRIES.items()}

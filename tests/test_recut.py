@@ -10,8 +10,9 @@ from hf_soap import MARS, SOAP, Shampoo
 from hf_soap.checkpoint import reshard
 from hf_soap.distributed.dtensor import Shard
 from hf_soap.rules.base import Rule
+from hf_soap.rules.context import StepContext
 from hf_soap.rules.elementwise import AdamW
-from hf_soap.rules.layout import Chunk, Layout, plan_layout
+from hf_soap.rules.layout import Layout, plan_layout
 from hf_soap.rules.soap import Soap
 
 SOAP_RULE = Soap(beta1=0.9, beta2=0.9, shampoo_beta=0.9, eps=1e-8, precondition_frequency=2)
@@ -40,9 +41,9 @@ def roles(rule: Rule, layout: Layout) -> dict[str, Tensor]:
 def soap_state(grads: list[Tensor], layout: Layout) -> dict[str, Tensor]:
     """State of SOAP after one gradient that seeded it and more that it was updated with."""
     state = SOAP_RULE.allocate(layout, 1, dtype=torch.float64, device=torch.device("cpu"))
-    SOAP_RULE.seed(layout.to_blocks(grads[0]), state, Chunk(layout, (0,), (0,)))
+    SOAP_RULE.seed(layout.to_blocks(grads[0]), state, StepContext(layout, (0,), (0,)))
     for t, grad in enumerate(grads[1:], start=1):
-        SOAP_RULE.update(layout.to_blocks(grad), state, Chunk(layout, (t,), (0,)))
+        SOAP_RULE.update(layout.to_blocks(grad), state, StepContext(layout, (t,), (0,)))
     return {**state, "step": torch.tensor(float(len(grads)))}
 
 

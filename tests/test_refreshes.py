@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from hf_soap import MARS, SOAP
 from hf_soap.engine.failures import Failures
 from hf_soap.engine.verdict import DEFERS
-from hf_soap.rules.layout import Chunk
+from hf_soap.rules.context import StepContext
 
 FREQUENCY = 4
 soap = partial(SOAP, precondition_frequency=FREQUENCY)
@@ -142,10 +142,10 @@ def test_a_rule_neither_reads_from_its_device_nor_mixes_it_with_the_host(
     for plan in {optimizer.plan_of(group, param) for param in params}:
         state = plan.computed(2, dtype=torch.float32, device=device)
         grad = torch.zeros(2 * plan.layout.blocks, *plan.layout.block, device=device)
-        chunk = Chunk(plan.layout, (8, 8), (0, 0), failures=Failures(), later=True)
-        plan.rule.seed(grad, state, chunk)
-        assert plan.rule.update(grad, state, chunk).device == device
-        plan.rule.refresh(state, chunk)
+        context = StepContext(plan.layout, (8, 8), (0, 0), failures=Failures(), later=True)
+        plan.rule.seed(grad, state, context)
+        assert plan.rule.update(grad, state, context).device == device
+        plan.rule.refresh(state, context)
 
 
 @pytest.mark.cuda

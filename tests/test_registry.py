@@ -22,8 +22,9 @@ from transformers.training_args import OptimizerNames
 
 import hf_soap
 from hf_soap import SOAP
+from hf_soap.optimizers import arguments
+from hf_soap.optimizers.names import ENTRIES
 from hf_soap.trainer import patches, registry
-from hf_soap.trainer.registry import ENTRIES
 
 names = pytest.mark.parametrize("name", ENTRIES)
 
@@ -106,8 +107,8 @@ def test_names_come_from_the_command_line_and_from_files(name: str, tmp_path: Pa
         parser.parse_yaml_file(str(tmp_path / "args.yaml")),
     ):
         assert parsed.optim is OptimizerNames(name)
-        assert registry.resolve(parsed).eps == 1e-6
-        assert registry.resolve(parsed).beta1 == 0.8
+        assert arguments.resolve(parsed).eps == 1e-6
+        assert arguments.resolve(parsed).beta1 == 0.8
 
 
 def test_an_unknown_name_on_the_command_line_ends_with_the_choices(capsys: pytest.CaptureFixture[str]) -> None:
@@ -131,7 +132,7 @@ def test_arguments_survive_what_is_done_to_arguments(name: str, tmp_path: Path) 
         tiny.arguments(tmp_path, optim="sgd").set_optimizer(name, learning_rate=0.1),
     ):
         assert copied.optim == name
-        assert registry.optimizer_name(copied) == name
+        assert arguments.optimizer_name(copied) == name
         assert isinstance(made_from(copied), ENTRIES[name].optimizer)
 
 
@@ -280,19 +281,19 @@ def test_fsdp_1_is_refused_with_a_way_out(tmp_path: Path) -> None:
         mock.patch.dict(os.environ),
         pytest.raises(ValueError, match=r"optim='soap' got FSDP version 1, wanted 2: .*fsdp_config={'version': 2}"),
     ):
-        registry.resolve(tiny.arguments(tmp_path, fsdp="full_shard", fsdp_config={"version": 1}))
+        arguments.resolve(tiny.arguments(tmp_path, fsdp="full_shard", fsdp_config={"version": 1}))
 
 
 def test_fsdp_2_is_taken(tmp_path: Path) -> None:
     with mock.patch.dict(os.environ, {"FSDP_VERSION": "2"}):
-        registry.resolve(tiny.arguments(tmp_path, fsdp="full_shard", fsdp_config={"version": 2}))
+        arguments.resolve(tiny.arguments(tmp_path, fsdp="full_shard", fsdp_config={"version": 2}))
 
 
 def test_deepspeed_is_refused_with_a_way_out(tmp_path: Path) -> None:
     args = tiny.arguments(tmp_path)
     args.deepspeed = {"zero_optimization": {"stage": 2}}  # as an argument it needs the package
     with pytest.raises(ValueError, match=r"optim='soap' got DeepSpeed, wanted matrices.*use FSDP2"):
-        registry.resolve(args)
+        arguments.resolve(args)
 
 
 @pytest.mark.parametrize(
@@ -308,7 +309,7 @@ def test_sharding_that_only_the_launcher_knows_is_seen(
     if version:
         monkeypatch.setenv("FSDP_VERSION", version)
     with pytest.raises(ValueError, match=way_out) if way_out else nullcontext():
-        registry.resolve(args)
+        arguments.resolve(args)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -326,7 +327,7 @@ def test_seq2seq(name: str, tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_trl(tmp_path: Path) -> None:
     trl = pytest.importorskip("trl")
-    assert registry.resolve(tiny.arguments(tmp_path, trl.SFTConfig, optim_args="eps=1e-6")).eps == 1e-6
+    assert arguments.resolve(tiny.arguments(tmp_path, trl.SFTConfig, optim_args="eps=1e-6")).eps == 1e-6
     command = ["--output_dir", str(tmp_path), "--optim", "soap", "--optim_args", "beta1=0.8", "--use_cpu", "true"]
     (args,) = trl.TrlParser(trl.SFTConfig).parse_args_and_config(command)
     assert args.optim is OptimizerNames("soap")

@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 from hf_soap import MARS, SOAP, Shampoo, SoapConfig
 from hf_soap.config.options import OptimizerConfig, nearest, option_fields, option_table, parse_optim_args
-from hf_soap.trainer.registry import ENTRIES, Entry
+from hf_soap.optimizers.names import ENTRIES, Entry
 
 entries = pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES.keys())
 

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from hf_soap.distributed.dtensor import Shard
 from hf_soap.linalg import matrices
-from hf_soap.rules.base import Rule
-from hf_soap.rules.layout import PREV_PARAM, Chunk, Layout
+from hf_soap.rules.base import PREV_PARAM, Rule
+from hf_soap.rules.context import StepContext
+from hf_soap.rules.layout import Layout
 from hf_soap.rules.storage import COUNT
 
 Ranges = tuple[tuple[int, int], ...]
@@ -95,8 +96,8 @@ def recut(
             factor, exp_avg = state[f"factor_{side}"], state.get("exp_avg", state.get("prev_grad"))
             if not factor.any() and exp_avg is not None:  # a side that had no factor: as from a first gradient
                 matrices.add_gram_(factor, exp_avg, side, beta=0.0, alpha=1.0)
-        chunk = Chunk(layout, (int(step) - rule.seeds,), (0,))
-        rule.rebuild({role: value for role, value in state.items() if role != PREV_PARAM}, chunk)
+        context = StepContext(layout, (int(step) - rule.seeds,), (0,))
+        rule.rebuild({role: value for role, value in state.items() if role != PREV_PARAM}, context)
     return {**state, "step": step.to(COUNT)}
 
 

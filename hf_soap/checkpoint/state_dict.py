@@ -13,18 +13,19 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from hf_soap.checkpoint import reshard
+from hf_soap.checkpoint.checks import check_state
 from hf_soap.config.members import OVERRIDES, Member
 from hf_soap.distributed import dtensor, owners
-from hf_soap.engine.buckets import check_state
 from hf_soap.linalg.precision import float32_products
-from hf_soap.rules.layout import Plan, uncut
-from hf_soap.rules.storage import COUNT, LAYOUT, decoded, is_own
+from hf_soap.rules.base import Rule
+from hf_soap.rules.layout import Layout, uncut
+from hf_soap.rules.storage import COUNT, LAYOUT, Storage, decoded, is_own
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,29 @@ CYCLED = "max_momentum"
 """Group entry by which OneCycleLR and CyclicLR say that they change the first of the betas at each step."""
 
 NAMES = "param_names"
+
+
+class StatePlan(Protocol):
+    """What the saved state of a tensor depends on."""
+
+    @property
+    def rule(self) -> Rule:
+        """The rule that the state belongs to."""
+
+    @property
+    def layout(self) -> Layout:
+        """How the tensor is cut."""
+
+    @property
+    def entrywise(self) -> bool:
+        """Whether all state has the tensor's own shape and coordinates, so that it can be cut anew."""
+
+    @property
+    def kept(self) -> Storage:
+        """How the state is kept between steps."""
+
+    def computed(self, tensors: int, *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+        """Returns fresh state by role for a number of tensors, as the rule computes with it."""
 
 
 def detach_state(state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -168,7 +192,7 @@ def is_of_family(groups: Sequence[Mapping[str, Any]]) -> bool:
     return all("rule" in group and "shard_mode" in group for group in groups)
 
 
-def packed(param: Tensor, plan: Plan, state: dict[str, Any], wanted: dict[str, Tensor]) -> dict[str, Any]:
+def packed(param: Tensor, plan: StatePlan, state: dict[str, Any], wanted: dict[str, Tensor]) -> dict[str, Any]:
     """Returns a copy of a parameter's state that means the same to all ranks and to other numbers of them.
 
     Args:
@@ -205,7 +229,7 @@ def packed(param: Tensor, plan: Plan, state: dict[str, Any], wanted: dict[str, T
 
 
 def packed_of_owner(
-    param: Tensor, plan: Plan, state: dict[str, Any], wanted: dict[str, Tensor], owner: int, *, to_first: bool
+    param: Tensor, plan: StatePlan, state: dict[str, Any], wanted: dict[str, Tensor], owner: int, *, to_first: bool
 ) -> dict[str, Any]:
     """Returns a copy of the state that one rank holds of a whole parameter; all ranks must call this.
 
@@ -246,7 +270,9 @@ def _whole(param: Tensor) -> dtensor.Shard:
     return dtensor.Shard(shape, (0,) * len(shape), shape, shape)
 
 
-def packed_shapes(param: Tensor, plan: Plan, wanted: dict[str, Tensor], *, whole: bool) -> dict[str, tuple[int, ...]]:
+def packed_shapes(
+    param: Tensor, plan: StatePlan, wanted: dict[str, Tensor], *, whole: bool
+) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of what is saved of a parameter, by role; ``whole`` says that it has an owner."""
     stack, entrywise = () if whole else dtensor.stack_sizes(param), plan.entrywise
     shapes = {role: (*stack, *like.shape) for role, like in wanted.items()}
@@ -271,11 +297,11 @@ class Saved:
     """
 
     member: Member
-    plan: Plan
+    plan: StatePlan
     saved: dict[str, Any]
     wanted: dict[str, Tensor]
     owner: int | None
-    bare: Plan
+    bare: StatePlan
 
     @property
     def cut(self) -> bool:

@@ -15,12 +15,12 @@ def options(
 ) -> None:
     """Print the options of an optimizer: type, default and meaning."""
     from hf_soap.config import options as schema
-    from hf_soap.trainer import registry
+    from hf_soap.optimizers.names import ENTRIES
 
-    if optimizer not in registry.ENTRIES:
-        match = schema.nearest(optimizer, registry.ENTRIES)
-        raise typer.BadParameter(f"unknown optimizer {optimizer!r}: {match}Names are {', '.join(registry.ENTRIES)}.")
-    table = schema.option_table(registry.ENTRIES[optimizer].config)
+    if optimizer not in ENTRIES:
+        match = schema.nearest(optimizer, ENTRIES)
+        raise typer.BadParameter(f"unknown optimizer {optimizer!r}: {match}Names are {', '.join(ENTRIES)}.")
+    table = schema.option_table(ENTRIES[optimizer].config)
     if markdown:
         typer.echo(table)
     else:

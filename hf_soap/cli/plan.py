@@ -87,8 +87,8 @@ def plan(
 
 def _config(optim: str, optim_args: str, shard_mode: str | None) -> OptimizerConfig | AdamW:
     from hf_soap.config import options
+    from hf_soap.optimizers.names import ENTRIES
     from hf_soap.planning import plan as planning
-    from hf_soap.trainer import registry
 
     if optim in planning.ADAMW:
         if optim_args or shard_mode:
@@ -96,13 +96,13 @@ def _config(optim: str, optim_args: str, shard_mode: str | None) -> OptimizerCon
                 f"got options for {optim}, wanted none: --optim-args and --shard-mode are of ours"
             )
         return planning.AdamW(optim)
-    if optim not in registry.ENTRIES:
-        names = (*registry.ENTRIES, *planning.ADAMW)
+    if optim not in ENTRIES:
+        names = (*ENTRIES, *planning.ADAMW)
         raise typer.BadParameter(
             f"unknown optimizer {optim!r}: {options.nearest(optim, names)}Names are {', '.join(names)}."
         )
     try:
-        config = options.parse_optim_args(optim_args, registry.ENTRIES[optim].config)
+        config = options.parse_optim_args(optim_args, ENTRIES[optim].config)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     return config if shard_mode is None else replace(config, shard_mode=shard_mode)  # type: ignore[call-arg]

@@ -8,11 +8,9 @@ from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 
 import torch
-from torch import Tensor
 
 from hf_soap.engine.failures import Failures
-
-Roots = dict[str, Tensor]
+from hf_soap.rules.context import Roots
 
 
 class Background:

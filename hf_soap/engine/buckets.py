@@ -11,10 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_soap.checkpoint.checks import check_state
 from hf_soap.config.members import Member, Roster
 from hf_soap.distributed import dtensor
+from hf_soap.engine.plan import Plan
 from hf_soap.linalg.precision import float32_products
-from hf_soap.rules.layout import Chunk, Layout, Plan
+from hf_soap.rules.context import StepContext
+from hf_soap.rules.layout import Layout
 from hf_soap.rules.storage import COUNT, is_own, step_keys
 
 logger = logging.getLogger(__name__)
@@ -128,22 +131,22 @@ class Bucket:
         return [dtensor.local_grad(param) if self._cut else param.grad for param in self.params]
 
     @contextmanager
-    def working(self, first: int, last: int, chunk: Chunk) -> Iterator[dict[str, Tensor]]:
+    def working(self, first: int, last: int, context: StepContext) -> Iterator[dict[str, Tensor]]:
         """State of the tensors first..last-1 to compute with, which is put back as it is kept on leaving."""
         kept, storage = self.rows(first, last), self.plan.kept
-        if storage.plain and chunk.usable is None:
+        if storage.plain and context.usable is None:
             yield kept
             return
-        before = {role: value.clone() for role, value in kept.items()} if chunk.usable is not None else {}
+        before = {role: value.clone() for role, value in kept.items()} if context.usable is not None else {}
         state = storage.decode(kept, self.dtype)
         versions = {role: value._version for role, value in state.items()}
         yield state
         changed = {role: value for role, value in state.items() if value._version != versions[role]}
         if not storage.plain:
-            storage.encode_(kept, changed, step_keys(chunk.t, chunk.index))
+            storage.encode_(kept, changed, step_keys(context.t, context.index))
         for role, value in before.items():
             if role in changed:
-                kept[role].copy_(torch.where(chunk.usable, kept[role], value))  # type: ignore[arg-type]
+                kept[role].copy_(torch.where(context.usable, kept[role], value))  # type: ignore[arg-type]
 
     def exact_arithmetic(self) -> ExitStack:
         """Keeps what the program has set for its model's arithmetic away from the step."""
@@ -218,33 +221,6 @@ def temporary_bytes(plan: Plan, dtype: torch.dtype) -> int:
 
 def _kind_of(param: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
     return param.shape, param.dtype, param.device  # model.double() keeps the parameters
-
-
-def check_state(known: Mapping[str, Any], wanted: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> None:
-    """Checks that saved state has the roles and shapes that the current settings need.
-
-    Args:
-        known: The family's state of one parameter as found, by role.
-        wanted: Tensors of the right shapes, by role; ``step`` included.
-        name: Name of the parameter, for the message.
-        shape: Its shape, for the message.
-
-    Raises:
-        ValueError: If a role is missing, unknown or has another shape.
-    """
-    got = {role: tuple(getattr(value, "shape", ())) for role, value in known.items()}
-    want = {role: tuple(value.shape) for role, value in wanted.items()}
-    if got != want:
-        differ = sorted(role for role in got.keys() | want.keys() if got.get(role) != want.get(role))
-        raise ValueError(
-            f"the optimizer state of {name}, of shape {shape}, does not fit the current settings: "
-            + "; ".join(
-                f"{role} got {got.get(role, 'nothing')}, wanted {want.get(role, 'nothing')}" for role in differ
-            )
-            + ". Resume with the optimizer and the optim_args that wrote the checkpoint. To go on with the weights "
-            "alone, remove the optimizer's state from the checkpoint (the file optimizer.pt; under FSDP the file "
-            "optimizer.bin or the folder optimizer_0); the learning rate then starts its schedule again"
-        )
 
 
 @dataclass

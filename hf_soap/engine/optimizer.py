@@ -15,11 +15,11 @@ from hf_soap.config.members import Member, Roster
 from hf_soap.distributed import dtensor
 from hf_soap.distributed.owners import SEEDED, UPDATED, Outcome, Ownership
 from hf_soap.engine.buckets import Bucket, BucketCache, Kind, state_dtype, warn_if_flattened
-from hf_soap.engine.profiling import IDLE, Gauge
+from hf_soap.engine.plan import Plan
 from hf_soap.engine.refresh import Updated
 from hf_soap.engine.state import PlannedOptimizer
 from hf_soap.engine.step import apply_, directions_of, stack_gradients, stages, step_tensors
-from hf_soap.rules.layout import Chunk, Plan, adjacent
+from hf_soap.rules.context import IDLE, Gauge, StepContext, adjacent
 from hf_soap.rules.storage import COUNT, LAYOUT, is_own
 
 
@@ -221,7 +221,7 @@ class BlockOptimizer(PlannedOptimizer):
                     under_way[:] = first, last
                     t = tuple(step + 1 - plan.rule.seeds for step in steps[first:last])
                     count = bucket.steps[first:last].add_(1)
-                    chunk = Chunk(
+                    context = StepContext(
                         layout=plan.layout,
                         t=t,
                         index=tuple(bucket.index[first:last]),
@@ -237,19 +237,19 @@ class BlockOptimizer(PlannedOptimizer):
                         given = list(torch._foreach_neg(given))
                     directions: list[Tensor] = []
                     if seeding:
-                        grad = stack_gradients(given, bucket, chunk)
-                        with bucket.working(first, last, chunk) as state:
-                            plan.rule.seed(grad, state, chunk)
+                        grad = stack_gradients(given, bucket, context)
+                        with bucket.working(first, last, context) as state:
+                            plan.rule.seed(grad, state, context)
                     elif outcomes is None:
-                        step_tensors(bucket, first, last, given, chunk, rates[first:last])
+                        step_tensors(bucket, first, last, given, context, rates[first:last])
                     else:
-                        directions = directions_of(bucket, first, last, given, chunk)
+                        directions = directions_of(bucket, first, last, given, context)
                     if outcomes is not None:
                         for place, param in enumerate(bucket.params[first:last]):
                             outcomes[param] = (SEEDED, None) if seeding else (UPDATED, directions[place])
                     self._guard.counted(count)
                     if not seeding and plan.refreshes_later:
-                        self._refreshes.note(Updated(bucket, first, last, chunk))
+                        self._refreshes.note(Updated(bucket, first, last, context))
                     under_way[:] = 0, 0
 
     def _gauge(self, plan: Plan) -> Gauge:

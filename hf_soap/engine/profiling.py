@@ -10,6 +10,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
+from hf_soap.rules.context import Gauge
+
 Sums = dict[str, float]
 
 
@@ -47,37 +49,6 @@ class Stopwatch:
             begin, end = self._events.popleft()
             end.synchronize()
             self._seconds += begin.elapsed_time(end) / 1e3
-
-
-class Gauge:
-    """What rules and the step loop report of the tensors of one rule; this one takes no notice."""
-
-    @property
-    def watches(self) -> bool:
-        """Whether this step measures how far it moves the weights."""
-        return False
-
-    def watching(self, weights: Sequence[Tensor]) -> AbstractContextManager[None]:
-        """Measures how far the block moves weights, in the steps that are due."""
-        return nullcontext()
-
-    def refreshing(self, device: torch.device) -> AbstractContextManager[None]:
-        """Times a refresh of bases or roots."""
-        return nullcontext()
-
-    def rotated(self, rotation: Tensor, factor: Tensor) -> None:
-        """Takes note of a refresh of bases.
-
-        Args:
-            rotation: Q̃ (blocks, n, n), of which column j is the new vector j in terms of the old ones.
-            factor: What the factors are in the new basis, (blocks, n, n).
-        """
-
-    def replaced(self, old: Tensor, new: Tensor) -> None:
-        """Takes note of new inverse roots (blocks, n, n) in the place of old ones."""
-
-
-IDLE = Gauge()
 
 
 class RuleGauge(Gauge):

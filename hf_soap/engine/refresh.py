@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from hf_soap.engine.buckets import Bucket
-from hf_soap.rules.layout import Chunk
+from hf_soap.rules.context import StepContext
 
 
 @dataclass(frozen=True)
@@ -19,21 +19,21 @@ class Updated:
         bucket: Their bucket.
         first: The first of them.
         last: One after the last.
-        chunk: What their rule was told.
+        context: What their rule was told.
     """
 
     bucket: Bucket
     first: int
     last: int
-    chunk: Chunk
+    context: StepContext
 
     def refresh(self) -> None:
         """Refreshes what is due."""
-        bucket, chunk = self.bucket, replace(self.chunk, later=False)
+        bucket, context = self.bucket, replace(self.context, later=False)
         with bucket.exact_arithmetic(), bucket.stepping() as under_way:
             under_way[:] = self.first, self.last
-            with bucket.working(self.first, self.last, chunk) as state:
-                bucket.plan.rule.refresh(state, chunk)
+            with bucket.working(self.first, self.last, context) as state:
+                bucket.plan.rule.refresh(state, context)
             under_way[:] = 0, 0
 
 
@@ -56,7 +56,7 @@ class Refreshes:
     def finish(self) -> None:
         """Refreshes what is due after the step."""
         for one in self._updated:
-            if any(one.bucket.plan.rule.due(one.chunk)):
+            if any(one.bucket.plan.rule.due(one.context)):
                 with self._aside(one):
                     one.refresh()
 

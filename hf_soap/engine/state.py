@@ -23,10 +23,11 @@ from hf_soap.engine.background import Background
 from hf_soap.engine.buckets import BucketCache, state_dtype
 from hf_soap.engine.failures import Failures
 from hf_soap.engine.nonfinite import Guard
+from hf_soap.engine.plan import Plan
 from hf_soap.engine.profiling import Probe
 from hf_soap.engine.refresh import Refreshes
 from hf_soap.linalg.elementwise import Rate
-from hf_soap.rules.layout import Plan, uncut
+from hf_soap.rules.layout import uncut
 from hf_soap.rules.storage import COUNT, is_own
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,8 @@ from torch import Tensor
 from hf_soap.distributed import dtensor
 from hf_soap.engine.buckets import Bucket, state_dtype
 from hf_soap.linalg import elementwise
-from hf_soap.rules.layout import PREV_PARAM, Chunk
+from hf_soap.rules.base import PREV_PARAM
+from hf_soap.rules.context import StepContext
 
 
 def norms_are_sane(grads: Sequence[Tensor]) -> Tensor:
@@ -56,7 +57,7 @@ def stages(bucket: Bucket, grads: Sequence[Tensor | None], steps: Sequence[int])
     return (fresh, old) if rule.seeds else ([], [a or b for a, b in zip(fresh, old, strict=True)])
 
 
-def stack_gradients(grads: Sequence[Tensor], bucket: Bucket, chunk: Chunk) -> Tensor:
+def stack_gradients(grads: Sequence[Tensor], bucket: Bucket, context: StepContext) -> Tensor:
     """Returns gradients as one batch of blocks (tensors * blocks, d_1, ..., d_k); zeros if the device refuses them."""
     layout = bucket.plan.layout
     if layout.whole and all(grad.shape == layout.view for grad in grads):
@@ -64,11 +65,11 @@ def stack_gradients(grads: Sequence[Tensor], bucket: Bucket, chunk: Chunk) -> Te
     else:
         cut = [layout.to_blocks(grad) for grad in grads]
         stacked = (cut[0] if len(cut) == 1 else torch.cat(cut)).to(bucket.dtype)
-    return stacked if chunk.usable is None else torch.where(chunk.usable, stacked, 0.0)
+    return stacked if context.usable is None else torch.where(context.usable, stacked, 0.0)
 
 
 def step_tensors(
-    bucket: Bucket, first: int, last: int, grads: list[Tensor], chunk: Chunk, rates: Sequence[elementwise.Rate]
+    bucket: Bucket, first: int, last: int, grads: list[Tensor], context: StepContext, rates: Sequence[elementwise.Rate]
 ) -> None:
     """Updates the tensors first..last-1 of a bucket: by the rule's fused kernels where they apply, else its direction.
 
@@ -77,28 +78,28 @@ def step_tensors(
         first: The first of them.
         last: One after the last.
         grads: Their gradients.
-        chunk: What the rule needs to know of them.
+        context: What the rule needs to know of them.
         rates: Learning rate and decay of each.
     """
     plan = bucket.plan
     weights = bucket.weights(first, last)
     if plan.keep_weights:
         before = torch.cat([plan.layout.to_blocks(weight) for weight in weights])
-    if chunk.usable is not None:
-        gate = chunk.usable.to(bucket.dtype)
+    if context.usable is not None:
+        gate = context.usable.to(bucket.dtype)
         gated = {id(rate): (rate[0] * gate, rate[1]) for rate in rates}  # so that nothing moves in a bad step
         rates = [gated[id(rate)] for rate in rates]
-    if bucket.fuses and chunk.usable is None and _are_plain((*weights, *grads), bucket.dtype):
+    if bucket.fuses and context.usable is None and _are_plain((*weights, *grads), bucket.dtype):
         each = {role: tensors[first:last] for role, tensors in bucket.each.items()}
-        with chunk.gauge.watching(weights):
-            plan.rule.fused_step(weights, grads, each, chunk.t, rates=rates)
+        with context.gauge.watching(weights):
+            plan.rule.fused_step(weights, grads, each, context.t, rates=rates)
     else:
-        directions = directions_of(bucket, first, last, grads, chunk)
-        with chunk.gauge.watching(weights):
+        directions = directions_of(bucket, first, last, grads, context)
+        with context.gauge.watching(weights):
             apply_(weights, directions, rates, decay_last=plan.decay_last)
     if plan.keep_weights:
         kept = bucket.rows(first, last)[PREV_PARAM]
-        kept.copy_(before if chunk.usable is None else torch.where(chunk.usable, before, kept))
+        kept.copy_(before if context.usable is None else torch.where(context.usable, before, kept))
 
 
 def _are_plain(tensors: Sequence[Tensor], dtype: torch.dtype) -> bool:
@@ -106,11 +107,13 @@ def _are_plain(tensors: Sequence[Tensor], dtype: torch.dtype) -> bool:
     return all(map(Tensor.is_contiguous, tensors)) and {tensor.dtype for tensor in tensors} == {dtype}
 
 
-def directions_of(bucket: Bucket, first: int, last: int, grads: Sequence[Tensor], chunk: Chunk) -> list[Tensor]:
+def directions_of(
+    bucket: Bucket, first: int, last: int, grads: Sequence[Tensor], context: StepContext
+) -> list[Tensor]:
     """Updates the state of the tensors first..last-1 of a bucket and returns their directions, in their shapes."""
     plan = bucket.plan
-    with bucket.working(first, last, chunk) as state:
-        direction = plan.rule.update(stack_gradients(grads, bucket, chunk), state, chunk)
+    with bucket.working(first, last, context) as state:
+        direction = plan.rule.update(stack_gradients(grads, bucket, context), state, context)
     shapes = bucket.shapes[first:last]
     if plan.layout.whole and all(shape == plan.layout.view for shape in shapes):
         return list(direction.unbind())

@@ -25,7 +25,8 @@ from transformers import TrainerCallback
 from hf_soap.engine.optimizer import unwrapped
 from hf_soap.hub import adapters, lacks, recipes
 from hf_soap.hub.safety import PROVENANCE
-from hf_soap.trainer import registry
+from hf_soap.optimizers import arguments
+from hf_soap.optimizers.names import ENTRIES
 
 if TYPE_CHECKING:
     from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
@@ -135,15 +136,15 @@ class _WritesCard(TrainerCallback):
 
 def _write_after_training(trainer: Trainer) -> None:
     path = _folder(trainer) / CARD
-    arguments = vars(trainer).get(_CARD_ARGUMENTS)
-    if arguments is None and path.exists() and _GENERATED not in path.read_text(encoding="utf-8"):
+    given = vars(trainer).get(_CARD_ARGUMENTS)
+    if given is None and path.exists() and _GENERATED not in path.read_text(encoding="utf-8"):
         write_recipe(trainer)
         logger.warning("%s was not written by a Trainer and stays as it is; the recipe is in %s", path, recipes.NAME)
         return
-    if arguments is None:
+    if given is None:
         named = "model_name" in inspect.signature(trainer.create_model_card).parameters
-        arguments = (), {"model_name": path.absolute().parent.name} if named else {}
-    trainer.create_model_card(*arguments[0], **arguments[1])
+        given = (), {"model_name": path.absolute().parent.name} if named else {}
+    trainer.create_model_card(*given[0], **given[1])
 
 
 def _complete_cards_of(cls: Any) -> None:
@@ -263,7 +264,7 @@ def _section(trainer: Trainer, recipe: recipes.Recipe, *, drawn: bool) -> str:
         optim=name,
         given=given,
         optim_args=None if given else args.optim_args,
-        options=asdict(registry.resolve(args)) if name in registry.ENTRIES and not given else {},
+        options=asdict(arguments.resolve(args)) if name in ENTRIES and not given else {},
         curve=CURVE if drawn else None,
         results=ran["results"],
         program=ran.get("program"),
@@ -281,8 +282,8 @@ def _section(trainer: Trainer, recipe: recipes.Recipe, *, drawn: bool) -> str:
 def _repeats(trainer: Trainer) -> str:
     """Says how exactly a second run is the first."""
     options: Any = {}
-    if registry.optimizer_name(trainer.args) in registry.ENTRIES and not lacks.optimizer_was_given(trainer):
-        options = asdict(registry.resolve(trainer.args))
+    if arguments.optimizer_name(trainer.args) in ENTRIES and not lacks.optimizer_was_given(trainer):
+        options = asdict(arguments.resolve(trainer.args))
     if options.get("asynchronous") and options.get("delay") is None:
         return "but for rounding and for when roots in the background are done,"
     if torch.cuda.is_available() and not trainer.args.full_determinism:
@@ -294,13 +295,13 @@ def _optimizer_name(trainer: Trainer) -> str:
     """The name that ``optim`` gives, or the class of an optimizer that the program made."""
     if lacks.optimizer_was_given(trainer):
         return type(unwrapped(trainer.optimizer)).__name__
-    return registry.optimizer_name(trainer.args)
+    return arguments.optimizer_name(trainer.args)
 
 
 def _name_optimizer(text: str, trainer: Trainer) -> str:
     """Replaces the line that the Trainer writes from AdamW's arguments, whatever the optimizer."""
     name = _optimizer_name(trainer)
-    if name not in registry.ENTRIES and not lacks.optimizer_was_given(trainer):
+    if name not in ENTRIES and not lacks.optimizer_was_given(trainer):
         return text
     # optim_args may stand on a line of their own.
     return re.sub(r"^- optimizer: .*(\n(?!- )\S.*)*", f"- optimizer: {name}, see below", text, flags=re.MULTILINE)
@@ -308,7 +309,7 @@ def _name_optimizer(text: str, trainer: Trainer) -> str:
 
 def _add_metadata(card: ModelCard, trainer: Trainer, recipe: recipes.Recipe) -> None:
     name = _optimizer_name(trainer)
-    tags = ["hf_soap", name] if name in registry.ENTRIES else ["hf_soap"]
+    tags = ["hf_soap", name] if name in ENTRIES else ["hf_soap"]
     data: Any = card.data
     data.tags = list(dict.fromkeys([*(data.tags or []), *tags]))
     data.model_name = data.model_name or Path(str(trainer.args.output_dir)).name

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from hf_soap.config import options
 from hf_soap.hub.safety import PROVENANCE, problem_of_key
-from hf_soap.trainer import registry
+from hf_soap.optimizers.names import ENTRIES
 
 SCRIPT_KEYS: dict[str, Any] = {
     # the model
@@ -221,10 +221,10 @@ def _out_of_range(key: str, value: Any) -> str:
 
 def _in_optimizer(recipe: Mapping[str, Any]) -> list[str]:
     name, text = recipe.get("optim"), recipe.get("optim_args")
-    if name not in registry.ENTRIES or not isinstance(text, str):
+    if name not in ENTRIES or not isinstance(text, str):
         return []
     try:
-        options.parse_optim_args(text, registry.ENTRIES[str(name)].config)
+        options.parse_optim_args(text, ENTRIES[str(name)].config)
     except ValueError as error:
         return [f"optim_args: {error}"]
     return []

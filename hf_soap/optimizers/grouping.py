@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from hf_soap.config.options import OptimizerConfig
-    from hf_soap.rules.layout import Plan
+    from hf_soap.engine.plan import Plan
 
 logger = logging.getLogger(__name__)
 

@@ -17,12 +17,13 @@ from hf_soap.config.members import Member
 from hf_soap.distributed import dtensor
 from hf_soap.distributed.dtensor import is_sharded, local, local_grad, settle_gradient_
 from hf_soap.engine.optimizer import BlockOptimizer
+from hf_soap.engine.plan import Plan
 from hf_soap.linalg import elementwise
 from hf_soap.linalg.elementwise import Rate
 from hf_soap.optimizers.soap import plan_factors, soap_rule, state_options
-from hf_soap.rules.base import Rule
+from hf_soap.rules.base import PREV_PARAM, Rule
 from hf_soap.rules.elementwise import AdamW, Lion
-from hf_soap.rules.layout import PREV_PARAM, Plan, is_stack, uncut
+from hf_soap.rules.layout import is_stack, uncut
 from hf_soap.rules.mars import Mars
 from hf_soap.rules.orthogonal import Orthogonal
 

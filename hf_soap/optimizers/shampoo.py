@@ -12,9 +12,9 @@ from hf_soap.config import configs
 from hf_soap.config.checks import check_choice
 from hf_soap.distributed import dtensor
 from hf_soap.engine.optimizer import BlockOptimizer
+from hf_soap.engine.plan import Plan
 from hf_soap.optimizers.soap import plan_factors, state_options
 from hf_soap.rules.elementwise import AdamW
-from hf_soap.rules.layout import Plan
 from hf_soap.rules.shampoo import Shampoo as ShampooRule
 
 

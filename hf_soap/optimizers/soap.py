@@ -11,7 +11,8 @@ from torch.optim.optimizer import ParamsT
 from hf_soap.config import configs
 from hf_soap.config.checks import check_choice
 from hf_soap.engine.optimizer import BlockOptimizer
-from hf_soap.rules.layout import Layout, Plan, plan_layout
+from hf_soap.engine.plan import Plan
+from hf_soap.rules.layout import Layout, plan_layout
 from hf_soap.rules.soap import ORTHONORMALIZE_EVERY, Soap
 from hf_soap.rules.storage import Storage
 

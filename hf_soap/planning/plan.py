@@ -16,8 +16,8 @@ from torch import Tensor
 from hf_soap.config import options
 from hf_soap.engine.optimizer import BlockOptimizer
 from hf_soap.optimizers import grouping
+from hf_soap.optimizers.names import ENTRIES
 from hf_soap.planning import costs
-from hf_soap.trainer import registry
 
 if TYPE_CHECKING:
     from torch import nn
@@ -70,7 +70,7 @@ def build(model: nn.Module, params: Iterable[Any], config: options.OptimizerConf
         ValueError: If options exclude each other, or a pattern matches no parameter.
     """
     kwargs = config.constructor_kwargs()
-    return registry.ENTRIES[config.name].optimizer(grouping.with_overrides(params, model, config), **kwargs)
+    return ENTRIES[config.name].optimizer(grouping.with_overrides(params, model, config), **kwargs)
 
 
 @dataclass(frozen=True)

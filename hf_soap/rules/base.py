@@ -9,12 +9,16 @@ import torch
 from torch import Tensor
 
 from hf_soap.linalg.elementwise import Rate
-from hf_soap.rules.layout import Chunk, Layout
+from hf_soap.rules.context import StepContext
+from hf_soap.rules.layout import Layout
 
 State = Mapping[str, Tensor]
 """State of a batch of blocks by role, views of (blocks, ...) that are changed in place."""
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+PREV_PARAM = "prev_param"
+"""Role of the weights before the last update."""
 
 
 class Rule:
@@ -61,7 +65,7 @@ class Rule:
         """Returns state in the coordinates of the tensor, so that it can be cut anew; ``state`` stays as it is."""
         return dict(state)
 
-    def rebuild(self, state: State, chunk: Chunk) -> None:
+    def rebuild(self, state: State, context: StepContext) -> None:
         """Completes state in place that was cut anew: what depends on the factors is still zero."""
 
     def describe(self, layout: Layout) -> str:
@@ -77,18 +81,18 @@ class Rule:
         largest = max((layout.block[side] ** 2 for side in layout.sides), default=0)
         return 6 * math.prod(layout.block) + 4 * largest
 
-    def seed(self, grad: Tensor, state: State, chunk: Chunk) -> None:
+    def seed(self, grad: Tensor, state: State, context: StepContext) -> None:
         """Absorbs the first non-zero gradient (blocks, d_1, ..., d_k) into ``state``, in place."""
 
-    def update(self, grad: Tensor, state: State, chunk: Chunk) -> Tensor:
+    def update(self, grad: Tensor, state: State, context: StepContext) -> Tensor:
         """Changes ``state`` in place and returns the direction (blocks, d_1, ..., d_k); ``grad`` stays as it is."""
         raise TypeError(f"{type(self).__name__} must define update")
 
-    def due(self, chunk: Chunk) -> list[bool]:
-        """Says of which tensors :meth:`refresh` has something to do after the update ``chunk.t``."""
-        return [False for _ in chunk.t]
+    def due(self, context: StepContext) -> list[bool]:
+        """Says of which tensors :meth:`refresh` has something to do after the update ``context.t``."""
+        return [False for _ in context.t]
 
-    def refresh(self, state: State, chunk: Chunk) -> None:
+    def refresh(self, state: State, context: StepContext) -> None:
         """Refreshes in place what is due after an update, if that was left for later."""
 
     def fused_step(

@@ -11,7 +11,8 @@ from torch import Tensor
 from hf_soap.linalg import elementwise
 from hf_soap.linalg.elementwise import Rate
 from hf_soap.rules.base import MOMENTS, Rule, State, zeros
-from hf_soap.rules.layout import Chunk, Layout
+from hf_soap.rules.context import StepContext
+from hf_soap.rules.layout import Layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,13 +40,13 @@ class AdamW(Rule):
         """Always."""
         return True
 
-    def update(self, grad: Tensor, state: State, chunk: Chunk) -> Tensor:
+    def update(self, grad: Tensor, state: State, context: StepContext) -> Tensor:
         """Returns M̂ / (√V̂ + ε)."""
         exp_avg, exp_avg_sq = state["exp_avg"], state["exp_avg_sq"]
         exp_avg.lerp_(grad, 1 - self.beta1)
         exp_avg_sq.mul_(self.beta2).addcmul_(grad, grad, value=1 - self.beta2)
-        debias1 = chunk.per_block(lambda t: 1 - self.beta1**t, grad)
-        debias2 = chunk.per_block(lambda t: (1 - self.beta2**t) ** 0.5, grad)
+        debias1 = context.per_block(lambda t: 1 - self.beta1**t, grad)
+        debias2 = context.per_block(lambda t: (1 - self.beta2**t) ** 0.5, grad)
         denominator = exp_avg_sq.sqrt().div_(debias2).add_(self.eps).mul_(debias1)
         return exp_avg / denominator
 
@@ -114,7 +115,7 @@ class Lion(Rule):
         """Always."""
         return True
 
-    def update(self, grad: Tensor, state: State, chunk: Chunk) -> Tensor:
+    def update(self, grad: Tensor, state: State, context: StepContext) -> Tensor:
         """Returns sign(M)."""
         return state["exp_avg"].lerp_(grad, 1 - self.beta1).sign()
 

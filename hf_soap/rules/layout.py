@@ -1,34 +1,21 @@
-"""How a parameter is cut into blocks of one shape, and the stacks that keep the state of many of them together."""
+"""How a parameter is cut into blocks of one shape."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-from hf_soap.engine.profiling import IDLE, Gauge
-from hf_soap.rules.storage import Storage
-
-if TYPE_CHECKING:
-    from hf_soap.distributed.dtensor import Team
-    from hf_soap.engine.background import Background
-    from hf_soap.engine.failures import Failures
-    from hf_soap.rules.base import Rule
 
 FACTOR_RATIO = 4
 """A factor of a shard has at most this many times the shard's entries; a longer side is cut into blocks."""
 
 SMALLEST_CUT = 8
 """Where that would take blocks shorter than this, a shard's side keeps no factor instead."""
-
-PREV_PARAM = "prev_param"
-"""Role of the weights before the last update."""
 
 
 @dataclass(frozen=True)
@@ -278,148 +265,3 @@ def _limit_factors(layout: Layout) -> Layout:
             grid[side] = -(-layout.view[side] // longest)
             block[side] = -(-layout.view[side] // grid[side])
     return replace(layout, grid=tuple(grid), block=tuple(block), sides=tuple(sides))
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What happens to one tensor.
-
-    Attributes:
-        rule: Where its direction comes from.
-        layout: How it is cut.
-        auxiliary: Whether it follows the learning rate and decay for vectors, where the optimizer has such.
-        decay_last: Decay the weights after the update, as SOAP's implementation does; else both at once.
-        keep_weights: Keep the weights before the last update in the state, for exact MARS.
-        storage: How its state is kept between steps.
-        maximize: Ascend: the gradient counts with the other sign.
-        splits_refreshes: Split refreshes among ranks that hold equal state.
-        overlaps: Refresh beside the next forward and backward pass, on a stream of its own.
-    """
-
-    rule: Rule
-    layout: Layout
-    auxiliary: bool = False
-    decay_last: bool = False
-    keep_weights: bool = False
-    storage: Storage = Storage()
-    maximize: bool = False
-    splits_refreshes: bool = False
-    overlaps: bool = False
-
-    @cached_property
-    def refreshes_later(self) -> bool:
-        """Whether refreshes come after the step: not where that would round state once more."""
-        return self.overlaps and self.kept.plain and bool(self.layout.sides) and self.rule.refreshes_last
-
-    @property
-    def entrywise(self) -> bool:
-        """Whether all state has the tensor's own shape and coordinates, so that it can be cut anew."""
-        return self.rule.entrywise(self.layout)
-
-    @cached_property
-    def kept(self) -> Storage:
-        """How state is kept: what can be cut anew has no matrices to be packed."""
-        return Storage(self.storage.format) if self.entrywise else self.storage
-
-    def allocate(self, tensors: int, *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-        """Returns fresh state by role for a number of tensors, (tensors * blocks, ...) each, as it is kept."""
-        state = self.computed(tensors, dtype=dtype, device=device if self.kept.plain else torch.device("meta"))
-        return state if self.kept.plain else self.kept.allocate(state, device)
-
-    def computed(self, tensors: int, *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-        """As :meth:`allocate`, as the rule computes with it."""
-        state = self.rule.allocate(self.layout, tensors, dtype=dtype, device=device)
-        if self.keep_weights:
-            shape = (tensors * self.layout.blocks, *self.layout.block)
-            state[PREV_PARAM] = torch.zeros(shape, dtype=dtype, device=device)
-        return state
-
-    def work(self, *, refreshes_only: bool = False) -> float:
-        """Floating point operations of the matrix products and decompositions of a step, averaged over refreshes."""
-        return self.rule.work(self.layout, refreshes_only=refreshes_only)
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """The part of a bucket that one call of a rule works on: adjacent tensors at the same stage.
-
-    Attributes:
-        layout: Layout of every tensor in it.
-        t: 1-based number of this update, a number per tensor.
-        index: Place of each tensor in the whole optimizer, which staggers refreshes.
-        background: Where work may go on beside the training loop.
-        team: Ranks with equal state that split decompositions among them.
-        usable: Whether the gradients are, where only the device knows.
-        gauge: Whom refreshes and updates report to.
-        failures: Who counts decompositions that fail.
-        later: Leave refreshes to a call of the rule's ``refresh``.
-    """
-
-    layout: Layout
-    t: tuple[int, ...]
-    index: tuple[int, ...]
-    background: Background | None = None
-    team: Team | None = None
-    usable: Tensor | None = None
-    gauge: Gauge = IDLE
-    failures: Failures | None = None
-    later: bool = False
-
-    def share(self, compute: Callable[[Tensor], tuple[Tensor, ...]], batch: Tensor) -> tuple[Tensor, ...]:
-        """Returns ``compute(batch)`` of matrices that all ranks of the team have, each computed by one of them.
-
-        Contiguous, as what comes from other ranks is: products of other memory layouts round in other ways.
-        """
-        if self.team is not None:
-            return self.team.share(compute, batch, turn=self.index[0])
-        return tuple(part.contiguous() for part in compute(batch))
-
-    def sound(self, *results: Tensor) -> Tensor:
-        """Says of which matrices all results (blocks, ...) are finite, (blocks, 1, 1), and has the others counted."""
-        sound = torch.stack([result.isfinite().flatten(1).all(1) for result in results]).all(0)
-        if self.failures is not None:
-            self.failures.note(sound)
-        return sound.view(-1, 1, 1)
-
-    def per_block(self, of: Callable[[int], float], like: Tensor) -> float | Tensor:
-        """Spreads a function of the number of a tensor's update over its blocks, for (blocks, d_1, ..., d_k)."""
-        values = {t: of(t) for t in set(self.t)}
-        if len(values) == 1:
-            return values[self.t[0]]
-        column = torch.tensor([values[t] for t in self.t], dtype=like.dtype, device="cpu")
-        column = column.to(like.device, non_blocking=True)
-        spread: Tensor = column.repeat_interleave(self.layout.blocks).view(-1, *[1] * (like.dim() - 1))
-        return spread
-
-    def tensor_square_sum(self, blocks: Tensor) -> Tensor:
-        """Squared norm of each tensor, to broadcast against ``blocks``, whose padding must be zero (see trim)."""
-        return _square_sum(blocks, self.layout.blocks)
-
-    def matrix_square_sum(self, blocks: Tensor) -> Tensor:
-        """As :meth:`tensor_square_sum`, of each matrix where tensors are stacks of them."""
-        return _square_sum(blocks, self.layout.blocks // self.layout.stack)
-
-    def runs(self, flags: Iterable[bool]) -> Iterator[tuple[slice, Chunk]]:
-        """Yields each run of adjacent tensors whose flag is set, as a slice of blocks and a smaller chunk."""
-        for first, last in adjacent(flags):
-            blocks = slice(first * self.layout.blocks, last * self.layout.blocks)
-            yield blocks, replace(self, t=self.t[first:last], index=self.index[first:last])
-
-
-def _square_sum(blocks: Tensor, together: int) -> Tensor:
-    total = blocks.square().flatten(1).sum(1).view(-1, together).sum(1)
-    return total.repeat_interleave(together).view(-1, *[1] * (blocks.dim() - 1))
-
-
-def adjacent(flags: Iterable[bool], longest: int | None = None) -> Iterator[tuple[int, int]]:
-    """Yields (first, end) of every run of set flags, none longer than ``longest``."""
-    first: int | None = None
-    place = -1
-    for place, flag in enumerate(flags):
-        if flag and first is None:
-            first = place
-        elif first is not None and (not flag or place - first == longest):
-            yield first, place
-            first = place if flag else None
-    if first is not None:
-        yield first, place + 1

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from hf_soap.linalg import elementwise
 from hf_soap.rules.base import Rule, State, zeros
-from hf_soap.rules.layout import Chunk, Layout
+from hf_soap.rules.context import StepContext
+from hf_soap.rules.layout import Layout
 
 CACHED_BYTES = 2**18
 """On a CPU, gradients of so many bytes go through all kernels together, so that they stay in its cache."""
@@ -65,9 +66,9 @@ class Mars(Rule):
         """As the inner rule; the previous gradient has the tensor's coordinates already."""
         return self.inner.restate(state, layout)
 
-    def rebuild(self, state: State, chunk: Chunk) -> None:
+    def rebuild(self, state: State, context: StepContext) -> None:
         """As the inner rule."""
-        self.inner.rebuild(state, chunk)
+        self.inner.rebuild(state, context)
 
     def describe(self, layout: Layout) -> str:
         """Returns the inner rule with MARS before it."""
@@ -81,26 +82,26 @@ class Mars(Rule):
         """What the inner rule needs, and the corrected gradient and its square."""
         return self.inner.workspace(layout) + 2 * math.prod(layout.block)
 
-    def seed(self, grad: Tensor, state: State, chunk: Chunk) -> None:
+    def seed(self, grad: Tensor, state: State, context: StepContext) -> None:
         """Seeds the inner rule with the corrected gradient."""
-        self.inner.seed(self._corrected(grad, state, chunk), state, chunk)
+        self.inner.seed(self._corrected(grad, state, context), state, context)
 
-    def update(self, grad: Tensor, state: State, chunk: Chunk) -> Tensor:
+    def update(self, grad: Tensor, state: State, context: StepContext) -> Tensor:
         """Returns the inner rule's direction for the corrected gradient."""
-        return self.inner.update(self._corrected(grad, state, chunk), state, chunk)
+        return self.inner.update(self._corrected(grad, state, context), state, context)
 
     @property
     def refreshes_last(self) -> bool:
         """As the inner rule."""
         return self.inner.refreshes_last
 
-    def due(self, chunk: Chunk) -> list[bool]:
+    def due(self, context: StepContext) -> list[bool]:
         """As the inner rule."""
-        return self.inner.due(chunk)
+        return self.inner.due(context)
 
-    def refresh(self, state: State, chunk: Chunk) -> None:
+    def refresh(self, state: State, context: StepContext) -> None:
         """As the inner rule."""
-        self.inner.refresh(state, chunk)
+        self.inner.refresh(state, context)
 
     @property
     def fuses(self) -> bool:
@@ -133,11 +134,11 @@ class Mars(Rule):
             if not self.exact:
                 torch._foreach_copy_(corrected, fresh)
 
-    def _corrected(self, grad: Tensor, state: State, chunk: Chunk) -> Tensor:
+    def _corrected(self, grad: Tensor, state: State, context: StepContext) -> Tensor:
         if self.exact:
             corrected = grad
         else:
             corrected = elementwise.mars_correction(grad, state["prev_grad"], beta1=self.beta1, gamma=self.gamma)
             state["prev_grad"].copy_(grad)
-        norm = chunk.tensor_square_sum(corrected).sqrt_().clamp_(min=1.0)
+        norm = context.tensor_square_sum(corrected).sqrt_().clamp_(min=1.0)
         return corrected / norm

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from hf_soap.linalg import inverse_roots
 from hf_soap.rules.base import Rule, State, zeros
-from hf_soap.rules.layout import Chunk, Layout
+from hf_soap.rules.context import StepContext
+from hf_soap.rules.layout import Layout
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,7 @@ class Orthogonal(Rule):
         short, long = sorted((rows, cols))
         return math.prod(stack) * (5 * short * long + 3 * short**2)
 
-    def update(self, grad: Tensor, state: State, chunk: Chunk) -> Tensor:
+    def update(self, grad: Tensor, state: State, context: StepContext) -> Tensor:
         """Returns the scaled orthogonal factor of M, (blocks, ..., rows, cols), of each matrix by itself."""
         exp_avg = state["exp_avg"].lerp_(grad, 1 - self.beta1)
         rows, cols = exp_avg.shape[-2:]

@@ -9,10 +9,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from hf_soap.engine.background import Background, Roots
 from hf_soap.linalg import elementwise, inverse_roots, matrices
 from hf_soap.rules.base import Rule, State, zeros
-from hf_soap.rules.layout import Chunk, Layout, adjacent
+from hf_soap.rules.context import BackgroundJobs, Roots, StepContext, adjacent
+from hf_soap.rules.layout import Layout
 
 Graft = Literal["adam", "adagrad", "rmsprop", "sgd"]
 
@@ -104,9 +104,9 @@ class Shampoo(Rule):
         """With KL, whose factors are means."""
         return self.kl
 
-    def rebuild(self, state: State, chunk: Chunk) -> None:
+    def rebuild(self, state: State, context: StepContext) -> None:
         """Computes the roots anew, where they are in use already."""
-        for blocks, part in chunk.runs(self.kl or t >= self._first for t in chunk.t):
+        for blocks, part in context.runs(self.kl or t >= self._first for t in context.t):
             self._compute_roots({role: value[blocks] for role, value in state.items()}, part)
 
     def describe(self, layout: Layout) -> str:
@@ -126,58 +126,58 @@ class Shampoo(Rule):
         step = 0.0 if refreshes_only else sum(products * numel * n for n in sides)
         return layout.blocks * (step + sum((9 + 2) * n**3 for n in sides) / self.precondition_frequency)
 
-    def seed(self, grad: Tensor, state: State, chunk: Chunk) -> None:
+    def seed(self, grad: Tensor, state: State, context: StepContext) -> None:
         """Sets factors to multiples of the identity, whose product is the mean square of the first gradient.
 
         The factors that one gradient makes are singular: their roots would send what lies outside of its directions a
         thousand times too far on either side.
         """
-        mean = chunk.matrix_square_sum(grad).div_(chunk.layout.matrix_numel).view(-1, 1, 1)
+        mean = context.matrix_square_sum(grad).div_(context.layout.matrix_numel).view(-1, 1, 1)
         mean.clamp_(min=torch.finfo(mean.dtype).tiny)
-        for side in chunk.layout.sides:
+        for side in context.layout.sides:
             factor = state[f"factor_{side}"]
-            factor.copy_(mean ** (1 / len(chunk.layout.sides)) * matrices.eye_like(factor))
-        self._compute_roots(state, chunk)
+            factor.copy_(mean ** (1 / len(context.layout.sides)) * matrices.eye_like(factor))
+        self._compute_roots(state, context)
 
-    def update(self, grad: Tensor, state: State, chunk: Chunk) -> Tensor:
+    def update(self, grad: Tensor, state: State, context: StepContext) -> Tensor:
         """Accumulates the factors, computes the roots that are due, preconditions and grafts."""
-        layout = chunk.layout
-        filtered = self._filtered(grad, state, chunk)
-        grafted = self._grafted(filtered, grad, state, chunk)
+        layout = context.layout
+        filtered = self._filtered(grad, state, context)
+        grafted = self._grafted(filtered, grad, state, context)
         if not layout.sides and self.graft:
             return self._with_momentum(grafted, state)
         self._accumulate(grad, state, layout)
         if layout.sides:
-            with chunk.gauge.refreshing(grad.device):
-                self._refresh(state, chunk)
+            with context.gauge.refreshing(grad.device):
+                self._refresh(state, context)
         direction = filtered
         for side in layout.sides:
             direction = matrices.mode_product(direction, state[f"root_{side}"], side)
         for axis in self._diagonals(layout):
-            power = self._power(self._debiased(state[f"diagonal_{axis}"].unsqueeze(-1), chunk).squeeze(-1), layout)
+            power = self._power(self._debiased(state[f"diagonal_{axis}"].unsqueeze(-1), context).squeeze(-1), layout)
             direction = direction * elementwise.along(power, axis, direction.dim())
         if self.kl:
-            direction = self._within_reach(direction, chunk)
+            direction = self._within_reach(direction, context)
         if self.graft:
-            wanted = chunk.matrix_square_sum(layout.trim(grafted))
-            got = chunk.matrix_square_sum(layout.trim(direction))
+            wanted = context.matrix_square_sum(layout.trim(grafted))
+            got = context.matrix_square_sum(layout.trim(direction))
             # Roots of factors that were zero, or of gradients 1e19 times smaller, point nowhere.
             points = (got > torch.finfo(got.dtype).tiny) & got.isfinite()
             direction = torch.where(points, direction * (wanted.sqrt_() / got.sqrt()), grafted)
-        for blocks, _ in chunk.runs(t < self.start_step for t in chunk.t):
+        for blocks, _ in context.runs(t < self.start_step for t in context.t):
             direction[blocks] = grafted[blocks]
         return self._with_momentum(direction, state)
 
-    def _filtered(self, grad: Tensor, state: State, chunk: Chunk) -> Tensor:
+    def _filtered(self, grad: Tensor, state: State, context: StepContext) -> Tensor:
         if not self.beta1:
             return grad.clone()
         average = state["exp_avg"].lerp_(grad, 1 - self.beta1)
-        return average / chunk.per_block(lambda t: 1 - self.beta1**t if self.correct_bias else 1.0, average)
+        return average / context.per_block(lambda t: 1 - self.beta1**t if self.correct_bias else 1.0, average)
 
-    def _grafted(self, filtered: Tensor, grad: Tensor, state: State, chunk: Chunk) -> Tensor:
+    def _grafted(self, filtered: Tensor, grad: Tensor, state: State, context: StepContext) -> Tensor:
         if self.graft in (None, "sgd"):
             return filtered.clone()
-        debias = chunk.per_block(lambda t: (1 - self.beta2**t) ** 0.5, grad)
+        debias = context.per_block(lambda t: (1 - self.beta2**t) ** 0.5, grad)
         kind, moment = str(self.graft), state["exp_avg_sq"]
         denominator = elementwise.graft_denominator(kind, moment, grad, beta2=self.beta2, eps=self.eps, debias=debias)
         return filtered / denominator
@@ -185,17 +185,17 @@ class Shampoo(Rule):
     def _with_momentum(self, direction: Tensor, state: State) -> Tensor:
         return state["momentum"].mul_(self.momentum).add_(direction).clone() if self.momentum else direction
 
-    def _within_reach(self, direction: Tensor, chunk: Chunk) -> Tensor:
+    def _within_reach(self, direction: Tensor, context: StepContext) -> Tensor:
         """Shortens what stale roots make longer than fresh ones can: after a spike they are those of small gradients.
 
         With W = G R^(-1/2) the new factor is at least (1-β) WWᵀ/n, and R at least β times what it was. The square of
         L^(-1/2) G R^(-1/2) then sums up to mn / (β (1-β)) at most, with a β for every further side.
         """
         beta = self.shampoo_beta or 0.0
-        share = beta ** (len(chunk.layout.sides) - 1) * (1 - beta)
+        share = beta ** (len(context.layout.sides) - 1) * (1 - beta)
         if not share:
             return direction
-        rms = (chunk.matrix_square_sum(chunk.layout.trim(direction)) / chunk.layout.matrix_numel).sqrt_()
+        rms = (context.matrix_square_sum(context.layout.trim(direction)) / context.layout.matrix_numel).sqrt_()
         scale: Tensor = share**-0.5 / rms.clamp_(min=share**-0.5)
         return direction * scale
 
@@ -241,14 +241,14 @@ class Shampoo(Rule):
         damped = diagonal + self.ridge * diagonal.amax(-1, keepdim=True)
         return torch.where(damped > 0, damped ** self._exponent(layout), 0.0)
 
-    def _debiased(self, factor: Tensor, chunk: Chunk) -> Tensor:
+    def _debiased(self, factor: Tensor, context: StepContext) -> Tensor:
         if self.shampoo_beta is None or not self.correct_bias or self.kl:
             return factor
         beta = self.shampoo_beta
-        return factor / chunk.per_block(lambda t: 1 - beta**t, factor)
+        return factor / context.per_block(lambda t: 1 - beta**t, factor)
 
-    def _snapshot(self, state: State, chunk: Chunk) -> Roots:
-        factors = {f"root_{side}": self._debiased(state[f"factor_{side}"], chunk) for side in chunk.layout.sides}
+    def _snapshot(self, state: State, context: StepContext) -> Roots:
+        factors = {f"root_{side}": self._debiased(state[f"factor_{side}"], context) for side in context.layout.sides}
         if self.kl:  # ε is to the product of the roots what it is to Adam's; a zero factor would stay zero for ever
             damping = self.eps ** (2 / len(factors))
             for role, factor in factors.items():
@@ -262,10 +262,10 @@ class Shampoo(Rule):
             for role, factor in factors.items()
         }
 
-    def _compute_roots(self, state: State, chunk: Chunk) -> None:
-        for role, factor in self._snapshot(state, chunk).items():
-            (root,) = chunk.share(lambda part, r=role: (self._roots_of({r: part}, chunk.layout)[r],), factor)  # type: ignore[misc]
-            self._install({role: root}, state, chunk)
+    def _compute_roots(self, state: State, context: StepContext) -> None:
+        for role, factor in self._snapshot(state, context).items():
+            (root,) = context.share(lambda part, r=role: (self._roots_of({r: part}, context.layout)[r],), factor)  # type: ignore[misc]
+            self._install({role: root}, state, context)
 
     @property
     def _first(self) -> int:
@@ -287,58 +287,60 @@ class Shampoo(Rule):
         before = t - 1
         return before - (before + (index if self.stagger else 0)) % self.precondition_frequency
 
-    def _refresh(self, state: State, chunk: Chunk) -> None:
+    def _refresh(self, state: State, context: StepContext) -> None:
         # The first roots of a tensor are computed in place: there are no stale ones to go on with.
-        first = [self._is_early(t) for t in chunk.t]
-        if self.delay == 0 or chunk.background is None:
-            first = [self._due(t, i) for t, i in zip(chunk.t, chunk.index, strict=True)]
-        for blocks, part in chunk.runs(first):
+        first = [self._is_early(t) for t in context.t]
+        if self.delay == 0 or context.background is None:
+            first = [self._due(t, i) for t, i in zip(context.t, context.index, strict=True)]
+        for blocks, part in context.runs(first):
             self._compute_roots({role: value[blocks] for role, value in state.items()}, part)
-        if self.delay != 0 and chunk.background is not None:
-            later = [t > self._first for t in chunk.t]
+        if self.delay != 0 and context.background is not None:
+            later = [t > self._first for t in context.t]
             for start, end in adjacent(later, longest=1):
-                flags = [start <= place < end for place in range(len(chunk.t))]
-                for blocks, part in chunk.runs(flags):
-                    self._refresh_later({role: value[blocks] for role, value in state.items()}, part, chunk.background)
+                flags = [start <= place < end for place in range(len(context.t))]
+                for blocks, part in context.runs(flags):
+                    self._refresh_later(
+                        {role: value[blocks] for role, value in state.items()}, part, context.background
+                    )
 
-    def _refresh_later(self, state: State, chunk: Chunk, background: Background) -> None:
+    def _refresh_later(self, state: State, context: StepContext, background: BackgroundJobs) -> None:
         """Takes over and starts background work of one tensor."""
-        t, key = chunk.t[0], chunk.index[0]
+        t, key = context.t[0], context.index[0]
         due = self._due(t, key)
         if self.delay is None:
             # Waiting when the next roots are due bounds their age by two periods.
-            self._install(background.take(key, wait=due), state, chunk)
+            self._install(background.take(key, wait=due), state, context)
             if due:
-                snapshot = {role: value.clone() for role, value in self._snapshot(state, chunk).items()}
-                background.submit(key, lambda factors: self._background_roots(factors, chunk.layout), snapshot)
+                snapshot = {role: value.clone() for role, value in self._snapshot(state, context).items()}
+                background.submit(key, lambda factors: self._background_roots(factors, context.layout), snapshot)
             return
         age = t - self._last_due(t, key)
         if age <= self.delay and t - age > self._first:
             if not background.pending(key):  # a resumed run: what was under way is in the state
-                self._submit_snapshot(state, chunk, background)
+                self._submit_snapshot(state, context, background)
             if age == self.delay:
-                self._install(background.take(key, wait=True), state, chunk)
+                self._install(background.take(key, wait=True), state, context)
         if due:
-            for role, factor in self._snapshot(state, chunk).items():
+            for role, factor in self._snapshot(state, context).items():
                 state[role.replace("root", "snapshot")].copy_(factor)
-            self._submit_snapshot(state, chunk, background)
+            self._submit_snapshot(state, context, background)
 
-    def _submit_snapshot(self, state: State, chunk: Chunk, background: Background) -> None:
-        snapshot = {f"root_{side}": state[f"snapshot_{side}"].clone() for side in chunk.layout.sides}
-        key = chunk.index[0]
-        background.submit(key, lambda factors: self._background_roots(factors, chunk.layout), snapshot)
+    def _submit_snapshot(self, state: State, context: StepContext, background: BackgroundJobs) -> None:
+        snapshot = {f"root_{side}": state[f"snapshot_{side}"].clone() for side in context.layout.sides}
+        key = context.index[0]
+        background.submit(key, lambda factors: self._background_roots(factors, context.layout), snapshot)
 
     def _background_roots(self, factors: Roots, layout: Layout) -> Roots:
         # Off the training loop float64 is affordable, and no setting for float32 that the model wants reaches it.
         exact = self._roots_of({role: factor.double() for role, factor in factors.items()}, layout)
         return {role: root.to(factors[role].dtype) for role, root in exact.items()}
 
-    def _install(self, new: Roots | None, state: State, chunk: Chunk) -> None:
+    def _install(self, new: Roots | None, state: State, context: StepContext) -> None:
         """Puts new roots in the place of the old ones, which stay where none could be computed."""
         for role, root in (new or {}).items():
             old = state[role]
             # A root of zeros is none yet; the gradient then passes through the identity.
             kept = torch.where(old.flatten(1).any(1).view(-1, 1, 1), old, matrices.eye_like(old))
-            root = torch.where(chunk.sound(root), root, kept)
-            chunk.gauge.replaced(old, root)
+            root = torch.where(context.sound(root), root, kept)
+            context.gauge.replaced(old, root)
             old.copy_(root)

@@ -14,7 +14,8 @@ from torch import Tensor
 from hf_soap.linalg import eigenbases, elementwise, matrices
 from hf_soap.linalg.precision import float32_products
 from hf_soap.rules.base import MOMENTS, Rule, State, zeros
-from hf_soap.rules.layout import Chunk, Layout, adjacent
+from hf_soap.rules.context import StepContext, adjacent
+from hf_soap.rules.layout import Layout
 
 ORTHONORMALIZE_EVERY = 50
 """Refreshes between two corrections of a basis: in float32 each adds about 1e-7 to the largest entry of QᵀQ - I."""
@@ -121,21 +122,21 @@ class Soap(Rule):
             restated |= {role: state["exp_avg_sq"].mean(2 - axis) for axis, role in enumerate(V_FACTORS)}
         return {**restated, "exp_avg": exp_avg}
 
-    def rebuild(self, state: State, chunk: Chunk) -> None:
+    def rebuild(self, state: State, context: StepContext) -> None:
         """Finds the bases, rotates the momentum, and spreads the second moment as the eigenvalues say.
 
         Source:
             In the eigenbasis V is close to a product of eigenvalues: arXiv:2409.11321, claim 1.
         """
-        if chunk.layout.sides and "exp_avg_sq" in state:
+        if context.layout.sides and "exp_avg_sq" in state:
             # Where it lay in the tensor says nothing of the eigenbasis: of each block the mean is kept.
             exp_avg_sq = state["exp_avg_sq"]
-            entries = chunk.layout.entries().repeat(len(exp_avg_sq) // chunk.layout.blocks).to(exp_avg_sq)
+            entries = context.layout.entries().repeat(len(exp_avg_sq) // context.layout.blocks).to(exp_avg_sq)
             mean = exp_avg_sq.flatten(1).sum(1) / entries.clamp_(min=1)
             exp_avg_sq.copy_(mean.view(-1, *[1] * (exp_avg_sq.dim() - 1)).expand_as(exp_avg_sq))
-        for side in chunk.layout.sides:
+        for side in context.layout.sides:
             factor, exp_avg = state[f"factor_{side}"], state["exp_avg"]
-            basis = self._diagonalize_(factor, chunk)
+            basis = self._diagonalize_(factor, context)
             values = factor.diagonal(dim1=-2, dim2=-1)
             state[f"basis_{side}"].copy_(basis)
             exp_avg.copy_(matrices.mode_product(exp_avg, basis, side))
@@ -159,48 +160,48 @@ class Soap(Rule):
         refresh = sum((8 / 3 + 2 + 2) * n**3 + 2 * numel * n for n in sides)
         return layout.blocks * (step + refresh / self.precondition_frequency)
 
-    def seed(self, grad: Tensor, state: State, chunk: Chunk) -> None:
+    def seed(self, grad: Tensor, state: State, context: StepContext) -> None:
         """Sets factors and bases from the first gradient; no gradient shapes the basis it is rotated into."""
-        for side in chunk.layout.sides:
+        for side in context.layout.sides:
             factor = state[f"factor_{side}"]
             matrices.add_gram_(factor, grad, side, beta=0.0, alpha=1 - self.shampoo_beta)
-            state[f"basis_{side}"].copy_(self._diagonalize_(factor, chunk))
+            state[f"basis_{side}"].copy_(self._diagonalize_(factor, context))
 
     @staticmethod
-    def _diagonalize_(factor: Tensor, chunk: Chunk) -> Tensor:
+    def _diagonalize_(factor: Tensor, context: StepContext) -> Tensor:
         """Brings factors into their eigenbases and returns those: the identity where none could be found."""
-        values, basis = chunk.share(matrices.eigenbasis, factor)
-        sound = chunk.sound(values, basis)
+        values, basis = context.share(matrices.eigenbasis, factor)
+        sound = context.sound(values, basis)
         factor.copy_(torch.where(sound, torch.diag_embed(values), factor))
         return torch.where(sound, basis, matrices.eye_like(basis))
 
-    def update(self, grad: Tensor, state: State, chunk: Chunk) -> Tensor:
+    def update(self, grad: Tensor, state: State, context: StepContext) -> Tensor:
         """Rotates, takes the Adam direction, rotates back; then accumulates, and refreshes the bases that are due."""
-        own = self._bases(state, chunk.layout)
-        rotated = self._rotate(grad, own, chunk.layout)
+        own = self._bases(state, context.layout)
+        rotated = self._rotate(grad, own, context.layout)
         if self.include_current:
-            self._accumulate(rotated, state, chunk.layout)
-            self.refresh(state, chunk)
-            own = self._bases(state, chunk.layout)
-            for blocks, _ in chunk.runs(self.due(chunk)):
-                rotated[blocks] = self._rotate(grad[blocks], _part(own, blocks), chunk.layout)
+            self._accumulate(rotated, state, context.layout)
+            self.refresh(state, context)
+            own = self._bases(state, context.layout)
+            for blocks, _ in context.runs(self.due(context)):
+                rotated[blocks] = self._rotate(grad[blocks], _part(own, blocks), context.layout)
 
-        direction = self._adam_direction(rotated, state, chunk.layout)
-        direction = self._rotate(direction, own, chunk.layout, back=True)
+        direction = self._adam_direction(rotated, state, context.layout)
+        direction = self._rotate(direction, own, context.layout, back=True)
         del own  # a refresh wants the room of rounded copies
         if self.normalize_grads:
-            square_sum = chunk.matrix_square_sum(chunk.layout.trim(direction))
-            rms = square_sum.div_(chunk.layout.matrix_numel).sqrt_().add_(1e-30)
+            square_sum = context.matrix_square_sum(context.layout.trim(direction))
+            rms = square_sum.div_(context.layout.matrix_numel).sqrt_().add_(1e-30)
             # Squares of less are zero, and a direction of 1e-22 became one of 1e8.
             direction.div_(rms.clamp_(min=torch.finfo(rms.dtype).tiny ** 0.5))
         if self.correct_bias:
-            direction.mul_(chunk.per_block(self._bias_correction, direction))
+            direction.mul_(context.per_block(self._bias_correction, direction))
 
         if not self.include_current:
             # Accumulate after use: a gradient must not shape the basis it is rotated into.
-            self._accumulate(rotated, state, chunk.layout)
-            if not chunk.later:
-                self.refresh(state, chunk)
+            self._accumulate(rotated, state, context.layout)
+            if not context.later:
+                self.refresh(state, context)
         return direction
 
     @property
@@ -208,15 +209,15 @@ class Soap(Rule):
         """Unless the gradient is rotated into bases that it has entered already."""
         return not self.include_current
 
-    def due(self, chunk: Chunk) -> list[bool]:
+    def due(self, context: StepContext) -> list[bool]:
         """Every ``precondition_frequency`` elementwise."""
-        ages = [self._age(t, index) for t, index in zip(chunk.t, chunk.index, strict=True)]
-        return [bool(chunk.layout.sides) and age % self.precondition_frequency == 0 for age in ages]
+        ages = [self._age(t, index) for t, index in zip(context.t, context.index, strict=True)]
+        return [bool(context.layout.sides) and age % self.precondition_frequency == 0 for age in ages]
 
-    def refresh(self, state: State, chunk: Chunk) -> None:
+    def refresh(self, state: State, context: StepContext) -> None:
         """Refreshes the bases that are due, and brings factors and moments into them."""
-        for blocks, due in chunk.runs(self.due(chunk)):
-            with chunk.gauge.refreshing(state["exp_avg"].device):
+        for blocks, due in context.runs(self.due(context)):
+            with context.gauge.refreshing(state["exp_avg"].device):
                 self._refresh(_part(state, blocks), due)
 
     def _bases(self, state: State, layout: Layout) -> dict[int, Tensor]:
@@ -267,27 +268,29 @@ class Soap(Rule):
     def _age(self, t: int, index: int) -> int:
         return t + index if self.stagger else t
 
-    def _refresh(self, state: State, chunk: Chunk) -> None:
-        refreshes = [self._age(t, i) // self.precondition_frequency for t, i in zip(chunk.t, chunk.index, strict=True)]
-        for side in chunk.layout.sides:
+    def _refresh(self, state: State, context: StepContext) -> None:
+        refreshes = [
+            self._age(t, i) // self.precondition_frequency for t, i in zip(context.t, context.index, strict=True)
+        ]
+        for side in context.layout.sides:
             if self.refresh_tol:
                 stale = eigenbases.off_diagonal_share(state[f"factor_{side}"]) > self.refresh_tol
                 for first, last in adjacent(stale.tolist()):
-                    self._refresh_side(_part(state, slice(first, last)), side, chunk)
+                    self._refresh_side(_part(state, slice(first, last)), side, context)
             else:
-                self._refresh_side(state, side, chunk)
+                self._refresh_side(state, side, context)
             basis = state[f"basis_{side}"]
-            for blocks, _ in chunk.runs(n % self.orthonormalize_every == 0 for n in refreshes):
+            for blocks, _ in context.runs(n % self.orthonormalize_every == 0 for n in refreshes):
                 basis[blocks].copy_(eigenbases.orthonormalize(basis[blocks]))
 
-    def _refresh_side(self, state: State, side: int, chunk: Chunk) -> None:
+    def _refresh_side(self, state: State, side: int, context: StepContext) -> None:
         factor, basis, exp_avg = state[f"factor_{side}"], state[f"basis_{side}"], state["exp_avg"]
-        order, rotation, refreshed = chunk.share(eigenbases.sorted_refresh, factor)
-        sound, unmoved = chunk.sound(rotation, refreshed), torch.arange(order.shape[-1], device=order.device)
+        order, rotation, refreshed = context.share(eigenbases.sorted_refresh, factor)
+        sound, unmoved = context.sound(rotation, refreshed), torch.arange(order.shape[-1], device=order.device)
         order = torch.where(sound.squeeze(-1), order, unmoved)
         rotation = torch.where(sound, rotation, matrices.eye_like(rotation))
         factor.copy_(torch.where(sound, refreshed, factor))
-        chunk.gauge.rotated(rotation, factor)
+        context.gauge.rotated(rotation, factor)
         # Rows of the rotation go back to where the columns came from: the sort costs Q and M no pass of their own.
         rotation = torch.empty_like(rotation).scatter_(-2, order.unsqueeze(-1).expand_as(rotation), rotation)
         basis.copy_(basis @ rotation)

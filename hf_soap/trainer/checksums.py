@@ -145,6 +145,6 @@ def _deciding(folder: Path, *, rank: int, writers: range, common: bool) -> Itera
 def _crc(path: Path) -> int:
     crc = 0
     with path.open("rb") as file:
-        while chunk := file.read(1 << 22):
-            crc = zlib.crc32(chunk, crc)
+        while context := file.read(1 << 22):
+            crc = zlib.crc32(context, crc)
     return crc

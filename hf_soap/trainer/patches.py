@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hf_soap.engine.optimizer import BlockOptimizer, unwrapped
+from hf_soap.optimizers import arguments
+from hf_soap.optimizers.names import ENTRIES
 from hf_soap.trainer import checksums, registry, resume
 from hf_soap.trainer.import_hook import after_import
 
@@ -45,7 +47,7 @@ def _ours(trainer: Any) -> bool:
     """Whether a Trainer trains by an optimizer of this package; before it is made, its name says so."""
     optimizer = unwrapped(trainer.optimizer)
     if optimizer is None:
-        return registry.optimizer_name(trainer.args) in registry.ENTRIES
+        return arguments.optimizer_name(trainer.args) in ENTRIES
     return isinstance(optimizer, BlockOptimizer)
 
 
@@ -54,7 +56,7 @@ def _extend_making(cls: Any) -> None:
 
     def get_optimizer_cls_and_kwargs(args: TrainingArguments, model: nn.Module | None = None) -> tuple[Any, Any]:
         # Before the original, not as one of its handlers: it splits optim_args in a way that breaks on brackets.
-        if registry.optimizer_name(args) in registry.ENTRIES:
+        if arguments.optimizer_name(args) in ENTRIES:
             return registry.class_and_kwargs(args, model)
         found: tuple[Any, Any] = original(args, model)
         return found

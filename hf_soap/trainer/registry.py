@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import logging
-import os
 import weakref
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
-from dataclasses import dataclass
 from functools import cache, wraps
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from hf_soap.config import configs, options
+from hf_soap.config import options
 from hf_soap.distributed.dtensor import is_sharded, rank, ranks
 from hf_soap.engine.optimizer import BlockOptimizer
-from hf_soap.optimizers import grouping
-from hf_soap.optimizers.mars import MARS
-from hf_soap.optimizers.shampoo import Shampoo
-from hf_soap.optimizers.soap import SOAP
+from hf_soap.optimizers import arguments, grouping
+from hf_soap.optimizers.names import ENTRIES
 from hf_soap.rules.layout import FACTOR_RATIO
 
 if TYPE_CHECKING:
@@ -28,70 +24,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 HF_LEARNING_RATE = 5e-5
-HF_ADAM = {"beta1": ("adam_beta1", 0.9), "beta2": ("adam_beta2", 0.999), "eps": ("adam_epsilon", 1e-8)}
-"""Option to the argument of TrainingArguments that may set it, and the default by which that counts as not set."""
-
 
 GATHERS_STATE: ContextVar[bool] = ContextVar("GATHERS_STATE", default=False)
 """Whether the trainer that makes the optimizer brings all of its state to rank 0 before it saves."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One registered name: the optimizer class and the config that its ``optim_args`` are read into."""
-
-    optimizer: type[BlockOptimizer]
-    config: type[options.OptimizerConfig]
-
-
-MARS_CONFIGS: tuple[type[options.OptimizerConfig], ...] = (
-    configs.MarsConfig,
-    configs.MarsAdamWConfig,
-    configs.MarsLionConfig,
-    configs.MarsShampooConfig,
-    configs.MarsSoapConfig,
-    configs.MarsMConfig,
-)
-
-SOAP_CONFIGS: tuple[type[options.OptimizerConfig], ...] = (configs.SoapConfig, configs.KlSoapConfig)
-SHAMPOO_CONFIGS: tuple[type[options.OptimizerConfig], ...] = (configs.ShampooConfig, configs.KlShampooConfig)
-
-ENTRIES: dict[str, Entry] = {
-    config.name: Entry(optimizer, config)
-    for optimizer, listed in ((SOAP, SOAP_CONFIGS), (Shampoo, SHAMPOO_CONFIGS), (MARS, MARS_CONFIGS))
-    for config in listed
-}
-
-
-def resolve(args: TrainingArguments) -> options.OptimizerConfig:
-    """Reads the options of the optimizer that ``args.optim`` names.
-
-    A value comes from ``optim_args``; else, for betas and eps, from ``adam_beta1``, ``adam_beta2`` and
-    ``adam_epsilon`` where they differ from the Transformers defaults; else it is the published default. The arguments
-    do not say whether somebody set ``adam_beta1=0.9`` or left it there, since a command line sets every one of them:
-    ``optim_args="beta1=0.9"`` is how to ask for a value that is AdamW's default, and what won is logged at INFO.
-
-    Args:
-        args: Training arguments whose ``optim`` is a name registered here.
-
-    Returns:
-        The checked options.
-
-    Raises:
-        ValueError: If ``optim_args`` is wrong, or the run shows the optimizer flat vectors (DeepSpeed, FSDP1).
-    """
-    name = optimizer_name(args)
-    _refuse_flat_parameters(args, name)
-    return options.parse_optim_args(args.optim_args, ENTRIES[name].config, changed_adam_arguments(args))
-
-
-def changed_adam_arguments(args: TrainingArguments) -> dict[str, float]:
-    """Returns the options that ``adam_beta1``, ``adam_beta2`` and ``adam_epsilon`` set: those not at their default."""
-    return {
-        option: getattr(args, argument)
-        for option, (argument, default) in HF_ADAM.items()
-        if getattr(args, argument) != default
-    }
 
 
 def class_and_kwargs(args: TrainingArguments, model: nn.Module | None) -> tuple[type[BlockOptimizer], dict[str, Any]]:
@@ -105,11 +40,11 @@ def class_and_kwargs(args: TrainingArguments, model: nn.Module | None) -> tuple[
         A class that takes the Trainer's param groups, and the keyword arguments for it.
 
     Raises:
-        ValueError: As :func:`resolve`.
+        ValueError: As :func:`hf_soap.optimizers.arguments.resolve`.
     """
     _follow_log_level(args)
-    entry, config = ENTRIES[optimizer_name(args)], resolve(args)
-    under_ddp = args.world_size > 1 and not _shards(args)
+    entry, config = ENTRIES[arguments.optimizer_name(args)], arguments.resolve(args)
+    under_ddp = args.world_size > 1 and not arguments.shards_parameters(args)
     if under_ddp and getattr(config, "shard_mode", "local") == "owner" and not GATHERS_STATE.get():
         raise ValueError(
             f"optim={config.name!r} got shard_mode='owner' under DDP, wanted a trainer that gathers the state of all "
@@ -128,9 +63,9 @@ def class_and_kwargs(args: TrainingArguments, model: nn.Module | None) -> tuple[
 
 def _passed_over(args: TrainingArguments, config: options.OptimizerConfig) -> str:
     """Says which defaults of Transformers did not count, and how to have them."""
-    changed, known = changed_adam_arguments(args), options.option_fields(type(config))
+    changed, known = arguments.changed_adam_arguments(args), options.option_fields(type(config))
     passed = []
-    for option, (argument, default) in HF_ADAM.items():
+    for option, (argument, default) in arguments.HF_ADAM.items():
         ours = known[option].default
         if option not in changed and getattr(config, option) == ours != default:
             passed.append(
@@ -152,11 +87,6 @@ def _learning_rate_advice(config: options.OptimizerConfig, model: nn.Module | No
     if origin := getattr(getattr(model, "config", None), "_name_or_path", None):
         return f"to fine-tune {options.shown(str(origin))} start from {tuned}; {scratch}"
     return f"{scratch}; to fine-tune pretrained weights start from {tuned}"
-
-
-def optimizer_name(args: TrainingArguments) -> str:
-    """Returns ``args.optim`` as a plain string, whether it is a member of OptimizerNames or text."""
-    return str(getattr(args.optim, "value", args.optim))
 
 
 def _grouping_class(
@@ -242,14 +172,14 @@ def _extend_arguments(cls: Any) -> None:
 
     @wraps(completes)
     def post_init(self: Any) -> None:
-        if optimizer_name(self) in ENTRIES:
+        if arguments.optimizer_name(self) in ENTRIES:
             _read_as_from_command_line(self)
         completes(self)
 
     @wraps(sets_optimizer)
     def set_optimizer(self: Any, *args: Any, **kwargs: Any) -> Any:
         done = sets_optimizer(self, *args, **kwargs)
-        if optimizer_name(self) in ENTRIES:
+        if arguments.optimizer_name(self) in ENTRIES:
             _read_as_from_command_line(self)
         return done
 
@@ -258,7 +188,7 @@ def _extend_arguments(cls: Any) -> None:
 
 def _read_as_from_command_line(args: Any) -> None:
     args.optim_args = options.as_text(args.optim_args)
-    for name in ("learning_rate", "weight_decay", *(argument for argument, _ in HF_ADAM.values())):
+    for name in ("learning_rate", "weight_decay", *(argument for argument, _ in arguments.HF_ADAM.values())):
         value = getattr(args, name)
         if isinstance(value, str):
             try:
@@ -269,34 +199,8 @@ def _read_as_from_command_line(args: Any) -> None:
 
 def log_every(args: TrainingArguments) -> int:
     """Returns the steps between two entries of diagnostics that ``optim_args`` asks for, or 0."""
-    every: int = getattr(resolve(args), "log_every", 0) if optimizer_name(args) in ENTRIES else 0
+    every: int = getattr(arguments.resolve(args), "log_every", 0) if arguments.optimizer_name(args) in ENTRIES else 0
     return every
-
-
-def _refuse_flat_parameters(args: TrainingArguments, name: str) -> None:
-    # `accelerate launch` says so by the environment, and the arguments then do not.
-    launched = {way for way in ("FSDP", "DEEPSPEED") if os.environ.get(f"ACCELERATE_USE_{way}", "").lower() == "true"}
-    if getattr(args, "deepspeed", None) or getattr(args, "hf_deepspeed_config", None) or "DEEPSPEED" in launched:
-        raise ValueError(
-            f"optim={name!r} got DeepSpeed, wanted matrices or shards of them: ZeRO hands the optimizer one flat "
-            "vector, on which it could only be Adam; use FSDP2 (fsdp=True) or DDP"
-        )
-    if _shards(args) and (version := _fsdp_version(args)) != 2:
-        raise ValueError(
-            f"optim={name!r} got FSDP version {version}, wanted 2: version 1 shows the optimizer flat vectors, on "
-            "which it could only be Adam; set fsdp_config={'version': 2}, or fsdp_version: 2 in accelerate's config "
-            "(transformers 4: FSDP_VERSION=2 in the environment)"
-        )
-
-
-def _shards(args: TrainingArguments) -> bool:
-    return bool(getattr(args, "fsdp", None)) or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-
-
-def _fsdp_version(args: TrainingArguments) -> int:
-    # transformers 4 leaves it to accelerate, which reads the environment, whatever fsdp_config says.
-    plugin: dict[str, Any] = getattr(args, "fsdp_plugin_args", None) or {}
-    return int(plugin.get("fsdp_version", os.environ.get("FSDP_VERSION", "1")))
 
 
 def _follow_log_level(args: TrainingArguments) -> None:

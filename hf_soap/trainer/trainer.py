@@ -20,7 +20,9 @@ from hf_soap.config import options
 from hf_soap.distributed import dtensor
 from hf_soap.engine.optimizer import BlockOptimizer, unwrapped
 from hf_soap.hub import cards
+from hf_soap.optimizers import arguments
 from hf_soap.optimizers.mars import MARS
+from hf_soap.optimizers.names import ENTRIES
 from hf_soap.trainer import metrics, preflight, registry
 
 logger = logging.getLogger(__name__)
@@ -63,8 +65,8 @@ class SoapTrainerMixin(_Base):
         self._window: list[tuple[RandomState, Any]] = []
         if optimizer_config is not None:
             _write_config(self.args, _as_config(self.args, optimizer_config))
-        if registry.optimizer_name(self.args) in registry.ENTRIES:
-            registry.resolve(self.args)  # refuses wrong options before training starts
+        if arguments.optimizer_name(self.args) in ENTRIES:
+            arguments.resolve(self.args)  # refuses wrong options before training starts
             if preflight:
                 self.add_callback(_Preflight())
 
@@ -188,7 +190,7 @@ class _Preflight(TrainerCallback):
     ) -> None:
         model, optimizer = kwargs["model"], unwrapped(kwargs["optimizer"])
         if isinstance(optimizer, BlockOptimizer):
-            config, error = registry.resolve(args), None
+            config, error = arguments.resolve(args), None
             try:
                 for warning in preflight.check(model, optimizer, config):
                     logger.warning("optim=%s: %s", config.name, warning)
@@ -207,13 +209,13 @@ def _as_config(args: TrainingArguments, given: Any) -> options.OptimizerConfig:
         )
     named = given.get("name", args.optim)
     name = str(getattr(named, "value", named))
-    if name in registry.ENTRIES:
+    if name in ENTRIES:
         settings = {key: value for key, value in given.items() if key != "name"}
-        return options.parse_optim_args(settings, registry.ENTRIES[name].config)
+        return options.parse_optim_args(settings, ENTRIES[name].config)
     if "name" in given:
-        match = options.nearest(name, registry.ENTRIES)
+        match = options.nearest(name, ENTRIES)
         raise ValueError(
-            f"optimizer_config names the unknown optimizer {name!r}: {match}Names are {', '.join(registry.ENTRIES)}."
+            f"optimizer_config names the unknown optimizer {name!r}: {match}Names are {', '.join(ENTRIES)}."
         )
     raise ValueError(
         f"optimizer_config={options.shown(given)} does not say of which optimizer, and optim={name!r} is none of this "
@@ -224,8 +226,8 @@ def _as_config(args: TrainingArguments, given: Any) -> options.OptimizerConfig:
 def _write_config(args: TrainingArguments, config: options.OptimizerConfig) -> None:
     """Puts a config into the arguments as text, so that they say on disk what was trained."""
     # Else adam_beta1 would decide where the config has the published beta1.
-    decided = registry.changed_adam_arguments(args)
-    name, text = registry.optimizer_name(args), config.to_optim_args(always=decided) or None
+    decided = arguments.changed_adam_arguments(args)
+    name, text = arguments.optimizer_name(args), config.to_optim_args(always=decided) or None
     if (name, args.optim_args) == (config.name, text):
         return  # an earlier trainer had the same arguments and config
     if args.optim_args:

@@ -1,0 +1,156 @@
+"""What a rule may know of the step that calls it, and what it may ask of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from hf_soap.rules.layout import Layout
+
+if TYPE_CHECKING:
+    from hf_soap.distributed.dtensor import Team
+
+Roots = dict[str, Tensor]
+"""Inverse roots, or what they are computed from, by role."""
+
+
+class BackgroundJobs(Protocol):
+    """Computes inverse roots beside the training loop."""
+
+    def pending(self, key: Hashable) -> bool:
+        """Whether a job was submitted under this key and not taken yet."""
+
+    def submit(self, key: Hashable, work: Callable[[Roots], Roots], snapshot: Roots) -> None:
+        """Starts ``work(snapshot)`` under a key; nothing may change the snapshot from here on."""
+
+    def take(self, key: Hashable, *, wait: bool) -> Roots | None:
+        """Returns the roots of a job and forgets it; None where there is none that is done."""
+
+
+class FailureCount(Protocol):
+    """Counts decompositions that fail."""
+
+    def note(self, sound: Tensor) -> None:
+        """Takes note of a batch of decompositions: whether each came out finite, (blocks,), bool."""
+
+
+class Gauge:
+    """What rules and the step loop report of the tensors of one rule; this one takes no notice."""
+
+    @property
+    def watches(self) -> bool:
+        """Whether this step measures how far it moves the weights."""
+        return False
+
+    def watching(self, weights: Sequence[Tensor]) -> AbstractContextManager[None]:
+        """Measures how far the block moves weights, in the steps that are due."""
+        return nullcontext()
+
+    def refreshing(self, device: torch.device) -> AbstractContextManager[None]:
+        """Times a refresh of bases or roots."""
+        return nullcontext()
+
+    def rotated(self, rotation: Tensor, factor: Tensor) -> None:
+        """Takes note of a refresh of bases.
+
+        Args:
+            rotation: Q̃ (blocks, n, n), of which column j is the new vector j in terms of the old ones.
+            factor: What the factors are in the new basis, (blocks, n, n).
+        """
+
+    def replaced(self, old: Tensor, new: Tensor) -> None:
+        """Takes note of new inverse roots (blocks, n, n) in the place of old ones."""
+
+
+IDLE = Gauge()
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """What one call of a rule may know and ask: its adjacent tensors of a bucket, at the same stage.
+
+    Attributes:
+        layout: Layout of every tensor in it.
+        t: 1-based number of this update, a number per tensor.
+        index: Place of each tensor in the whole optimizer, which staggers refreshes.
+        background: Where work may go on beside the training loop.
+        team: Ranks with equal state that split decompositions among them.
+        usable: Whether the gradients are, where only the device knows.
+        gauge: Whom refreshes and updates report to.
+        failures: Who counts decompositions that fail.
+        later: Leave refreshes to a call of the rule's ``refresh``.
+    """
+
+    layout: Layout
+    t: tuple[int, ...]
+    index: tuple[int, ...]
+    background: BackgroundJobs | None = None
+    team: Team | None = None
+    usable: Tensor | None = None
+    gauge: Gauge = IDLE
+    failures: FailureCount | None = None
+    later: bool = False
+
+    def share(self, compute: Callable[[Tensor], tuple[Tensor, ...]], batch: Tensor) -> tuple[Tensor, ...]:
+        """Returns ``compute(batch)`` of matrices that all ranks of the team have, each computed by one of them.
+
+        Contiguous, as what comes from other ranks is: products of other memory layouts round in other ways.
+        """
+        if self.team is not None:
+            return self.team.share(compute, batch, turn=self.index[0])
+        return tuple(part.contiguous() for part in compute(batch))
+
+    def sound(self, *results: Tensor) -> Tensor:
+        """Says of which matrices all results (blocks, ...) are finite, (blocks, 1, 1), and has the others counted."""
+        sound = torch.stack([result.isfinite().flatten(1).all(1) for result in results]).all(0)
+        if self.failures is not None:
+            self.failures.note(sound)
+        return sound.view(-1, 1, 1)
+
+    def per_block(self, of: Callable[[int], float], like: Tensor) -> float | Tensor:
+        """Spreads a function of the number of a tensor's update over its blocks, for (blocks, d_1, ..., d_k)."""
+        values = {t: of(t) for t in set(self.t)}
+        if len(values) == 1:
+            return values[self.t[0]]
+        column = torch.tensor([values[t] for t in self.t], dtype=like.dtype, device="cpu")
+        column = column.to(like.device, non_blocking=True)
+        spread: Tensor = column.repeat_interleave(self.layout.blocks).view(-1, *[1] * (like.dim() - 1))
+        return spread
+
+    def tensor_square_sum(self, blocks: Tensor) -> Tensor:
+        """Squared norm of each tensor, to broadcast against ``blocks``, whose padding must be zero (see trim)."""
+        return _square_sum(blocks, self.layout.blocks)
+
+    def matrix_square_sum(self, blocks: Tensor) -> Tensor:
+        """As :meth:`tensor_square_sum`, of each matrix where tensors are stacks of them."""
+        return _square_sum(blocks, self.layout.blocks // self.layout.stack)
+
+    def runs(self, flags: Iterable[bool]) -> Iterator[tuple[slice, StepContext]]:
+        """Yields each run of adjacent tensors whose flag is set, as a slice of blocks and the context of these."""
+        for first, last in adjacent(flags):
+            blocks = slice(first * self.layout.blocks, last * self.layout.blocks)
+            yield blocks, replace(self, t=self.t[first:last], index=self.index[first:last])
+
+
+def _square_sum(blocks: Tensor, together: int) -> Tensor:
+    total = blocks.square().flatten(1).sum(1).view(-1, together).sum(1)
+    return total.repeat_interleave(together).view(-1, *[1] * (blocks.dim() - 1))
+
+
+def adjacent(flags: Iterable[bool], longest: int | None = None) -> Iterator[tuple[int, int]]:
+    """Yields (first, end) of every run of set flags, none longer than ``longest``."""
+    first: int | None = None
+    place = -1
+    for place, flag in enumerate(flags):
+        if flag and first is None:
+            first = place
+        elif first is not None and (not flag or place - first == longest):
+            yield first, place
+            first = place if flag else None
+    if first is not None:
+        yield first, place + 1
