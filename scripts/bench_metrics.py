@@ -1,11 +1,11 @@
-"""Times what diagnostics cost: the optimizers of the family with a probe beside the same ones without.
+"""Times what diagnostics cost: the optimizers of the family with a profiler beside the same ones without.
 
 python scripts/bench_metrics.py                      # gpt256, an entry of the log every 50 steps
 python scripts/bench_metrics.py --only SOAP "MARS adamw" --steps 40
 
 Both take every step in turn on the same gradients, now one first and now the other. The overhead is the median
-difference of the steps that are not logged, and that of the logged ones with the reading of the probe, each as often
-as it comes in `--log-every` steps, over the mean step without a probe.
+difference of the steps that are not logged, and that of the logged ones with the reading of the profiler, each as
+often as it comes in `--log-every` steps, over the mean step without a profiler.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from hf_soap.engine.optimizer import BlockOptimizer
-from hf_soap.engine.profiling import Probe
+from hf_soap.engine.profiling import StepProfiler
 from hf_soap.trainer.metrics import measurements
 
 DUE_EVERY = 4
@@ -34,7 +34,7 @@ def measure(
     """Times pairs of steps.
 
     Returns:
-        Seconds of the mean step without a probe, and what a probe adds to a step and to one that is logged, medians;
+        Seconds of the mean step without a profiler, and what one adds to a step and to one that is logged, medians;
         None for an optimizer of another package.
     """
     generator = torch.Generator(device).manual_seed(0)
@@ -43,25 +43,25 @@ def measure(
     if not isinstance(probed, BlockOptimizer):
         return None
     times: dict[str, list[float]] = {"plain": [], "on": [], "due": []}
-    probed.probe = probe = Probe()
+    probed.profiler = profiler = StepProfiler()
 
     def step_and_read() -> None:
         probed.step()
-        if probe.due:
+        if profiler.due:
             measurements(probed)
 
     for step in range(-3, steps):
         for pair in zip(*params, strict=True):
             pair[0].grad = torch.randn(pair[0].shape, device=device, generator=generator)
             pair[1].grad = pair[0].grad.clone()
-        probe.due = step % DUE_EVERY == 0
+        profiler.due = step % DUE_EVERY == 0
         if step // DUE_EVERY % 2:  # not step % 2: those that are due would always be first
             without, with_ = seconds(plain.step, device), seconds(step_and_read, device)
         else:
             with_, without = seconds(step_and_read, device), seconds(plain.step, device)
         if step >= 0:  # the first steps make the state and warm up
             times["plain"].append(without)
-            times["due" if probe.due else "on"].append(with_ - without)
+            times["due" if profiler.due else "on"].append(with_ - without)
     return statistics.mean(times["plain"]), statistics.median(times["on"]), statistics.median(times["due"])
 
 

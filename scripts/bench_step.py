@@ -197,8 +197,8 @@ def scaling(widths: list[int], layers: list[int], *, frequency: int, device: tor
         rows = []
         for shapes in cases.values():
             row = measure(shapes, frequency=frequency, steps=frequency, rounds=1, device=device, chosen=soap)["SOAP"]
-            octets = row["state_bytes_per_param"] * sum(math.prod(shape) for shape in shapes)
-            rows.append((row["step_s"], floor_flop(shapes, frequency) / rate, octets))
+            num_bytes = row["state_bytes_per_param"] * sum(math.prod(shape) for shape in shapes)
+            rows.append((row["step_s"], floor_flop(shapes, frequency) / rate, num_bytes))
         sizes = list(cases)
         exponents = [exponent(sizes, [row[i] for row in rows]) for i in range(3)]
         result[name] = {"sizes": sizes, "step_s, floor_s, bytes": rows, "exponents": exponents}
@@ -218,12 +218,12 @@ def print_scaling(result: dict[str, Any], console: Console) -> None:
         table = Table(title=f"SOAP against {name}")
         for heading in (name, "ms/step", "floor ms", "× floor", "state MiB"):
             table.add_column(heading, justify="right")
-        for size, (step, floor, octets) in zip(found["sizes"], found["step_s, floor_s, bytes"], strict=True):
+        for size, (step, floor, num_bytes) in zip(found["sizes"], found["step_s, floor_s, bytes"], strict=True):
             table.add_row(
-                str(size), f"{step * 1e3:.1f}", f"{floor * 1e3:.1f}", f"{step / floor:.2f}", f"{octets / 2**20:.1f}"
+                str(size), f"{step * 1e3:.1f}", f"{floor * 1e3:.1f}", f"{step / floor:.2f}", f"{num_bytes / 2**20:.1f}"
             )
-        step, floor, octets = (f"{name}^{value:.2f}" for value in found["exponents"])
-        table.add_row("grows as", step, floor, "", octets, style="bold")
+        step, floor, num_bytes = (f"{name}^{value:.2f}" for value in found["exponents"])
+        table.add_row("grows as", step, floor, "", num_bytes, style="bold")
         console.print(table)
 
 
@@ -271,8 +271,8 @@ def main() -> None:
         adamw = result["AdamW (fused)"]["step_s"]
         for label, row in result.items():
             step = row["step_s"]
-            worst, octets = f"{row['worst_s'] / step:.1f}", f"{row['state_bytes_per_param']:.1f}"
-            table.add_row(label, f"{step * 1e3:.1f}", f"{step / floor:.2f}", f"{step / adamw:.1f}", worst, octets)
+            worst, num_bytes = f"{row['worst_s'] / step:.1f}", f"{row['state_bytes_per_param']:.1f}"
+            table.add_row(label, f"{step * 1e3:.1f}", f"{step / floor:.2f}", f"{step / adamw:.1f}", worst, num_bytes)
         console.print(table)
     if args.json:
         args.json.write_text(json.dumps(report, indent=1))

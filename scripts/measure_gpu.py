@@ -503,7 +503,7 @@ POLICIES: dict[str, str | None] = {
 
 def time_training(setup: Setup) -> None:
     """Times training steps of GPT-2 124M through the Trainer under each policy, without a wait inside a step."""
-    from hf_soap.engine.verdict import DEFERS
+    from hf_soap.engine.nonfinite import ASYNC_DEVICES
 
     length, micro, accumulation = SIZES["tiny" if setup.rehearse else "full"]
     vocab, period = (512, 2) if setup.rehearse else (50257, 10)
@@ -517,7 +517,7 @@ def time_training(setup: Setup) -> None:
         arguments |= {"optim_args": options} if options else {}
         row: dict[str, Any] = {}
         with outcome(row, "training"):
-            DEFERS.update({setup.device.type} if "deferred" in name else ())
+            ASYNC_DEVICES.update({setup.device.type} if "deferred" in name else ())
             trained = train_once(
                 setup,
                 blocks,
@@ -532,7 +532,7 @@ def time_training(setup: Setup) -> None:
             row = {key: trained[key] for key in ("seconds_per_step", "peak_gib")}
             base = base or row["seconds_per_step"]
             row["over_adamw"] = round(row["seconds_per_step"] / base - 1, 4)
-        DEFERS.clear()
+        ASYNC_DEVICES.clear()
         setup.put(name, row)
         free(setup.device)
 

@@ -32,7 +32,7 @@ PY
 }
 
 # Both environments have the same torch, and nothing in these imports transformers.
-arithmetic=(tests/test_{long_runs,numbers,properties,state_machine,optimizers,optimizer_state,soap_and_mars,parity,linalg,storage,verdict,bad_input,blocks,recut,param_groups}.py)
+arithmetic=(tests/test_{long_runs,numbers,properties,state_machine,optimizers,optimizer_state,soap_and_mars,parity,linalg,storage,nonfinite,bad_input,blocks,reshard,param_groups}.py)
 
 failed=0
 bash scripts/test.sh --slow "$@" 2>&1 | tee "$log" || failed=1

@@ -12,7 +12,7 @@ from sharded import EVEN, network, shard, train, whole
 from sharded_trainer import trainer_for
 
 from hf_soap import MARS, SOAP, Shampoo
-from hf_soap.engine.profiling import Probe
+from hf_soap.engine.profiling import StepProfiler
 from hf_soap.trainer.metrics import diagnostics, measurements, rules_of, slug
 
 
@@ -27,11 +27,11 @@ def ranks_measure_the_whole() -> None:
     for name, make in makers.items():
         model = shard(network())
         optimizer = make(model.parameters())
-        optimizer.probe = Probe()
+        optimizer.profiler = StepProfiler()
         train(model, optimizer, range(5))
         measurements(optimizer)
         before = whole(model)
-        optimizer.probe.due = True
+        optimizer.profiler.due = True
         train(model, optimizer, range(5, 6))
         after = whole(model)
         found = measurements(optimizer)
@@ -53,8 +53,8 @@ def owners_measure_as_one_process() -> None:
     model = network(sizes=EVEN)
     model = shard(model) if dist.get_world_size() > 1 else model
     optimizer = SOAP(model.parameters(), lr=1e-2, precondition_frequency=2, shard_mode="owner")
-    optimizer.probe = Probe()
-    optimizer.probe.due = True
+    optimizer.profiler = StepProfiler()
+    optimizer.profiler.due = True
     train(model, optimizer, range(6))
     found = {key: value for key, value in measurements(optimizer).items() if "refresh" not in key and "_ms" not in key}
     assert diagnostics(optimizer)["optimizer/skipped_steps"] == 0

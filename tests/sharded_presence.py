@@ -18,7 +18,7 @@ from sharded_loading import OPTIMIZERS, UNEVEN, gathered, model_of
 from hf_soap import MARS, SOAP
 from hf_soap.distributed import dtensor
 from hf_soap.engine.optimizer import BlockOptimizer
-from hf_soap.engine.profiling import Probe
+from hf_soap.engine.profiling import StepProfiler
 from hf_soap.trainer import metrics, preflight
 
 MAKERS: dict[str, Callable[..., BlockOptimizer]] = {
@@ -82,10 +82,10 @@ def an_expert_that_one_rank_uses(names: list[str]) -> None:
 
 
 def a_rank_that_has_no_gradients(names: list[str]) -> None:
-    """From the first step on, at no learning rate and then at one, with a probe that all ranks read."""
+    """From the first step on, at no learning rate and then at one, with a profiler that all ranks read."""
     for name in names:
         for what, model, optimizer in optimizers_of(name):
-            optimizer.probe = Probe()
+            optimizer.profiler = StepProfiler()
             for group in optimizer.param_groups:
                 group["lr"] = 0.0
             for step in range(6):

@@ -198,7 +198,7 @@ def costs_are_those_of_the_optimizer() -> None:
                 param.grad = distribute_tensor(grad, mesh, [Shard(0)]) if isinstance(param, DTensor) else grad
             optimizer.step()
             kept = {v.untyped_storage().data_ptr(): v for s in optimizer.state.values() for v in s.values()}
-            octets: list[Any] = [None] * count
-            dist.all_gather_object(octets, sum(v.untyped_storage().nbytes() for v in kept.values()))
-            far = abs(max(octets) - projected.state) / projected.state
-            assert far < 0.03, f"{make.__name__}, {mode}: {octets}, projected {projected.state}"
+            num_bytes: list[Any] = [None] * count
+            dist.all_gather_object(num_bytes, sum(v.untyped_storage().nbytes() for v in kept.values()))
+            far = abs(max(num_bytes) - projected.state) / projected.state
+            assert far < 0.03, f"{make.__name__}, {mode}: {num_bytes}, projected {projected.state}"

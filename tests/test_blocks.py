@@ -239,7 +239,7 @@ def test_norms_are_a_tensors_over_all_of_its_blocks() -> None:
 
 def test_runs_slice_blocks_and_keep_each_tensors_numbers() -> None:
     layout = planned((20, 30), block_size=10)
-    runs = list(context(layout, 1, 2, 3, 4).runs([True, False, True, True]))
+    runs = list(context(layout, 1, 2, 3, 4).subbatches([True, False, True, True]))
     assert [blocks for blocks, _ in runs] == [slice(0, 6), slice(12, 24)]
     assert [part.t for _, part in runs] == [(1,), (3, 4)]
     assert [part.index for _, part in runs] == [(10,), (12, 13)]

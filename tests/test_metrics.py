@@ -19,11 +19,11 @@ from transformers import Trainer
 
 from hf_soap import MARS, SOAP, Shampoo, SoapMetricsCallback, SoapTrainer
 from hf_soap.engine.optimizer import BlockOptimizer
-from hf_soap.engine.profiling import Probe, RuleGauge, Stopwatch
+from hf_soap.engine.profiling import RecordingMetrics, StepProfiler, Stopwatch
 from hf_soap.linalg import eigenbases
 from hf_soap.rules.context import StepContext
 from hf_soap.rules.layout import Layout
-from hf_soap.rules.soap import Soap
+from hf_soap.rules.soap import SoapRule
 from hf_soap.rules.storage import decoded
 from hf_soap.trainer.metrics import diagnostics, measurements, rules_of, slug
 
@@ -51,10 +51,10 @@ OPTIMIZERS: dict[str, Make] = {
 }
 
 
-def probed(make: Make, params: Any) -> tuple[BlockOptimizer, Probe]:
+def probed(make: Make, params: Any) -> tuple[BlockOptimizer, StepProfiler]:
     optimizer = make(params)
-    optimizer.probe = Probe()
-    return optimizer, optimizer.probe
+    optimizer.profiler = StepProfiler()
+    return optimizer, optimizer.profiler
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -67,11 +67,11 @@ def probed(make: Make, params: Any) -> tuple[BlockOptimizer, Probe]:
 def test_updates_are_the_change_of_the_weights(name: str, dtype: torch.dtype) -> None:
     """Of each rule, whichever kernels take its step, with weight decay and what bf16 rounds away."""
     params = parameters(dtype=dtype)
-    optimizer, probe = probed(OPTIMIZERS[name], params)
+    optimizer, profiler = probed(OPTIMIZERS[name], params)
     train(optimizer, params, range(4))
     measurements(optimizer)
     before = [param.detach().clone().double() for param in params]
-    probe.due = True
+    profiler.due = True
     train(optimizer, params, range(4, 5))
     found = measurements(optimizer)
     rules = rules_of(optimizer)
@@ -108,8 +108,8 @@ def test_the_off_diagonal_share_is_that_of_the_factors(name: str) -> None:
     assert diagnostics(optimizer)["optimizer/factor_off_diagonal"] == found["optimizer/factor_off_diagonal"]
 
 
-def gauge() -> RuleGauge:
-    return RuleGauge(Probe())
+def recording() -> RecordingMetrics:
+    return RecordingMetrics(StepProfiler())
 
 
 @pytest.mark.parametrize("degrees", [0.1, 5.0, 40.0])
@@ -118,7 +118,7 @@ def test_a_known_rotation_has_its_angle(degrees: float) -> None:
     angle = math.radians(degrees)
     factor = torch.tensor([[[3.0, 3.0 * math.tan(angle)], [3.0 * math.tan(angle), 5.0]]], dtype=torch.float64)
     rotation, refreshed = eigenbases.refresh(factor)
-    one = gauge()
+    one = recording()
     one.rotated(rotation, refreshed.abs())
     sums = one.take()
     assert math.degrees(sums["rotation"]) == pytest.approx(degrees, rel=1e-6)
@@ -129,7 +129,7 @@ def test_neither_signs_nor_the_null_space_count_as_rotation() -> None:
     torch.manual_seed(0)
     turned = torch.linalg.qr(torch.randn(2, 2, dtype=torch.float64)).Q
     rotation = torch.block_diag(torch.diag(torch.tensor([-1.0, 1.0, -1.0], dtype=torch.float64)), turned)
-    one = gauge()
+    one = recording()
     one.rotated(rotation[None], torch.diag(torch.tensor([5.0, 3.0, 1.0, 0.0, 0.0], dtype=torch.float64))[None])
     assert one.take()["rotation"] == 0
 
@@ -141,9 +141,9 @@ def test_vectors_that_change_places_have_not_turned() -> None:
         "exp_avg": torch.ones(1, 3, 2, dtype=torch.float64),
         "exp_avg_sq": torch.ones(1, 3, 2, dtype=torch.float64),
     }
-    rule = Soap(beta1=0.9, beta2=0.9, shampoo_beta=0.9, eps=1e-8, precondition_frequency=1)
-    one = gauge()
-    rule._refresh(state, StepContext(Layout((3, 2), (1, 1), (3, 2), (0,)), (1,), (0,), gauge=one))
+    rule = SoapRule(beta1=0.9, beta2=0.9, shampoo_beta=0.9, eps=1e-8, precondition_frequency=1)
+    one = recording()
+    rule._refresh(state, StepContext(Layout((3, 2), (1, 1), (3, 2), (0,)), (1,), (0,), metrics=one))
     assert state["factor_0"][0].diagonal().tolist() == [5.0, 3.0, 1.0]
     sums = one.take()
     assert (sums["rotation"], sums["rotations"]) == (0.0, 1.0)
@@ -188,16 +188,16 @@ def test_the_change_of_roots() -> None:
 
 
 def spy(monkeypatch: pytest.MonkeyPatch, *names: str) -> list[str]:
-    """Notes the calls of the gauge's methods."""
+    """Notes the calls of the metrics' methods."""
     calls: list[str] = []
     for name in names:
-        original = getattr(RuleGauge, name)
+        original = getattr(RecordingMetrics, name)
 
         def noted(self: Any, *args: Any, _name: str = name, _original: Any = original) -> Any:
             calls.append(_name)
             return _original(self, *args)
 
-        monkeypatch.setattr(RuleGauge, name, noted)
+        monkeypatch.setattr(RecordingMetrics, name, noted)
     return calls
 
 
@@ -208,11 +208,11 @@ def test_nothing_is_measured_in_steps_that_nobody_asked_for(name: str, monkeypat
     optimizer = OPTIMIZERS[name](params)
     train(optimizer, params, range(7))
     assert calls == []
-    optimizer.probe = Probe()
+    optimizer.profiler = StepProfiler()
     train(optimizer, params, range(7, 13))
     assert "_watch" not in calls
     assert not any("update" in key for key in measurements(optimizer))
-    optimizer.probe.due = True
+    optimizer.profiler.due = True
     train(optimizer, params, range(13, 14))
     assert "_watch" in calls
 
@@ -225,8 +225,8 @@ def test_measuring_changes_no_bit(name: str) -> None:
         optimizer = OPTIMIZERS[name](params)
         for step in range(8):
             if measure:
-                optimizer.probe = optimizer.probe or Probe()
-                optimizer.probe.due = step % 2 == 0
+                optimizer.profiler = optimizer.profiler or StepProfiler()
+                optimizer.profiler.due = step % 2 == 0
             train(optimizer, params, [step])
             if measure and step % 3 == 0:
                 measurements(optimizer)
@@ -238,8 +238,8 @@ def test_measuring_changes_no_bit(name: str) -> None:
 
 def test_a_reading_starts_anew() -> None:
     params = parameters()
-    optimizer, probe = probed(OPTIMIZERS["soap"], params)
-    probe.due = True
+    optimizer, profiler = probed(OPTIMIZERS["soap"], params)
+    profiler.due = True
     train(optimizer, params, range(4))
     first = measurements(optimizer)
     assert {"optimizer/step_ms", "optimizer/rotation_degrees/soap_2_sides"} <= first.keys()
@@ -255,10 +255,10 @@ def test_a_reading_starts_anew() -> None:
 
 def test_a_skipped_step_measures_no_update() -> None:
     params = parameters()
-    optimizer, probe = probed(OPTIMIZERS["soap"], params)
+    optimizer, profiler = probed(OPTIMIZERS["soap"], params)
     train(optimizer, params, range(3))
     measurements(optimizer)
-    probe.due = True
+    profiler.due = True
     for param in params:
         param.grad = torch.full_like(param, torch.nan)
     optimizer.step()
@@ -270,24 +270,26 @@ def test_a_skipped_step_measures_no_update() -> None:
 
 def test_the_probe_is_not_saved_and_stays_over_a_load() -> None:
     params = parameters()
-    optimizer, probe = probed(OPTIMIZERS["soap"], params)
+    optimizer, profiler = probed(OPTIMIZERS["soap"], params)
     train(optimizer, params, range(3))
-    assert copy.deepcopy(optimizer).probe is None
+    assert copy.deepcopy(optimizer).profiler is None
     optimizer.load_state_dict(optimizer.state_dict())
-    assert optimizer.probe is probe
+    assert optimizer.profiler is profiler
     train(optimizer, params, range(3, 4))
     assert measurements(optimizer)["optimizer/step_ms"] > 0
 
 
 def test_an_optimizer_without_a_probe_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"got an optimizer without a probe.*set optimizer\.probe = Probe\(\)"):
+    with pytest.raises(
+        ValueError, match=r"got an optimizer without a profiler.*set optimizer\.profiler = StepProfiler\(\)"
+    ):
         measurements(SOAP(parameters()))
 
 
 def test_weights_of_zero_have_no_ratio() -> None:
     params = [nn.Parameter(torch.zeros(4, 4))]
-    optimizer, probe = probed(lambda p: MARS(p, lr=1e-2), params)
-    probe.due = True
+    optimizer, profiler = probed(lambda p: MARS(p, lr=1e-2), params)
+    profiler.due = True
     train(optimizer, params, range(1))
     found = measurements(optimizer)
     assert found["optimizer/update_rms/mars_adamw"] > 0
@@ -304,8 +306,8 @@ def test_events_of_a_device_are_read_later() -> None:
     assert watch.take() > 0
     assert watch.take() == 0
     params = [nn.Parameter(param.detach().to(device)) for param in parameters()]
-    optimizer, probe = probed(OPTIMIZERS["soap"], params)
-    probe.due = True
+    optimizer, profiler = probed(OPTIMIZERS["soap"], params)
+    profiler.due = True
     for _ in range(4):
         for param in params:
             param.grad = torch.randn_like(param)

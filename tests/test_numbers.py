@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from hf_soap import MARS, SOAP, Shampoo
-from hf_soap.engine.verdict import DEFERS
+from hf_soap.engine.nonfinite import ASYNC_DEVICES
 from hf_soap.trainer.metrics import diagnostics
 
 
@@ -23,9 +23,9 @@ from hf_soap.trainer.metrics import diagnostics
 def deferring(request: pytest.FixtureRequest) -> Iterator[bool]:
     """Whether the host hears of bad gradients at the next step only, as on a GPU."""
     if request.param:
-        DEFERS.add("cpu")
+        ASYNC_DEVICES.add("cpu")
     yield request.param
-    DEFERS.discard("cpu")
+    ASYNC_DEVICES.discard("cpu")
 
 
 def bad_step(optimizer: Any, params: list[Parameter], spoil: Callable[[Tensor], Any]) -> None:
@@ -363,13 +363,13 @@ def test_failures_are_counted_where_the_host_does_not_wait(
 ) -> None:
     params, optimizer = trained(TABLE["soap"], steps=4)
     failing(monkeypatch, "gives NaN", every)
-    DEFERS.add("cpu")
+    ASYNC_DEVICES.add("cpu")
     try:
         train(optimizer, params, range(4, 8))
         assert not caplog.messages
         assert optimizer.failed_refreshes > 0
     finally:
-        DEFERS.discard("cpu")
+        ASYNC_DEVICES.discard("cpu")
     assert "decompositions of factors have failed" in caplog.text
     assert all(param.isfinite().all() for param in params)
 

@@ -24,9 +24,9 @@ from hf_soap.distributed.dtensor import Shard
 from hf_soap.optimizers.names import ENTRIES
 from hf_soap.rules.base import Rule
 from hf_soap.rules.context import StepContext
-from hf_soap.rules.elementwise import AdamW
+from hf_soap.rules.elementwise import AdamWRule
 from hf_soap.rules.layout import Layout, plan_layout
-from hf_soap.rules.soap import Soap
+from hf_soap.rules.soap import SoapRule
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Shapes and memory
@@ -178,7 +178,7 @@ def again(
         wanted = rule.allocate(layout, 1, dtype=torch.float64, device=torch.device("meta"))
         made.append(
             reshard.Piece(
-                shard, layout, reshard.recut(pieces, rule, layout, shard, {**wanted, "step": torch.zeros(())})
+                shard, layout, reshard.reshard(pieces, rule, layout, shard, {**wanted, "step": torch.zeros(())})
             )
         )
     return made
@@ -197,9 +197,9 @@ def test_parts_of_any_number_become_parts_of_any_other(
 ) -> None:
     """There and back: momentum exactly, factors as symmetric as they were and with bases that are orthonormal."""
     if factored:
-        rule: Rule = Soap(beta1=0.9, beta2=0.9, shampoo_beta=0.9, eps=1e-8, precondition_frequency=2)
+        rule: Rule = SoapRule(beta1=0.9, beta2=0.9, shampoo_beta=0.9, eps=1e-8, precondition_frequency=2)
     else:
-        rule, options = AdamW(beta1=0.9, beta2=0.9, eps=1e-8), [{"max_precond_dim": 0}] * 2
+        rule, options = AdamWRule(beta1=0.9, beta2=0.9, eps=1e-8), [{"max_precond_dim": 0}] * 2
     grads = [noise(shape, seed + i) for i in range(3)]
     first = [piece(rule, shard, cut_alike(shard, **options[0]), grads) for shard in parts_of(shape, counts[0])]
     other = again(first, rule, parts_of(shape, counts[1]), options[1])

@@ -12,7 +12,7 @@ from torch.nn import Parameter
 
 from hf_soap import MARS, SOAP
 from hf_soap.engine.failures import Failures
-from hf_soap.engine.verdict import DEFERS
+from hf_soap.engine.nonfinite import ASYNC_DEVICES
 from hf_soap.rules.context import StepContext
 
 FREQUENCY = 4
@@ -32,7 +32,7 @@ OVERLAPPING = {
 @pytest.mark.parametrize("late", [False, True], ids=["host", "late verdict"])
 def test_a_refresh_behind_the_step_is_the_same_refresh(make: Callable[..., Any], late: bool) -> None:
     if late:
-        DEFERS.add("cpu")
+        ASYNC_DEVICES.add("cpu")
     try:
         runs = []
         for overlap in (False, True):
@@ -46,7 +46,7 @@ def test_a_refresh_behind_the_step_is_the_same_refresh(make: Callable[..., Any],
                 optimizer.step()
             runs.append(snapshot(optimizer, params))
     finally:
-        DEFERS.discard("cpu")
+        ASYNC_DEVICES.discard("cpu")
     for own in (saved for _, saved in runs):
         del own["param_groups"]
     assert_same(*runs)
@@ -87,7 +87,7 @@ def test_a_step_that_did_not_count_takes_nothing_from_tensors_that_start_anew(
     params = parameters(FULL_RANK)
     optimizer = SOAP(params, precondition_frequency=1, overlap_refresh=True)
     train(optimizer, params, range(3))
-    DEFERS.add("cpu")
+    ASYNC_DEVICES.add("cpu")
     try:
         params[0].grad[0, 0] = torch.nan  # type: ignore[index]
         with monkeypatch.context() as patch:
@@ -96,7 +96,7 @@ def test_a_step_that_did_not_count_takes_nothing_from_tensors_that_start_anew(
                 optimizer.step()
         train(optimizer, params, range(3, 6))
     finally:
-        DEFERS.discard("cpu")
+        ASYNC_DEVICES.discard("cpu")
     assert all(optimizer.state[param]["step"] >= 3 for param in params)
     assert all(param.isfinite().all() for param in params)
 
@@ -106,7 +106,7 @@ def test_no_step_waits_for_a_device_that_defers(options: dict[str, Any]) -> None
     params = parameters(FULL_RANK)
     optimizer = soap(params, **options)
     train(optimizer, params, range(2))
-    DEFERS.add("cpu")
+    ASYNC_DEVICES.add("cpu")
     try:
         for step in range(2, 10):
             for place, param in enumerate(params):
@@ -115,7 +115,7 @@ def test_no_step_waits_for_a_device_that_defers(options: dict[str, Any]) -> None
             with HostWaits():
                 optimizer.step()
     finally:
-        DEFERS.discard("cpu")
+        ASYNC_DEVICES.discard("cpu")
     assert optimizer.skipped_steps == 0
 
 
@@ -136,7 +136,7 @@ def test_a_rule_neither_reads_from_its_device_nor_mixes_it_with_the_host(
 ) -> None:
     """Tensors without numbers play a GPU's: what would wait for one, or mix it with the host's, raises."""
     monkeypatch.setattr("hf_soap.linalg.eigenbases._solves_by_products", lambda factor: by_products)
-    monkeypatch.setattr("hf_soap.engine.failures.DEFERS", {"meta"})
+    monkeypatch.setattr("hf_soap.engine.failures.ASYNC_DEVICES", {"meta"})
     optimizer, device = make(params := parameters(FULL_RANK)), torch.device("meta")
     group = optimizer.param_groups[0]
     for plan in {optimizer.plan_of(group, param) for param in params}:

@@ -196,10 +196,10 @@ def test_bytes_of_a_gpt() -> None:
     params = [torch.nn.Parameter(torch.empty(shape, device="meta")) for shape in shapes]
     numel = sum(p.numel() for p in params)
 
-    def octets(**options: Any) -> float:
+    def num_bytes(**options: Any) -> float:
         return SOAP(params, **options).state_bytes() / numel
 
-    assert octets() == pytest.approx(38.7, abs=0.1)
-    assert octets(pack_factors=True) == pytest.approx(31.1, abs=0.2)
-    assert octets(state_dtype="bfloat16", pack_factors=True) <= 16
-    assert octets(one_sided=True, factorized=True) < 8
+    assert num_bytes() == pytest.approx(38.7, abs=0.1)
+    assert num_bytes(pack_factors=True) == pytest.approx(31.1, abs=0.2)
+    assert num_bytes(state_dtype="bfloat16", pack_factors=True) <= 16
+    assert num_bytes(one_sided=True, factorized=True) < 8

@@ -59,7 +59,7 @@ def understand(described: Tensor, state: Mapping[str, Tensor]) -> Piece:
     return Piece(Shard(whole, offset, size, largest), Layout(view, grid, block, sides), dict(state))
 
 
-def recut(
+def reshard(
     pieces: Sequence[Piece], rule: Rule, layout: Layout, shard: Shard, wanted: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """Makes the state of one part of a tensor from the state of other parts that cover it.

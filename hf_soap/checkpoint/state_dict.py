@@ -54,7 +54,7 @@ class StatePlan(Protocol):
         """Whether all state has the tensor's own shape and coordinates, so that it can be cut anew."""
 
     @property
-    def kept(self) -> Storage:
+    def state_format(self) -> Storage:
         """How the state is kept between steps."""
 
     def computed(self, tensors: int, *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
@@ -401,11 +401,11 @@ def _restored(job: Saved, state: dict[str, Tensor] | None, *, ours: bool) -> tup
         pieces = [replace(piece, state=decoded(piece.state, torch.float32)) for piece in _pieces(job)]
         computed = plan.computed(1, dtype=torch.float32, device=torch.device("meta"))
         with float32_products(plan.layout.block, torch.device("cpu"), sides=plan.layout.sides):
-            state = reshard.recut(pieces, plan.rule, plan.layout, shard, {**computed, "step": wanted["step"]})
+            state = reshard.reshard(pieces, plan.rule, plan.layout, shard, {**computed, "step": wanted["step"]})
     part = dtensor.local(param)
     if not shard.numel and (job.cut or not param.numel()):
         return {} if step is None else {"step": step.to("cpu", COUNT)}, estimated
-    state = plan.kept.converted(state, wanted)
+    state = plan.state_format.converted(state, wanted)
     check_state(state, wanted, job.member.name, tuple(param.shape))
     return {role: value.to("cpu" if role == "step" else part.device) for role, value in state.items()}, estimated
 

@@ -206,5 +206,5 @@ def _suggestions(report: Report) -> Table | str:
     return table
 
 
-def _size(octets: float) -> str:
-    return f"{octets / GIB:,.2f} GiB" if abs(octets) >= GIB / 10 else f"{octets / 2**20:,.2f} MiB"
+def _size(num_bytes: float) -> str:
+    return f"{num_bytes / GIB:,.2f} GiB" if abs(num_bytes) >= GIB / 10 else f"{num_bytes / 2**20:,.2f} MiB"

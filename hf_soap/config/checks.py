@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_soap.config import configs, options
 
 CONFIGS = (configs.SoapConfig, configs.ShampooConfig, configs.MarsSoapConfig)
-OTHERS = {name for config in CONFIGS for name in options.option_fields(config)} | options.ELSEWHERE.keys()
+FAMILY_OPTIONS = {name for config in CONFIGS for name in options.option_fields(config)} | options.ELSEWHERE.keys()
 """Options of any optimizer of the family."""
 
 CHANGING = ("amsgrad", "nesterov")
@@ -43,7 +43,7 @@ def check_group_keys(group: Mapping[str, Any], settings: Collection[str]) -> Non
         misspelt = difflib.get_close_matches(key, settings, n=1, cutoff=0.92 if derived or first else 0.8)
         shortened = not word and any(name.startswith(key) for name in settings)
         swapped = any(sorted(key) == sorted(name) for name in settings)
-        if misspelt or shortened or swapped or (key in OTHERS and not word) or (key in CHANGING and value):
+        if misspelt or shortened or swapped or (key in FAMILY_OPTIONS and not word) or (key in CHANGING and value):
             remedy = {"beta1": "write betas", "beta2": "write betas", "learning_rate": "write lr"}.get(key, "")
             raise ValueError(
                 f"got {options.shown(key)} in a param group, wanted a setting that a group may have: "

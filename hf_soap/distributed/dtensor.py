@@ -288,7 +288,7 @@ def _wrap(value: Tensor, param: DTensor, placements: Sequence[Placement], shape:
     return wrapped
 
 
-class Team:
+class ReplicaGroup:
     """Ranks that hold equal state, as under DDP, and split decompositions among them."""
 
     def share(

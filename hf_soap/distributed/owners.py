@@ -238,13 +238,13 @@ class _Reader:
 
 def _rounds(params: Iterable[Tensor], ranks: int) -> Iterator[list[Tensor]]:
     current: list[Tensor] = []
-    octets = 0
+    num_bytes = 0
     for param in params:
         current.append(param)
-        octets += param.numel() * 4 * (1 if is_sharded(param) else ranks)  # whole directions go to every rank
-        if octets >= ROUND_BYTES:
+        num_bytes += param.numel() * 4 * (1 if is_sharded(param) else ranks)  # whole directions go to every rank
+        if num_bytes >= ROUND_BYTES:
             yield current
-            current, octets = [], 0
+            current, num_bytes = [], 0
     if current:
         yield current
 

@@ -72,7 +72,7 @@ class Bucket:
         self.stacks = plan.allocate(len(members), dtype=dtype, device=device)
         self.steps = torch.zeros(len(members), dtype=COUNT, device="cpu")
         self._bytes_of_step = max(1, temporary_bytes(plan, dtype))
-        fuses = plan.rule.fuses and plan.kept.plain and not plan.decay_last
+        fuses = plan.rule.fuses and plan.state_format.is_identity and not plan.decay_last
         parts = self.weights(0, len(members)) if fuses else []
         self.fuses = bool(parts) and all(
             part.shape == plan.layout.block and part.dtype == dtype and part.is_contiguous() for part in parts
@@ -90,7 +90,7 @@ class Bucket:
         """Copies the family's state of a parameter into its views; what else is there stays as it is."""
         own = {role: value for role, value in known.items() if is_own(role)}
         if own.keys() - {"step"} or own.get("step", 0) > 0:
-            own = self.plan.kept.converted(own, views)
+            own = self.plan.state_format.converted(own, views)
             check_state(own, views, member.name, tuple(member.param.shape))
         for role, view in views.items():
             if role in own:
@@ -108,7 +108,7 @@ class Bucket:
 
     def takes(self, plan: Plan) -> bool:
         """Whether the bucket as it is, state and all, would be built for another plan too."""
-        old, same = self.plan, ("layout", "kept", "decay_last")
+        old, same = self.plan, ("layout", "state_format", "decay_last")
         if any(getattr(old, name) != getattr(plan, name) for name in same):
             return False
         wanted = plan.allocate(len(self.params), dtype=self.dtype, device=torch.device("meta"))
@@ -133,20 +133,20 @@ class Bucket:
     @contextmanager
     def working(self, first: int, last: int, context: StepContext) -> Iterator[dict[str, Tensor]]:
         """State of the tensors first..last-1 to compute with, which is put back as it is kept on leaving."""
-        kept, storage = self.rows(first, last), self.plan.kept
-        if storage.plain and context.usable is None:
+        kept, storage = self.rows(first, last), self.plan.state_format
+        if storage.is_identity and context.grads_finite is None:
             yield kept
             return
-        before = {role: value.clone() for role, value in kept.items()} if context.usable is not None else {}
+        before = {role: value.clone() for role, value in kept.items()} if context.grads_finite is not None else {}
         state = storage.decode(kept, self.dtype)
         versions = {role: value._version for role, value in state.items()}
         yield state
         changed = {role: value for role, value in state.items() if value._version != versions[role]}
-        if not storage.plain:
+        if not storage.is_identity:
             storage.encode_(kept, changed, step_keys(context.t, context.index))
         for role, value in before.items():
             if role in changed:
-                kept[role].copy_(torch.where(context.usable, kept[role], value))  # type: ignore[arg-type]
+                kept[role].copy_(torch.where(context.grads_finite, kept[role], value))  # type: ignore[arg-type]
 
     def exact_arithmetic(self) -> ExitStack:
         """Keeps what the program has set for its model's arithmetic away from the step."""
@@ -213,7 +213,7 @@ class Bucket:
 def temporary_bytes(plan: Plan, dtype: torch.dtype) -> int:
     """Estimates what the step of one tensor needs beside its state, for as long as it takes."""
     needs = plan.layout.blocks * dtype.itemsize * plan.rule.workspace(plan.layout)
-    if not plan.kept.plain:
+    if not plan.state_format.is_identity:
         computed = plan.computed(1, dtype=dtype, device=torch.device("meta"))
         needs += sum(value.numel() * value.element_size() for value in computed.values())
     return needs

@@ -7,7 +7,6 @@ import logging
 import torch
 from torch import Tensor
 
-from hf_soap.engine.verdict import DEFERS
 
 logger = logging.getLogger(__name__)
 
@@ -23,16 +22,16 @@ class Failures:
         self._logged = 0
         self._waiting: dict[torch.device, Tensor] = {}
 
-    def note(self, sound: Tensor) -> None:
+    def note(self, finite: Tensor) -> None:
         """Takes note of a batch of decompositions.
 
         Args:
-            sound: Whether each came out finite, (blocks,), bool.
+            finite: Whether each came out finite, (blocks,), bool.
         """
-        failed = (~sound).sum()
-        if sound.device.type != "cpu":
+        failed = (~finite).sum()
+        if finite.device.type != "cpu":
             # In place: on another stream, the old sum would be free for others before it was read.
-            self._waiting.setdefault(sound.device, torch.zeros_like(failed)).add_(failed)
+            self._waiting.setdefault(finite.device, torch.zeros_like(failed)).add_(failed)
         elif number := int(failed):
             self.add(number, "what came out is not finite")
 

@@ -18,8 +18,8 @@ from hf_soap.engine.buckets import Bucket, BucketCache, Kind, state_dtype, warn_
 from hf_soap.engine.plan import Plan
 from hf_soap.engine.refresh import Updated
 from hf_soap.engine.state import PlannedOptimizer
-from hf_soap.engine.step import apply_, directions_of, stack_gradients, stages, step_tensors
-from hf_soap.rules.context import IDLE, Gauge, StepContext, adjacent
+from hf_soap.engine.step import apply_, directions_of, split_by_first_grad, stack_gradients, step_tensors
+from hf_soap.rules.context import NO_METRICS, RuleMetrics, StepContext, adjacent
 from hf_soap.rules.storage import COUNT, LAYOUT, is_own
 
 
@@ -63,15 +63,15 @@ class BlockOptimizer(PlannedOptimizer):
             with torch.enable_grad():
                 loss = closure()
         self._settle()
-        self._guard.refuse_to_skip_for_ever(self.param_groups)  # the finite check of the step before
+        self._guard.raise_after_too_many(self.param_groups)  # the finite check of the step before
         device = next((param.device for group in self.param_groups for param in group["params"]), torch.device("cpu"))
-        with nullcontext() if self.probe is None else self.probe.stepping(device):
+        with nullcontext() if self.profiler is None else self.profiler.stepping(device):
             if self._gradients_usable():
                 self._consolidated = None
                 self._refreshes.start()
                 self._step_all(allocate_only=self._is_synthetic())
                 self._refreshes.finish()
-        self._guard.refuse_to_skip_for_ever(self.param_groups)
+        self._guard.raise_after_too_many(self.param_groups)
         return loss
 
     def _gradients_usable(self) -> bool:
@@ -204,17 +204,17 @@ class BlockOptimizer(PlannedOptimizer):
         """Steps the members of a bucket that have a gradient; with ``outcomes`` only says where they should go."""
         plan = bucket.plan
         steps = [int(count) for count in bucket.steps.tolist()]
-        fresh, ready = stages(bucket, grads, steps)
+        fresh, ready = split_by_first_grad(bucket, grads, steps)
         of_group = {number: self.rates(self.param_groups[number], plan) for number in dict.fromkeys(bucket.groups)}
         rates = [of_group[number] for number in bucket.groups]
-        gauge = self._gauge(plan)
-        size = bucket.tensors_per_chunk(watched=gauge.watches)
+        metrics = self._metrics_of(plan)
+        size = bucket.tensors_per_chunk(watched=metrics.watches)
         alike = outcomes is None and not dtensor.is_sharded(bucket.params[0])
         device = bucket.params[0].device
-        usable = (
-            None if self._guard.usable is None else self._guard.usable.to(device, non_blocking=device.type != "cpu")
-        )
-        team = dtensor.Team() if plan.splits_refreshes and alike and dtensor.ranks() > 1 else None
+        grads_finite = self._guard.grads_finite
+        if grads_finite is not None:
+            grads_finite = grads_finite.to(device, non_blocking=device.type != "cpu")
+        replicas = dtensor.ReplicaGroup() if plan.splits_refreshes and alike and dtensor.ranks() > 1 else None
         with bucket.exact_arithmetic(), bucket.stepping() as under_way:
             for seeding, flags in ((True, fresh), (False, ready)):
                 for first, last in adjacent(flags, size):
@@ -226,9 +226,9 @@ class BlockOptimizer(PlannedOptimizer):
                         t=t,
                         index=tuple(bucket.index[first:last]),
                         background=self._background,
-                        team=team,
-                        usable=usable,
-                        gauge=gauge,
+                        replicas=replicas,
+                        grads_finite=grads_finite,
+                        metrics=metrics,
                         failures=self._failures,
                         later=plan.refreshes_later,
                     )
@@ -252,8 +252,8 @@ class BlockOptimizer(PlannedOptimizer):
                         self._refreshes.note(Updated(bucket, first, last, context))
                     under_way[:] = 0, 0
 
-    def _gauge(self, plan: Plan) -> Gauge:
-        return IDLE if self.probe is None else self.probe.of(plan.rule.describe(plan.layout))
+    def _metrics_of(self, plan: Plan) -> RuleMetrics:
+        return NO_METRICS if self.profiler is None else self.profiler.of(plan.rule.describe(plan.layout))
 
     def _step_owned(self, owners: Ownership, *, allocate_only: bool) -> None:
         """Steps the parameters that have owners, round by round, with the next round's gradients under way."""
@@ -294,5 +294,5 @@ class BlockOptimizer(PlannedOptimizer):
         for (number, plan), pairs in alike.items():
             weights, directions = ([pair[i] for pair in pairs] for i in (0, 1))
             rates = [self.rates(self.param_groups[number], plan)] * len(pairs)
-            with self._gauge(plan).watching(weights):
+            with self._metrics_of(plan).watching(weights):
                 apply_(weights, directions, rates, decay_last=plan.decay_last)

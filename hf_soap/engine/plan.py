@@ -42,7 +42,7 @@ class Plan:
     @cached_property
     def refreshes_later(self) -> bool:
         """Whether refreshes come after the step: not where that would round state once more."""
-        return self.overlaps and self.kept.plain and bool(self.layout.sides) and self.rule.refreshes_last
+        return self.overlaps and self.state_format.is_identity and bool(self.layout.sides) and self.rule.refreshes_last
 
     @property
     def entrywise(self) -> bool:
@@ -50,7 +50,7 @@ class Plan:
         return self.rule.entrywise(self.layout)
 
     @cached_property
-    def kept(self) -> Storage:
+    def state_format(self) -> Storage:
         """How state is kept: what can be cut anew has no scales for its blocks, and no matrices to be packed."""
         if not self.entrywise:
             return self.storage
@@ -58,8 +58,9 @@ class Plan:
 
     def allocate(self, tensors: int, *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """Returns fresh state by role for a number of tensors, (tensors * blocks, ...) each, as it is kept."""
-        state = self.computed(tensors, dtype=dtype, device=device if self.kept.plain else torch.device("meta"))
-        return state if self.kept.plain else self.kept.allocate(state, device)
+        if self.state_format.is_identity:
+            return self.computed(tensors, dtype=dtype, device=device)
+        return self.state_format.allocate(self.computed(tensors, dtype=dtype, device=torch.device("meta")), device)
 
     def computed(self, tensors: int, *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """As :meth:`allocate`, as the rule computes with it."""

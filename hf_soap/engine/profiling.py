@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor
 
-from hf_soap.rules.context import Gauge
+from hf_soap.rules.context import RuleMetrics
 
 Sums = dict[str, float]
 
@@ -51,15 +51,15 @@ class Stopwatch:
             self._seconds += begin.elapsed_time(end) / 1e3
 
 
-class RuleGauge(Gauge):
+class RecordingMetrics(RuleMetrics):
     """Sums since the last reading. They stay on their device, so that no step waits for it.
 
     Args:
-        probe: Knows which steps are due.
+        profiler: Knows which steps are due.
     """
 
-    def __init__(self, probe: Probe) -> None:
-        self._probe = probe
+    def __init__(self, profiler: StepProfiler) -> None:
+        self._profiler = profiler
         self._refreshes = Stopwatch()
         self._counts: Sums = {}
         self._sums: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
@@ -67,7 +67,7 @@ class RuleGauge(Gauge):
     @property
     def watches(self) -> bool:
         """Whether this step is due."""
-        return self._probe.due
+        return self._profiler.due
 
     def watching(self, weights: Sequence[Tensor]) -> AbstractContextManager[None]:
         """Measures how far the block moves weights, in the steps that are due."""
@@ -136,7 +136,7 @@ def _square_sum(norms: Sequence[Tensor]) -> Tensor:
     return norms[0].square() if len(norms) == 1 else torch.stack(list(norms)).square().sum()
 
 
-class Probe:
+class StepProfiler:
     """Measures the optimizer that has it: refreshes in all steps, the change of the weights in those that are due.
 
     Attributes:
@@ -147,13 +147,13 @@ class Probe:
         self.due = False
         self._step = Stopwatch()
         self._steps = 0
-        self._gauges: dict[str, RuleGauge] = {}
+        self._metrics: dict[str, RecordingMetrics] = {}
 
-    def of(self, rule: str) -> Gauge:
-        """Returns the gauge of a rule."""
-        if rule not in self._gauges:
-            self._gauges[rule] = RuleGauge(self)
-        return self._gauges[rule]
+    def of(self, rule: str) -> RuleMetrics:
+        """Returns what is recorded of a rule."""
+        if rule not in self._metrics:
+            self._metrics[rule] = RecordingMetrics(self)
+        return self._metrics[rule]
 
     def stepping(self, device: torch.device) -> AbstractContextManager[None]:
         """Times a step."""
@@ -162,6 +162,6 @@ class Probe:
 
     def take(self) -> tuple[Sums, dict[str, Sums]]:
         """Returns number and seconds of the steps since the last call, and the sums of each rule."""
-        rules = {rule: gauge.take() for rule, gauge in self._gauges.items()}
+        rules = {rule: metrics.take() for rule, metrics in self._metrics.items()}
         steps, self._steps = self._steps, 0
         return {"steps": steps, "step": self._step.take()}, rules

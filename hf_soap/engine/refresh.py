@@ -80,5 +80,5 @@ class Refreshes:
         stream.wait_stream(current)
         for stack in bucket.stacks.values():
             stack.record_stream(stream)  # whoever drops the optimizer now must not get their memory yet
-        self._under_way.append((updated, current))  # and so the verdict that it reads stays, too
+        self._under_way.append((updated, current))  # and so the finite check that it reads stays, too
         return torch.cuda.stream(stream)

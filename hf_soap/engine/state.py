@@ -22,9 +22,9 @@ from hf_soap.distributed.owners import Ownership
 from hf_soap.engine.background import Background
 from hf_soap.engine.buckets import BucketCache, state_dtype
 from hf_soap.engine.failures import Failures
-from hf_soap.engine.nonfinite import Guard
+from hf_soap.engine.nonfinite import NonfiniteGuard
 from hf_soap.engine.plan import Plan
-from hf_soap.engine.profiling import Probe
+from hf_soap.engine.profiling import StepProfiler
 from hf_soap.engine.refresh import Refreshes
 from hf_soap.linalg.elementwise import Rate
 from hf_soap.rules.layout import uncut
@@ -40,7 +40,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
     gradient, so that parameters may be moved, replaced or sharded after construction.
 
     Attributes:
-        probe: Measures the steps; None measures nothing. It is not copied or saved.
+        profiler: Measures the steps; None measures nothing. It is not copied or saved.
     """
 
     config: type[options.OptimizerConfig]
@@ -50,7 +50,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
     def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
         self._registered = Registered()
         self._owner_of: dict[Tensor, int] = {}
-        self.probe: Probe | None = None
+        self.profiler: StepProfiler | None = None
         self._reset_cache()
         super().__init__(params, defaults)
 
@@ -62,7 +62,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
         self._owners: Ownership | None = None
         self._owners_roster: Roster | None = None
         self._consolidated: dict[str, Any] | None = None
-        self._guard = Guard()
+        self._guard = NonfiniteGuard()
         self._refreshes = Refreshes()
 
     @property
@@ -80,7 +80,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
     def _settle(self) -> None:
         """Resolves the finite check of the last step where a device has kept it, and waits for refreshes."""
         self._refreshes.join()
-        self._guard.settle()
+        self._guard.resolve_pending()
 
     def plan(self, group: Mapping[str, Any], shape: Sequence[int], *, part: Sequence[int] | None = None) -> Plan:
         """Returns rule and layout of a tensor, made from the current settings.
@@ -213,7 +213,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
         # A load comes by here too, and changes neither what this was made for nor who owns and measures it.
         self.__dict__.setdefault("_registered", Registered())
         self.__dict__.setdefault("_owner_of", {})
-        self.__dict__.setdefault("probe", None)
+        self.__dict__.setdefault("profiler", None)
         self._reset_cache()
 
     @torch.inference_mode(False)

@@ -15,7 +15,7 @@ from hf_soap.rules.base import PREV_PARAM
 from hf_soap.rules.context import StepContext
 
 
-def norms_are_sane(grads: Sequence[Tensor]) -> Tensor:
+def grads_are_finite(grads: Sequence[Tensor]) -> Tensor:
     """Says whether all gradients are finite and small enough for sums of their squares, with a margin of 100.
 
     Larger ones would make factors and second moments infinite for good.
@@ -31,7 +31,9 @@ def norms_are_sane(grads: Sequence[Tensor]) -> Tensor:
     return (norms < math.sqrt(torch.finfo(dtype).max / 100)).all()  # NaN compares false
 
 
-def stages(bucket: Bucket, grads: Sequence[Tensor | None], steps: Sequence[int]) -> tuple[list[bool], list[bool]]:
+def split_by_first_grad(
+    bucket: Bucket, grads: Sequence[Tensor | None], steps: Sequence[int]
+) -> tuple[list[bool], list[bool]]:
     """Says which tensors of a bucket have the gradient that seeds them, and which have one to be updated with.
 
     Args:
@@ -65,7 +67,7 @@ def stack_gradients(grads: Sequence[Tensor], bucket: Bucket, context: StepContex
     else:
         cut = [layout.to_blocks(grad) for grad in grads]
         stacked = (cut[0] if len(cut) == 1 else torch.cat(cut)).to(bucket.dtype)
-    return stacked if context.usable is None else torch.where(context.usable, stacked, 0.0)
+    return stacked if context.grads_finite is None else torch.where(context.grads_finite, stacked, 0.0)
 
 
 def step_tensors(
@@ -85,21 +87,21 @@ def step_tensors(
     weights = bucket.weights(first, last)
     if plan.keep_weights:
         before = torch.cat([plan.layout.to_blocks(weight) for weight in weights])
-    if context.usable is not None:
-        gate = context.usable.to(bucket.dtype)
+    if context.grads_finite is not None:
+        gate = context.grads_finite.to(bucket.dtype)
         gated = {id(rate): (rate[0] * gate, rate[1]) for rate in rates}  # so that nothing moves in a bad step
         rates = [gated[id(rate)] for rate in rates]
-    if bucket.fuses and context.usable is None and _are_plain((*weights, *grads), bucket.dtype):
+    if bucket.fuses and context.grads_finite is None and _are_plain((*weights, *grads), bucket.dtype):
         each = {role: tensors[first:last] for role, tensors in bucket.each.items()}
-        with context.gauge.watching(weights):
+        with context.metrics.watching(weights):
             plan.rule.fused_step(weights, grads, each, context.t, rates=rates)
     else:
         directions = directions_of(bucket, first, last, grads, context)
-        with context.gauge.watching(weights):
+        with context.metrics.watching(weights):
             apply_(weights, directions, rates, decay_last=plan.decay_last)
     if plan.keep_weights:
         kept = bucket.rows(first, last)[PREV_PARAM]
-        kept.copy_(before if context.usable is None else torch.where(context.usable, before, kept))
+        kept.copy_(before if context.grads_finite is None else torch.where(context.grads_finite, before, kept))
 
 
 def _are_plain(tensors: Sequence[Tensor], dtype: torch.dtype) -> bool:

@@ -22,10 +22,10 @@ from hf_soap.linalg import elementwise
 from hf_soap.linalg.elementwise import Rate
 from hf_soap.optimizers.soap import plan_factors, soap_rule, state_options
 from hf_soap.rules.base import PREV_PARAM, Rule
-from hf_soap.rules.elementwise import AdamW, Lion
+from hf_soap.rules.elementwise import AdamWRule, LionRule
 from hf_soap.rules.layout import is_stack, uncut
-from hf_soap.rules.mars import Mars
-from hf_soap.rules.orthogonal import Orthogonal
+from hf_soap.rules.mars import MarsRule
+from hf_soap.rules.orthogonal import OrthogonalRule
 
 logger = logging.getLogger(__name__)
 
@@ -270,7 +270,7 @@ class MARS(BlockOptimizer):
     def _correct(self, member: Member, other: Tensor | None) -> None:
         """Corrects a gradient in place by that at the previous weights, or by zero."""
         settings, param, grad = member.settings, member.param, local_grad(member.param)
-        if grad is None or not settings["exact"] or not isinstance(self.plan_of(settings, param).rule, Mars):
+        if grad is None or not settings["exact"] or not isinstance(self.plan_of(settings, param).rule, MarsRule):
             return
         if 0 in grad.stride() and not is_sharded(param):  # expanded: several entries are one place in memory
             grad = param.grad = grad.clone(memory_format=torch.contiguous_format)
@@ -294,16 +294,16 @@ class MARS(BlockOptimizer):
         kept: dict[str, Any] = {"keep_weights": group["exact"], **state_options(group)}
         if group["rule"] == "adam" or not (matrix or group["optimize_1d"]):
             beta1, beta2 = group["betas_1d"]
-            return Plan(AdamW(beta1=beta1, beta2=beta2, eps=group["eps"]), plain, auxiliary=True, **kept)
+            return Plan(AdamWRule(beta1=beta1, beta2=beta2, eps=group["eps"]), plain, auxiliary=True, **kept)
         inner = soap_rule(group) if soap else _mars_inner(group, matrix=matrix)
-        rule = Mars(inner=inner, beta1=group["betas"][0], gamma=group["gamma"], exact=group["exact"])
+        rule = MarsRule(inner=inner, beta1=group["betas"][0], gamma=group["gamma"], exact=group["exact"])
         return Plan(rule, plan_factors(group, shape, part=part) if soap else plain, decay_last=soap, **kept)
 
 
 def _mars_inner(group: Mapping[str, Any], *, matrix: bool) -> Rule:
     beta1, beta2 = group["betas"]
     if group["rule"] == "lion":
-        return Lion(beta1=beta1)
+        return LionRule(beta1=beta1)
     if group["rule"] == "adamw" or not matrix:
-        return AdamW(beta1=beta1, beta2=beta2, eps=group["eps"])
-    return Orthogonal(beta1=beta1, eps=group["eps"], scale="aspect" if group["rule"] == "shampoo" else "rms")
+        return AdamWRule(beta1=beta1, beta2=beta2, eps=group["eps"])
+    return OrthogonalRule(beta1=beta1, eps=group["eps"], scale="aspect" if group["rule"] == "shampoo" else "rms")

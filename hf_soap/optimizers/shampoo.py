@@ -14,8 +14,8 @@ from hf_soap.distributed import dtensor
 from hf_soap.engine.optimizer import BlockOptimizer
 from hf_soap.engine.plan import Plan
 from hf_soap.optimizers.soap import plan_factors, state_options
-from hf_soap.rules.elementwise import AdamW
-from hf_soap.rules.shampoo import Shampoo as ShampooRule
+from hf_soap.rules.elementwise import AdamWRule
+from hf_soap.rules.shampoo import ShampooRule
 
 
 class Shampoo(BlockOptimizer):
@@ -159,7 +159,7 @@ class Shampoo(BlockOptimizer):
         beta1, beta2 = group["betas"]
         layout = plan_factors(group, shape, part=part)
         if not layout.sides and (group["kl"] or group["rule"] == "adam"):
-            adamw = AdamW(beta1=beta1, beta2=beta2, eps=group["eps"])
+            adamw = AdamWRule(beta1=beta1, beta2=beta2, eps=group["eps"])
             return Plan(adamw, layout, **state_options(group))
         shampoo_beta = beta2 if group["shampoo_beta"] is None else group["shampoo_beta"]
         start = group["start_step"]

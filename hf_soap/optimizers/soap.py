@@ -13,7 +13,7 @@ from hf_soap.config.checks import check_choice
 from hf_soap.engine.optimizer import BlockOptimizer
 from hf_soap.engine.plan import Plan
 from hf_soap.rules.layout import Layout, plan_layout
-from hf_soap.rules.soap import ORTHONORMALIZE_EVERY, Soap
+from hf_soap.rules.soap import ORTHONORMALIZE_EVERY, SoapRule
 from hf_soap.rules.storage import Storage
 
 
@@ -129,10 +129,10 @@ class SOAP(BlockOptimizer):
         return Plan(soap_rule(group), layout, decay_last=True, **state_options(group))
 
 
-def soap_rule(group: Mapping[str, Any]) -> Soap:
+def soap_rule(group: Mapping[str, Any]) -> SoapRule:
     """Makes the SOAP rule from the settings of a param group."""
     beta1, beta2 = group["betas"]
-    return Soap(
+    return SoapRule(
         beta1=beta1,
         beta2=beta2,
         shampoo_beta=beta2 if group["shampoo_beta"] is None else group["shampoo_beta"],

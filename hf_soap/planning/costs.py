@@ -105,13 +105,13 @@ def cost(optimizer: BlockOptimizer, *, ranks: int, mode: Mode) -> Cost:
     at_once = [0, 0]
     for share in shares(optimizer, ranks=ranks, mode=mode):
         param, plan = share.param, share.plan
-        octets = state_dtype(param).itemsize
+        num_bytes = state_dtype(param).itemsize
         needs = temporary_bytes(plan, state_dtype(param))
         at_once = [at_once[0] + needs, max(at_once[1], needs)]
         if share.owned:
             owned.append(share)
             # A gradient goes to its owner, a direction comes back, each but for the part that stays where it is.
-            moved = param.numel() * octets * (ranks - 1) / ranks
+            moved = param.numel() * num_bytes * (ranks - 1) / ranks
             total.sent += 2 * moved / ranks if mode == "owner" else moved
             total.state += COUNT.itemsize  # every rank counts the steps
             continue
@@ -119,7 +119,7 @@ def cost(optimizer: BlockOptimizer, *, ranks: int, mode: Mode) -> Cost:
         total.factors += share.factors
         total.work += plan.work()
         if mode == "ddp" and ranks > 1 and share.group["distributed_refresh"] is not False:
-            squares = plan.layout.factor_numel() * 2 * octets  # the rotation and the factor in it, or the root
+            squares = plan.layout.factor_numel() * 2 * num_bytes  # the rotation and the factor in it, or the root
             if squares:
                 total.sent += squares / share.group["precondition_frequency"] * (ranks - 1) / ranks
             total.work -= (1 - 1 / ranks) * plan.work(refreshes_only=True)

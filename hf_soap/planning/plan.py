@@ -22,7 +22,7 @@ from hf_soap.planning import costs
 if TYPE_CHECKING:
     from torch import nn
 
-LEVERS: dict[str, tuple[Any, ...]] = {
+SAVING_OPTIONS: dict[str, tuple[Any, ...]] = {
     "shard_mode": ("owner",),
     "pack_factors": (True,),
     "state_dtype": ("bfloat16",),
@@ -254,7 +254,7 @@ def settings_that_fit(
     Returns:
         The settings and what they cost; none if nothing that was tried fits.
     """
-    for changes in range(len(LEVERS) + 1):
+    for changes in range(len(SAVING_OPTIONS) + 1):
         found = []
         for candidate in _candidates(config, changes):
             try:
@@ -270,8 +270,8 @@ def settings_that_fit(
 
 def _candidates(config: options.OptimizerConfig, changes: int) -> Iterator[options.OptimizerConfig]:
     known = options.option_fields(type(config))
-    for names in itertools.combinations([name for name in LEVERS if name in known], changes):
-        for values in itertools.product(*(LEVERS[name] for name in names)):
+    for names in itertools.combinations([name for name in SAVING_OPTIONS if name in known], changes):
+        for values in itertools.product(*(SAVING_OPTIONS[name] for name in names)):
             changed = dict(zip(names, values, strict=True))
             if all(getattr(config, name) != value for name, value in changed.items()):
                 yield replace(config, **changed)

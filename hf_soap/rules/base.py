@@ -70,7 +70,7 @@ class Rule:
 
     def describe(self, layout: Layout) -> str:
         """Names in a few words what happens to a tensor of this layout, for tables."""
-        return type(self).__name__
+        return type(self).__name__.removesuffix("Rule")
 
     def work(self, layout: Layout, *, refreshes_only: bool = False) -> float:
         """Floating point operations of the matrix products and decompositions of a step, averaged over refreshes."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from hf_soap.rules.layout import Layout
 
 if TYPE_CHECKING:
-    from hf_soap.distributed.dtensor import Team
+    from hf_soap.distributed.dtensor import ReplicaGroup
 
 Roots = dict[str, Tensor]
 """Inverse roots, or what they are computed from, by role."""
@@ -35,11 +35,11 @@ class BackgroundJobs(Protocol):
 class FailureCount(Protocol):
     """Counts decompositions that fail."""
 
-    def note(self, sound: Tensor) -> None:
+    def note(self, finite: Tensor) -> None:
         """Takes note of a batch of decompositions: whether each came out finite, (blocks,), bool."""
 
 
-class Gauge:
+class RuleMetrics:
     """What rules and the step loop report of the tensors of one rule; this one takes no notice."""
 
     @property
@@ -67,7 +67,7 @@ class Gauge:
         """Takes note of new inverse roots (blocks, n, n) in the place of old ones."""
 
 
-IDLE = Gauge()
+NO_METRICS = RuleMetrics()
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,9 @@ class StepContext:
         t: 1-based number of this update, a number per tensor.
         index: Place of each tensor in the whole optimizer, which staggers refreshes.
         background: Where work may go on beside the training loop.
-        team: Ranks with equal state that split decompositions among them.
-        usable: Whether the gradients are, where only the device knows.
-        gauge: Whom refreshes and updates report to.
+        replicas: Ranks with equal state that split decompositions among them.
+        grads_finite: Whether the gradients are finite, a scalar of bool, where only the device knows.
+        metrics: Records refreshes and updates.
         failures: Who counts decompositions that fail.
         later: Leave refreshes to a call of the rule's ``refresh``.
     """
@@ -90,27 +90,27 @@ class StepContext:
     t: tuple[int, ...]
     index: tuple[int, ...]
     background: BackgroundJobs | None = None
-    team: Team | None = None
-    usable: Tensor | None = None
-    gauge: Gauge = IDLE
+    replicas: ReplicaGroup | None = None
+    grads_finite: Tensor | None = None
+    metrics: RuleMetrics = NO_METRICS
     failures: FailureCount | None = None
     later: bool = False
 
-    def share(self, compute: Callable[[Tensor], tuple[Tensor, ...]], batch: Tensor) -> tuple[Tensor, ...]:
-        """Returns ``compute(batch)`` of matrices that all ranks of the team have, each computed by one of them.
+    def decompose(self, compute: Callable[[Tensor], tuple[Tensor, ...]], batch: Tensor) -> tuple[Tensor, ...]:
+        """Returns ``compute(batch)`` of matrices that all replicas have, each computed by one of them.
 
         Contiguous, as what comes from other ranks is: products of other memory layouts round in other ways.
         """
-        if self.team is not None:
-            return self.team.share(compute, batch, turn=self.index[0])
+        if self.replicas is not None:
+            return self.replicas.share(compute, batch, turn=self.index[0])
         return tuple(part.contiguous() for part in compute(batch))
 
-    def sound(self, *results: Tensor) -> Tensor:
+    def finite_mask(self, *results: Tensor) -> Tensor:
         """Says of which matrices all results (blocks, ...) are finite, (blocks, 1, 1), and has the others counted."""
-        sound = torch.stack([result.isfinite().flatten(1).all(1) for result in results]).all(0)
+        finite = torch.stack([result.isfinite().flatten(1).all(1) for result in results]).all(0)
         if self.failures is not None:
-            self.failures.note(sound)
-        return sound.view(-1, 1, 1)
+            self.failures.note(finite)
+        return finite.view(-1, 1, 1)
 
     def per_block(self, of: Callable[[int], float], like: Tensor) -> float | Tensor:
         """Spreads a function of the number of a tensor's update over its blocks, for (blocks, d_1, ..., d_k)."""
@@ -130,7 +130,7 @@ class StepContext:
         """As :meth:`tensor_square_sum`, of each matrix where tensors are stacks of them."""
         return _square_sum(blocks, self.layout.blocks // self.layout.stack)
 
-    def runs(self, flags: Iterable[bool]) -> Iterator[tuple[slice, StepContext]]:
+    def subbatches(self, flags: Iterable[bool]) -> Iterator[tuple[slice, StepContext]]:
         """Yields each run of adjacent tensors whose flag is set, as a slice of blocks and the context of these."""
         for first, last in adjacent(flags):
             blocks = slice(first * self.layout.blocks, last * self.layout.blocks)

@@ -16,7 +16,7 @@ from hf_soap.rules.layout import Layout
 
 
 @dataclass(frozen=True, kw_only=True)
-class AdamW(Rule):
+class AdamWRule(Rule):
     """Adam with ε beside the debiased root of the second moment, from the first gradient on.
 
     Attributes:
@@ -94,7 +94,7 @@ class AdamW(Rule):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lion(Rule):
+class LionRule(Rule):
     """The sign of the first moment.
 
     Attributes:

@@ -19,7 +19,7 @@ CACHED_BYTES = 2**18
 
 
 @dataclass(frozen=True, kw_only=True)
-class Mars(Rule):
+class MarsRule(Rule):
     """Hands c̃ = clip(g + γ·β₁/(1-β₁)·(g - g')) to another rule in place of the gradient g.
 
     Attributes:

@@ -16,7 +16,7 @@ from hf_soap.rules.layout import Layout
 
 
 @dataclass(frozen=True, kw_only=True)
-class Orthogonal(Rule):
+class OrthogonalRule(Rule):
     """Newton–Schulz of the first moment of a matrix, scaled by its shape.
 
     Attributes:

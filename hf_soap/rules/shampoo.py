@@ -18,7 +18,7 @@ Graft = Literal["adam", "adagrad", "rmsprop", "sgd"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Shampoo(Rule):
+class ShampooRule(Rule):
     """Multiplies every axis of the gradient by an inverse root of its factor, and borrows its length by grafting.
 
     An axis longer than ``max_precond_dim`` keeps only its factor's diagonal. A tensor with no factor at all follows
@@ -106,7 +106,7 @@ class Shampoo(Rule):
 
     def rebuild(self, state: State, context: StepContext) -> None:
         """Computes the roots anew, where they are in use already."""
-        for blocks, part in context.runs(self.kl or t >= self._first for t in context.t):
+        for blocks, part in context.subbatches(self.kl or t >= self._first for t in context.t):
             self._compute_roots({role: value[blocks] for role, value in state.items()}, part)
 
     def describe(self, layout: Layout) -> str:
@@ -148,7 +148,7 @@ class Shampoo(Rule):
             return self._with_momentum(grafted, state)
         self._accumulate(grad, state, layout)
         if layout.sides:
-            with context.gauge.refreshing(grad.device):
+            with context.metrics.refreshing(grad.device):
                 self._refresh(state, context)
         direction = filtered
         for side in layout.sides:
@@ -164,7 +164,7 @@ class Shampoo(Rule):
             # Roots of factors that were zero, or of gradients 1e19 times smaller, point nowhere.
             points = (got > torch.finfo(got.dtype).tiny) & got.isfinite()
             direction = torch.where(points, direction * (wanted.sqrt_() / got.sqrt()), grafted)
-        for blocks, _ in context.runs(t < self.start_step for t in context.t):
+        for blocks, _ in context.subbatches(t < self.start_step for t in context.t):
             direction[blocks] = grafted[blocks]
         return self._with_momentum(direction, state)
 
@@ -264,7 +264,7 @@ class Shampoo(Rule):
 
     def _compute_roots(self, state: State, context: StepContext) -> None:
         for role, factor in self._snapshot(state, context).items():
-            (root,) = context.share(lambda part, r=role: (self._roots_of({r: part}, context.layout)[r],), factor)  # type: ignore[misc]
+            (root,) = context.decompose(lambda part, r=role: (self._roots_of({r: part}, context.layout)[r],), factor)  # type: ignore[misc]
             self._install({role: root}, state, context)
 
     @property
@@ -292,13 +292,13 @@ class Shampoo(Rule):
         first = [self._is_early(t) for t in context.t]
         if self.delay == 0 or context.background is None:
             first = [self._due(t, i) for t, i in zip(context.t, context.index, strict=True)]
-        for blocks, part in context.runs(first):
+        for blocks, part in context.subbatches(first):
             self._compute_roots({role: value[blocks] for role, value in state.items()}, part)
         if self.delay != 0 and context.background is not None:
             later = [t > self._first for t in context.t]
             for start, end in adjacent(later, longest=1):
                 flags = [start <= place < end for place in range(len(context.t))]
-                for blocks, part in context.runs(flags):
+                for blocks, part in context.subbatches(flags):
                     self._refresh_later(
                         {role: value[blocks] for role, value in state.items()}, part, context.background
                     )
@@ -341,6 +341,6 @@ class Shampoo(Rule):
             old = state[role]
             # A root of zeros is none yet; the gradient then passes through the identity.
             kept = torch.where(old.flatten(1).any(1).view(-1, 1, 1), old, matrices.eye_like(old))
-            root = torch.where(context.sound(root), root, kept)
-            context.gauge.replaced(old, root)
+            root = torch.where(context.finite_mask(root), root, kept)
+            context.metrics.replaced(old, root)
             old.copy_(root)

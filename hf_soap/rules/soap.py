@@ -25,7 +25,7 @@ KL_FLOOR = 1e-8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Soap(Rule):
+class SoapRule(Rule):
     """Adam in the eigenbasis of Shampoo's factors; with no factored side, Adam.
 
     The factors are kept in their own eigenbasis, L̂ = Qᵀ L Q. That is the same method, cheaper: they accumulate from
@@ -170,10 +170,10 @@ class Soap(Rule):
     @staticmethod
     def _diagonalize_(factor: Tensor, context: StepContext) -> Tensor:
         """Brings factors into their eigenbases and returns those: the identity where none could be found."""
-        values, basis = context.share(matrices.eigenbasis, factor)
-        sound = context.sound(values, basis)
-        factor.copy_(torch.where(sound, torch.diag_embed(values), factor))
-        return torch.where(sound, basis, matrices.eye_like(basis))
+        values, basis = context.decompose(matrices.eigenbasis, factor)
+        finite = context.finite_mask(values, basis)
+        factor.copy_(torch.where(finite, torch.diag_embed(values), factor))
+        return torch.where(finite, basis, matrices.eye_like(basis))
 
     def update(self, grad: Tensor, state: State, context: StepContext) -> Tensor:
         """Rotates, takes the Adam direction, rotates back; then accumulates, and refreshes the bases that are due."""
@@ -183,7 +183,7 @@ class Soap(Rule):
             self._accumulate(rotated, state, context.layout)
             self.refresh(state, context)
             own = self._bases(state, context.layout)
-            for blocks, _ in context.runs(self.due(context)):
+            for blocks, _ in context.subbatches(self.due(context)):
                 rotated[blocks] = self._rotate(grad[blocks], _part(own, blocks), context.layout)
 
         direction = self._adam_direction(rotated, state, context.layout)
@@ -216,8 +216,8 @@ class Soap(Rule):
 
     def refresh(self, state: State, context: StepContext) -> None:
         """Refreshes the bases that are due, and brings factors and moments into them."""
-        for blocks, due in context.runs(self.due(context)):
-            with context.gauge.refreshing(state["exp_avg"].device):
+        for blocks, due in context.subbatches(self.due(context)):
+            with context.metrics.refreshing(state["exp_avg"].device):
                 self._refresh(_part(state, blocks), due)
 
     def _bases(self, state: State, layout: Layout) -> dict[int, Tensor]:
@@ -280,17 +280,17 @@ class Soap(Rule):
             else:
                 self._refresh_side(state, side, context)
             basis = state[f"basis_{side}"]
-            for blocks, _ in context.runs(n % self.orthonormalize_every == 0 for n in refreshes):
+            for blocks, _ in context.subbatches(n % self.orthonormalize_every == 0 for n in refreshes):
                 basis[blocks].copy_(eigenbases.orthonormalize(basis[blocks]))
 
     def _refresh_side(self, state: State, side: int, context: StepContext) -> None:
         factor, basis, exp_avg = state[f"factor_{side}"], state[f"basis_{side}"], state["exp_avg"]
-        order, rotation, refreshed = context.share(eigenbases.sorted_refresh, factor)
-        sound, unmoved = context.sound(rotation, refreshed), torch.arange(order.shape[-1], device=order.device)
-        order = torch.where(sound.squeeze(-1), order, unmoved)
-        rotation = torch.where(sound, rotation, matrices.eye_like(rotation))
-        factor.copy_(torch.where(sound, refreshed, factor))
-        context.gauge.rotated(rotation, factor)
+        order, rotation, refreshed = context.decompose(eigenbases.sorted_refresh, factor)
+        finite, unmoved = context.finite_mask(rotation, refreshed), torch.arange(order.shape[-1], device=order.device)
+        order = torch.where(finite.squeeze(-1), order, unmoved)
+        rotation = torch.where(finite, rotation, matrices.eye_like(rotation))
+        factor.copy_(torch.where(finite, refreshed, factor))
+        context.metrics.rotated(rotation, factor)
         # Rows of the rotation go back to where the columns came from: the sort costs Q and M no pass of their own.
         rotation = torch.empty_like(rotation).scatter_(-2, order.unsqueeze(-1).expand_as(rotation), rotation)
         basis.copy_(basis @ rotation)

@@ -50,7 +50,7 @@ class Storage:
     packed: bool = False
 
     @property
-    def plain(self) -> bool:
+    def is_identity(self) -> bool:
         """Whether state is kept as it is computed with."""
         return self.format == "float32" and not self.packed
 
@@ -85,7 +85,7 @@ class Storage:
 
     def decode(self, kept: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
         """Returns state to compute with; what is kept as it is comes as it is, and is changed in place."""
-        return dict(kept) if self.plain else decoded(kept, dtype)
+        return dict(kept) if self.is_identity else decoded(kept, dtype)
 
     def encode_(self, kept: Mapping[str, Tensor], state: Mapping[str, Tensor], keys: Sequence[int] | None) -> None:
         """Puts computed state back into the form that it is kept in.

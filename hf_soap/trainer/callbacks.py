@@ -9,7 +9,7 @@ from typing import Any
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hf_soap.engine.optimizer import BlockOptimizer, unwrapped
-from hf_soap.engine.profiling import Probe
+from hf_soap.engine.profiling import StepProfiler
 from hf_soap.trainer import metrics
 
 logger = logging.getLogger(__name__)
@@ -55,8 +55,8 @@ class SoapMetricsCallback(TrainerCallback):
         """Has the optimizer measured, and says whether the step to come is one that is logged."""
         optimizer = self._optimizer()
         if isinstance(optimizer, BlockOptimizer):
-            optimizer.probe = optimizer.probe or Probe()
-            optimizer.probe.due = (state.global_step + 1) % self.every == 0
+            optimizer.profiler = optimizer.profiler or StepProfiler()
+            optimizer.profiler.due = (state.global_step + 1) % self.every == 0
         elif not self._warned:
             self._warned = True
             logger.warning(
@@ -69,7 +69,7 @@ class SoapMetricsCallback(TrainerCallback):
     ) -> None:
         """Logs the step, on all ranks."""
         optimizer = self._optimizer()
-        measured = isinstance(optimizer, BlockOptimizer) and optimizer.probe is not None
+        measured = isinstance(optimizer, BlockOptimizer) and optimizer.profiler is not None
         trainer = self.trainer
         if trainer is not None and measured and state.global_step % self.every == 0:
             due = control.should_log

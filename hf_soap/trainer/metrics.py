@@ -26,7 +26,7 @@ COLUMNS = (
 
 @torch.no_grad()
 def diagnostics(optimizer: BlockOptimizer) -> dict[str, float]:
-    """Looks at the state that this rank has, whether a probe has measured steps or not.
+    """Looks at the state that this rank has, whether a profiler has measured steps or not.
 
     Args:
         optimizer: Any optimizer of the family.
@@ -44,22 +44,24 @@ def diagnostics(optimizer: BlockOptimizer) -> dict[str, float]:
 
 @torch.no_grad()
 def measurements(optimizer: BlockOptimizer) -> dict[str, float]:
-    """Reads the probe of an optimizer and its state, and lets the probe start anew.
+    """Reads the profiler of an optimizer and its state, and resets the profiler.
 
     Several ranks add up what they have, for which all of them must call this; what several have counts once for each.
 
     Args:
-        optimizer: One with a probe.
+        optimizer: One with a profiler.
 
     Returns:
         What :func:`diagnostics` returns, ``optimizer/step_ms``, and by the rule that tensors follow what is listed in
         the README, as ``optimizer/WHAT/RULE``. What nobody had occasion to measure is left out.
     """
-    if optimizer.probe is None:
-        raise ValueError("got an optimizer without a probe, wanted one that measures; set optimizer.probe = Probe()")
+    if optimizer.profiler is None:
+        raise ValueError(
+            "got an optimizer without a profiler, wanted one that measures; set optimizer.profiler = StepProfiler()"
+        )
     rules = rules_of(optimizer)
     failed_here = optimizer.failed_refreshes  # behind which no refresh is under way
-    timing, measured = optimizer.probe.take()
+    timing, measured = optimizer.profiler.take()
     kept = _state_sums(optimizer, rules)
     # What the ranks add up is alike on all, also where one has no part of any tensor of a rule.
     labels = sorted(set(rules.values()))

@@ -150,5 +150,5 @@ def check(model: nn.Module, optimizer: BlockOptimizer, config: options.Optimizer
     return [warning for warning in warnings if warning]
 
 
-def _gib(octets: float) -> str:
-    return f"{octets / 2**30:.2f} GiB"
+def _gib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"

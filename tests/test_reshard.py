@@ -11,11 +11,11 @@ from hf_soap.checkpoint import reshard
 from hf_soap.distributed.dtensor import Shard
 from hf_soap.rules.base import Rule
 from hf_soap.rules.context import StepContext
-from hf_soap.rules.elementwise import AdamW
+from hf_soap.rules.elementwise import AdamWRule
 from hf_soap.rules.layout import Layout, plan_layout
-from hf_soap.rules.soap import Soap
+from hf_soap.rules.soap import SoapRule
 
-SOAP_RULE = Soap(beta1=0.9, beta2=0.9, shampoo_beta=0.9, eps=1e-8, precondition_frequency=2)
+SOAP_RULE = SoapRule(beta1=0.9, beta2=0.9, shampoo_beta=0.9, eps=1e-8, precondition_frequency=2)
 
 
 def whole(*shape: int) -> Shard:
@@ -55,7 +55,7 @@ def test_a_shard_of_what_one_process_saved_gets_its_part_of_the_factors() -> Non
     saved = soap_state(grads, layout)
     part, shard = plan_layout((2, 4), max_precond_dim=100), rows((6, 4), 2, 4)
     wanted = roles(SOAP_RULE, part)
-    state = reshard.recut([reshard.Piece(whole(6, 4), layout, saved)], SOAP_RULE, part, shard, wanted)
+    state = reshard.reshard([reshard.Piece(whole(6, 4), layout, saved)], SOAP_RULE, part, shard, wanted)
 
     old, new = SOAP_RULE.restate(saved, layout), SOAP_RULE.restate(state, part)
     torch.testing.assert_close(new["factor_0"], old["factor_0"][:, 2:4, 2:4])
@@ -81,7 +81,7 @@ def test_shards_put_together_have_the_sum_of_their_right_factors() -> None:
         **SOAP_RULE.allocate(layout, 1, dtype=torch.float64, device=torch.device("meta")),
         "step": torch.zeros(()),
     }
-    state = reshard.recut(pieces, SOAP_RULE, layout, whole(6, 4), wanted)
+    state = reshard.reshard(pieces, SOAP_RULE, layout, whole(6, 4), wanted)
     new, direct = SOAP_RULE.restate(state, layout), SOAP_RULE.restate(soap_state(grads, layout), layout)
     torch.testing.assert_close(new["factor_1"], direct["factor_1"])
     torch.testing.assert_close(new["exp_avg"], direct["exp_avg"])
@@ -90,12 +90,12 @@ def test_shards_put_together_have_the_sum_of_their_right_factors() -> None:
 
 
 def test_what_has_no_factors_carries_over_exactly() -> None:
-    rule, layout = AdamW(beta1=0.9, beta2=0.9, eps=1e-8), plan_layout((6, 4), max_precond_dim=0)
+    rule, layout = AdamWRule(beta1=0.9, beta2=0.9, eps=1e-8), plan_layout((6, 4), max_precond_dim=0)
     values = torch.arange(24.0).view(1, 6, 4)
     saved = {"exp_avg": values, "exp_avg_sq": values + 1, "step": torch.tensor(7.0)}
     part = plan_layout((2, 4), max_precond_dim=0)
     wanted = roles(rule, part)
-    state = reshard.recut([reshard.Piece(whole(6, 4), layout, saved)], rule, part, rows((6, 4), 4, 6), wanted)
+    state = reshard.reshard([reshard.Piece(whole(6, 4), layout, saved)], rule, part, rows((6, 4), 4, 6), wanted)
     assert torch.equal(state["exp_avg"], values[:, 4:])
     assert torch.equal(state["exp_avg_sq"], values[:, 4:] + 1)
     assert state["step"] == 7

@@ -14,14 +14,14 @@ from helpers import assert_same, gradient, parameters, snapshot, train
 from torch.nn import Parameter
 
 from hf_soap import MARS, SOAP
-from hf_soap.engine.verdict import DEFERS
+from hf_soap.engine.nonfinite import ASYNC_DEVICES
 
 
 @pytest.fixture
 def deferring() -> Iterator[None]:
-    DEFERS.add("cpu")
+    ASYNC_DEVICES.add("cpu")
     yield
-    DEFERS.remove("cpu")
+    ASYNC_DEVICES.remove("cpu")
 
 
 def spoil(params: list[Parameter], step: int, bad: float) -> None:
@@ -70,11 +70,11 @@ def test_the_first_gradients_may_be_bad(row: Row, deferring: None) -> None:
 def test_it_is_the_same_run_to_rounding(row: Row) -> None:
     """In float64: in float32 some processors round a nearly singular factor's root to 0.3 % of difference."""
     params, optimizer = trained(row, dtype=torch.float64)
-    DEFERS.add("cpu")
+    ASYNC_DEVICES.add("cpu")
     try:
         others, other = trained(row, dtype=torch.float64)
     finally:
-        DEFERS.remove("cpu")
+        ASYNC_DEVICES.remove("cpu")
     for one, two in zip(params, others, strict=True):
         torch.testing.assert_close(one, two, rtol=1e-9, atol=1e-10)
     assert other.skipped_steps == optimizer.skipped_steps == 0
