@@ -28,6 +28,7 @@ def _follow(trainer: Any) -> None:
     try:
         from hf_soap.hub import cards  # here: it takes transformers, and most processes of a launcher train nothing
 
+        patches.extend_cards(type(trainer))
         cards.follow(trainer)
     except Exception as error:
         logger.warning("no recipe and no model card will be written: %s", error)

@@ -9,9 +9,8 @@ import os
 import platform
 import re
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
 from pathlib import Path
@@ -98,14 +97,13 @@ def write_recipe(trainer: Trainer) -> recipes.Recipe:
 
 
 def follow(trainer: Trainer) -> None:
-    """Has a Trainer write card and recipe after its training, and whenever it writes a card of its own.
+    """Has a Trainer write card and recipe after its training.
 
     Args:
         trainer: Any that is about to train; nothing happens to one that does so by itself.
     """
     if getattr(trainer, "completes_cards", False):
         return
-    _complete_cards_of(type(trainer))
     present = [one for one in trainer.callback_handler.callbacks if isinstance(one, _WritesCard)]
     if not present:
         present = [_WritesCard()]
@@ -147,29 +145,27 @@ def _write_after_training(trainer: Trainer) -> None:
     trainer.create_model_card(*given[0], **given[1])
 
 
-def _complete_cards_of(cls: Any) -> None:
-    """Has a class of Trainers complete the cards that it writes. Its ancestors may be extended too."""
-    owner = next(kind for kind in cls.__mro__ if "create_model_card" in vars(kind))
-    original = owner.create_model_card
-    if hasattr(original, "hf_soap"):
+def write_and_complete(trainer: Trainer, write: Callable[..., None], args: Any, kwargs: Any) -> None:
+    """Has a Trainer write its card, and completes it.
+
+    Args:
+        trainer: Any that writes a card; one that completes its cards by itself is left to that.
+        write: The method of its class that writes the card. That of a subclass calls that of its ancestor, which may
+            be extended too: a card is completed once.
+        args: Positional arguments of the method.
+        kwargs: Keyword arguments of the method.
+    """
+    if getattr(trainer, "completes_cards", False) or vars(trainer).get(_IN_CARD):
+        write(trainer, *args, **kwargs)
         return
-
-    @wraps(original)
-    def create_model_card(self: Any, *args: Any, **kwargs: Any) -> None:
-        if getattr(self, "completes_cards", False) or vars(self).get(_IN_CARD):
-            original(self, *args, **kwargs)
-            return
-        setattr(self, _IN_CARD, True)
-        try:
-            original(self, *args, **kwargs)
-        finally:
-            delattr(self, _IN_CARD)
-        if self.is_world_process_zero():
-            setattr(self, _CARD_ARGUMENTS, (args, kwargs))
-            try_to_complete(self)
-
-    create_model_card.hf_soap = True  # type: ignore[attr-defined]
-    owner.create_model_card = create_model_card
+    setattr(trainer, _IN_CARD, True)
+    try:
+        write(trainer, *args, **kwargs)
+    finally:
+        delattr(trainer, _IN_CARD)
+    if trainer.is_world_process_zero():
+        setattr(trainer, _CARD_ARGUMENTS, (args, kwargs))
+        try_to_complete(trainer)
 
 
 def _warn(trainer: Trainer, error: Exception) -> None:

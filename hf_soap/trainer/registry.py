@@ -6,8 +6,7 @@ import logging
 import weakref
 from collections.abc import Callable, Iterable
 from contextvars import ContextVar
-from functools import cache, wraps
-from types import ModuleType
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from hf_soap.config import options
@@ -130,63 +129,18 @@ def _report_sharding(optimizer: BlockOptimizer, name: str) -> None:
     handle = optimizer.register_step_post_hook(report)
 
 
-def add_names(training_args: ModuleType) -> None:
-    """Makes the names members of OptimizerNames; ``training_args`` is the module that has it."""
-    names = training_args.OptimizerNames
-    for value in ENTRIES:
-        if value not in names._value2member_map_:
-            member = str.__new__(names, value) if issubclass(names, str) else object.__new__(names)
-            member._name_, member._value_, member.__objclass__ = value.upper(), value, names
-            member._sort_order_ = len(names._member_names_)
-            # A pickled member says the plain string: training_args.bin must load where this package is not imported.
-            member.__reduce_ex__ = lambda proto, value=value: (str, (value,))
-            type.__setattr__(names, member._name_, member)
-            names._member_names_.append(member._name_)
-            names._member_map_[member._name_] = member
-            names._value2member_map_[value] = member
-
-    if not hasattr(names._missing_, "hf_soap"):
-        _extend_errors(names)
-        _extend_arguments(training_args.TrainingArguments)
-
-
-def _extend_errors(names: Any) -> None:
-    listed = names._missing_
-
-    def missing(cls: Any, value: object) -> Any:
-        if match := options.nearest(str(value).lower(), [member.value for member in cls]):
-            raise ValueError(f"unknown optim {value!r}: {match}Valid names are {', '.join(m.value for m in cls)}.")
-        return listed(value)
-
-    missing.hf_soap = True  # type: ignore[attr-defined]
-    names._missing_ = classmethod(missing)
-
-
-def _extend_arguments(cls: Any) -> None:
-    """Has ``optim_args`` of a file become text at once, and numbers that YAML reads as text numbers.
+def read_as_from_command_line(args: Any) -> None:
+    """Turns ``optim_args`` of a file into text, and numbers that YAML reads as text into numbers.
 
     Whoever looks at the arguments later, the Trainer, a recipe, ``training_args.bin`` where this package is missing,
     then meets what a command line would have given.
+
+    Args:
+        args: Training arguments, which are changed.
+
+    Raises:
+        ValueError: If text is no number, or ``optim_args`` cannot be written as text.
     """
-    completes, sets_optimizer = cls.__post_init__, cls.set_optimizer
-
-    @wraps(completes)
-    def post_init(self: Any) -> None:
-        if arguments.optimizer_name(self) in ENTRIES:
-            _read_as_from_command_line(self)
-        completes(self)
-
-    @wraps(sets_optimizer)
-    def set_optimizer(self: Any, *args: Any, **kwargs: Any) -> Any:
-        done = sets_optimizer(self, *args, **kwargs)
-        if arguments.optimizer_name(self) in ENTRIES:
-            _read_as_from_command_line(self)
-        return done
-
-    cls.__post_init__, cls.set_optimizer = post_init, set_optimizer
-
-
-def _read_as_from_command_line(args: Any) -> None:
     args.optim_args = options.as_text(args.optim_args)
     for name in ("learning_rate", "weight_decay", *(argument for argument, _ in arguments.HF_ADAM.values())):
         value = getattr(args, name)
