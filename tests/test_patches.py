@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from hf_soap.stepping import unwrapped
+from hf_soap.engine.optimizer import unwrapped
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_soap import SOAP
