@@ -73,8 +73,13 @@ def optimizers(frequency: int) -> dict[str, Callable[[list[Tensor]], torch.optim
         "KL-SOAP": lambda params: SOAP(params, lr=1e-4, precondition_frequency=frequency, kl=True),
         "Shampoo": lambda params: Shampoo(params, lr=1e-4, precondition_frequency=frequency),
         **{
-            f"MARS {variant}": partial(MARS, lr=1e-4, variant=variant, precondition_frequency=frequency)
-            for variant in ("adamw", "lion", "shampoo", "soap")
+            f"MARS {variant}": partial(MARS, lr=1e-4, variant=variant, **options)
+            for variant, options in (
+                ("adamw", {}),
+                ("lion", {}),
+                ("shampoo", {}),
+                ("soap", {"precondition_frequency": frequency}),
+            )
         },
     }
     if importlib.util.find_spec("heavyball"):

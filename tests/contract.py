@@ -54,6 +54,9 @@ COLUMNS = [
 KINDS = [column for column in COLUMNS if column.name in ("soap", "shampoo", "mars")]
 """One of each class, for rows that what the others add does not touch."""
 
+WITH_FACTORS = [column for column in COLUMNS if column.name in ("soap", "shampoo", "mars-soap")]
+"""One of each class that has factors, for rows about how those are kept."""
+
 
 def over(*columns: Column) -> pytest.MarkDecorator:
     """Runs a row for these columns."""

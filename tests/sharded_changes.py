@@ -39,7 +39,7 @@ LAYOUTS = {"one": 1, "local on 2": 2, "local on 3": 3, "owner on 2": 2, "owner o
 MAKERS: dict[str, Callable[..., BlockOptimizer]] = {
     "soap": lambda p, **s: SOAP(p, **{"lr": 1e-2, "precondition_frequency": 2, **s}),
     "shampoo": lambda p, **s: Shampoo(p, **{"lr": 1e-2, "precondition_frequency": 2, "start_step": 2, **s}),
-    "mars": lambda p, **s: MARS(p, **{"lr": 1e-2, "precondition_frequency": 2, **s}),
+    "mars": lambda p, **s: MARS(p, **{"lr": 1e-2, **s}),
 }
 OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "soap": {
@@ -73,8 +73,8 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
         "exact": {"exact": True},
         "lion": {"variant": "lion"},
         "shampoo": {"variant": "shampoo"},
-        "soap": {"variant": "soap"},
-        "soap, exact": {"variant": "soap", "exact": True},
+        "soap": {"variant": "soap", "precondition_frequency": 2},
+        "soap, exact": {"variant": "soap", "precondition_frequency": 2, "exact": True},
         "optimize_1d": {"optimize_1d": True},
         "rule=adam": {"rule": "adam"},
         "bfloat16": {"state_dtype": "bfloat16"},

@@ -163,13 +163,13 @@ def test_a_checkpoint_decides_the_learning_rate_and_the_arguments_the_rest(
     row: Row, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Raising the refresh frequency for the second half of a run did nothing: the checkpoint's came back."""
-    _, optimizer = trained(row, steps=4, lr=0.5, betas=(0.9, 0.9), weight_decay=0.3)
-    other = row(parameters(), lr=0.1, betas=(0.8, 0.85), weight_decay=0.2)
+    _, optimizer = trained(row, steps=4, lr=0.5, betas=(0.9, 0.99), weight_decay=0.3)
+    other = row(parameters(), lr=0.1, betas=(0.8, 0.99), weight_decay=0.2)
     with caplog.at_level(logging.INFO, "hf_soap"):
         other.load_state_dict(through_a_file(optimizer.state_dict()))
     (group,) = other.param_groups
-    assert (group["lr"], group["betas"], group["weight_decay"]) == (0.5, (0.8, 0.85), 0.2)
-    assert "betas=(0.8, 0.85) (saved (0.9, 0.9))" in caplog.text
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (0.5, (0.8, 0.99), 0.2)
+    assert "betas=(0.8, 0.99) (saved (0.9, 0.99))" in caplog.text
     assert " lr=" not in caplog.text
 
 

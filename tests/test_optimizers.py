@@ -210,7 +210,7 @@ def test_a_group_may_join_after_the_first_step(row: Row) -> None:
 
 @rows
 def test_groups_follow_their_own_settings(row: Row) -> None:
-    settings = [{"lr": 0.03, "betas": (0.8, 0.9)}, {"weight_decay": 0.3, "eps": 1e-3}]
+    settings = [{"lr": 0.03, "betas": (0.8, 0.99)}, {"weight_decay": 0.3, "eps": 1e-3}]
     grouped = parameters(FULL_RANK, torch.float64)
     halves = [{"params": grouped[:3], **settings[0]}, {"params": grouped[3:], **settings[1]}]
     train(row(halves), grouped, range(STEPS))
@@ -249,7 +249,7 @@ def test_a_scheduler_sets_the_learning_rate(row: Row) -> None:
 @rows
 def test_a_scheduler_may_cycle_betas(row: Row) -> None:
     params = parameters()
-    optimizer = row(params, betas=(0.9, 0.95))
+    optimizer = row(params, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=STEPS)
     seen = set()
     for step in range(STEPS - 1):

@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from hf_soap.engine.optimizer import unwrapped
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_soap import SOAP
+from hf_soap.engine.optimizer import unwrapped
 from hf_soap.trainer import patches
 from hf_soap.trainer.patches import PATCHES, Names, Patch, Target
 

@@ -237,6 +237,12 @@ def test_a_wrong_adam_beta_is_answered_too(tmp_path: Path) -> None:
         made_from(tiny.arguments(tmp_path, adam_beta1=1.0))
 
 
+def test_an_adam_argument_that_the_optimizer_has_no_option_for_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"optim='mars_lion' got adam_beta2=0.98, wanted its default, 0.999: .*leave"):
+        made_from(tiny.arguments(tmp_path, optim="mars_lion", adam_beta2=0.98))
+    made_from(tiny.arguments(tmp_path, optim="mars_lion", adam_beta1=0.8))
+
+
 def test_the_forgotten_learning_rate_is_noticed_once(fresh_log: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     for _ in range(3):
         made_from(tiny.arguments(tmp_path, learning_rate=5e-5))

@@ -2,16 +2,20 @@
 
 import contextlib
 import inspect
+import itertools
+import typing
 from dataclasses import FrozenInstanceError, replace
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import Parameter
 
 from hf_soap import MARS, SOAP, Shampoo, SoapConfig
 from hf_soap.config.options import OptimizerConfig, nearest, option_fields, option_table, parse_optim_args
 from hf_soap.optimizers.names import ENTRIES, Entry
+from hf_soap.planning.plan import build
 
 entries = pytest.mark.parametrize("entry", ENTRIES.values(), ids=ENTRIES.keys())
 
@@ -233,6 +237,125 @@ def test_a_config_is_a_value(entry: Entry) -> None:
         config.eps = 1.0  # type: ignore[misc, attr-defined]
     assert config == entry.config()
     assert hash(config) == hash(entry.config())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# No option is passed over
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Net(nn.Module):
+    """Flat, square and stacked matrices, a vector, a convolution, and the two matrices of an adapter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.lora_A, self.lora_B = nn.Linear(36, 36), nn.Linear(12, 2), nn.Linear(2, 12)
+        self.flat, self.conv = nn.Linear(3, 60, bias=False), nn.Conv2d(3, 4, 2)
+        self.experts = Parameter(torch.ones(2, 6, 6))
+
+
+READ_BY_THE_STEP = ("nonfinite", "max_skipped_in_a_row", "shard_mode")
+"""Read from the group for all parameters at once, by every optimizer alike."""
+
+TOGETHER: tuple[dict[str, Any], ...] = (
+    {},
+    {"optimize_1d": True},
+    {"asynchronous": True, "precondition_frequency": 20},
+    {"adam_modules": "head"},
+)
+"""Settings some of which each option wants beside it: no parameter may be left that it is for."""
+
+CANDIDATES = (True, False, 3, 0.5, -0.5, "head", "none", None)
+EVERY_OPTION = sorted({name for entry in ENTRIES.values() for name in option_fields(entry.config)})
+
+
+def other_values(name: str) -> list[Any]:
+    """Values of an option that are not its default, of the configs that have it."""
+    found = []
+    for entry in ENTRIES.values():
+        if (field := option_fields(entry.config).get(name)) is not None:
+            kind = typing.get_type_hints(entry.config)[name]
+            choices = [each for part in (kind, *typing.get_args(kind)) for each in typing.get_args(part)]
+            for value in (*CANDIDATES, *(each for each in choices if isinstance(each, str))):
+                with contextlib.suppress(ValueError):
+                    entry.config(**{name: value})
+                    if value != field.default:
+                        found.append(value)
+    return found
+
+
+def effects(config: OptimizerConfig) -> Any:
+    """What an optimizer is going to do with each parameter."""
+    net = Net()
+    optimizer = build(net, net.parameters(), config)
+    group = optimizer.param_groups[0]
+    plans = [optimizer.plan_of(member.settings, member.param) for member in optimizer.members()]
+    of_step = [group[name] for name in READ_BY_THE_STEP]
+    return plans, [optimizer.rates(group, plan) for plan in plans], of_step, getattr(config, "log_every", 0)
+
+
+@pytest.mark.parametrize("option", EVERY_OPTION)
+@entries
+def test_an_option_has_an_effect_or_is_refused(entry: Entry, option: str) -> None:
+    """MARS(variant="lion", block_size=4) and optim_args="pack_factors=true" of mars trained as if nothing was said."""
+    value, *others = other_values(option)
+    if option not in option_fields(entry.config):
+        with pytest.raises(ValueError, match=f"unknown option '{option}' of {entry.config.name}"):
+            parse_optim_args({option: value}, entry.config)
+        with pytest.raises((TypeError, ValueError), match=option):
+            entry.optimizer([Parameter(torch.ones(2, 2))], **constructor_kwargs(entry.config, option, value))
+        return
+    refused = True
+    for beside, given in itertools.product(TOGETHER, (value, *others)):
+        with contextlib.suppress(TypeError, ValueError):
+            without, together = entry.config(**beside), entry.config(**{**beside, option: given})
+            if effects(without) != effects(together):
+                return
+            refused = refused and getattr(without, option) == given
+    assert refused
+
+
+def constructor_kwargs(config: type[OptimizerConfig], option: str, value: Any) -> dict[str, Any]:
+    kwargs = config().constructor_kwargs()
+    return {**kwargs, **({"betas": (kwargs["betas"][0], value)} if option == "beta2" else {option: value})}
+
+
+@pytest.mark.parametrize("variant", ["adamw", "lion", "shampoo", "m"])
+def test_an_ignored_option_says_who_reads_it(variant: Any) -> None:
+    params = [Parameter(torch.ones(2, 2))]
+    message = (
+        rf"variant='{variant}' got block_size=4, wanted only options that it reads; leave block_size out, "
+        r"or use variant='soap'"
+    )
+    with pytest.raises(ValueError, match=message):
+        MARS(params, variant=variant, block_size=4)
+    with pytest.raises(ValueError, match=message):
+        MARS([{"params": params, "block_size": 4}], variant=variant)
+    with pytest.raises(ValueError, match=message):
+        MARS([{"params": params, "overrides": [{"block_size": 4}]}], variant=variant)
+    MARS(params, variant=variant, block_size=None, precondition_frequency=10)
+    MARS([{"params": params, "variant": "soap", "block_size": 4}], variant=variant)
+
+
+def test_a_group_has_the_variant_that_it_says() -> None:
+    """It was accepted, and the optimizer's own variant went on."""
+    optimizer = MARS([{"params": [Parameter(torch.ones(2, 2))], "variant": "lion"}])
+    optimizer.param_groups[0]["params"][0].grad = torch.ones(2, 2)
+    optimizer.step()
+    assert "exp_avg_sq" not in optimizer.state[optimizer.param_groups[0]["params"][0]]
+    with pytest.raises(ValueError, match="overrides of a param group got variant"):
+        MARS([{"params": [Parameter(torch.ones(2, 2))], "overrides": [{"variant": "lion"}]}])
+    with pytest.raises(ValueError, match="variant must be one of adamw, lion, shampoo, m, soap, got 'muon'"):
+        MARS([Parameter(torch.ones(2, 2))], variant="muon")  # type: ignore[arg-type]
+
+
+def test_lion_reads_one_beta() -> None:
+    config: Any = ENTRIES["mars_lion"].config
+    with pytest.raises(ValueError, match=r"mars_lion got betas='\(0.9,0.95\)', wanted beta1 alone: .*write beta1=0.9"):
+        parse_optim_args("betas=(0.9,0.95)", config)
+    with pytest.raises(ValueError, match=r"variant='lion' got beta2=0.5, wanted .*use variant='adamw' or 'shampoo'"):
+        MARS([Parameter(torch.ones(2, 2))], variant="lion", betas=(0.9, 0.5))
+    assert config(beta1=0.5).constructor_kwargs()["betas"] == (0.5, 0.99)
 
 
 def test_nearest() -> None:

@@ -110,6 +110,8 @@ def fresh(dtype: torch.dtype = torch.float32) -> list[Any]:
 @pytest.mark.parametrize("name", MAKERS)
 def test_resume_is_bit_for_bit(name: str, dtype: torch.dtype) -> None:
     make, options = MAKERS[name], {"lr": 0.01, "state_dtype": "bfloat16", "pack_factors": True}
+    if name == "mars":
+        del options["pack_factors"]  # it has none
     params = fresh(dtype)
     optimizer = make(params, **options)
     train(optimizer, params, 0, 5)
@@ -122,7 +124,7 @@ def test_resume_is_bit_for_bit(name: str, dtype: torch.dtype) -> None:
     assert all(torch.equal(one, other) for one, other in zip(params, others, strict=True))
 
 
-@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("name", [name for name in MAKERS if name != "mars"])
 def test_packing_changes_rounding_alone(name: str) -> None:
     """A product of a matrix with its own transpose need not be symmetric in its last bit. Square: see test_parity."""
     runs = []

@@ -21,6 +21,7 @@ from contract import (
     CONTROL,
     KINDS,
     SHAPES,
+    WITH_FACTORS,
     Column,
     backward,
     chosen,
@@ -386,7 +387,7 @@ def test_saved_state_put_back_into_the_state_steps_on(column: Column) -> None:
     assert_same(numbers(optimizer, params), numbers(undisturbed, again))
 
 
-@each_kind_of_ours
+@over(*WITH_FACTORS)
 @pytest.mark.parametrize("form", [{"state_dtype": "bfloat16"}, {"state_dtype": "bfloat16", "pack_factors": True}])
 def test_saved_state_of_fewer_bytes_put_back_steps_on(column: Column, form: dict[str, Any]) -> None:
     (params, optimizer), (again, undisturbed) = trained(column, 3, **form), trained(column, 3, **form)
@@ -599,7 +600,7 @@ def test_settings_that_no_cycle_changes_come_from_the_constructor(column: Column
     """More than torch gives, whose settings all come from the checkpoint."""
     for cycle in CYCLES.values():
         changed = {"weight_decay": 0.25, "eps": 1e-5}
-        if "precondition_frequency" in column(parameters(SHAPES)).defaults:
+        if column.name != "mars":
             changed["precondition_frequency"] = 2
         seen, ways, _ = scheduled(column, cycle, resume=False)
         again, others, resumed = scheduled(column, cycle, resume=True, **changed)
@@ -848,7 +849,11 @@ in_each_form = pytest.mark.parametrize(
     ("column", "form"),
     [
         pytest.param(CONTROL, {}, id=CONTROL.name),
-        *(pytest.param(column, form, id=f"{column.name}-{name}") for column in KINDS for name, form in FORMS.items()),
+        *(
+            pytest.param(column, form, id=f"{column.name}-{name}")
+            for column in WITH_FACTORS
+            for name, form in FORMS.items()
+        ),
     ],
 )
 
@@ -925,7 +930,7 @@ def test_steps_in_inference_mode_are_steps(column: Column, form: dict[str, Any])
 
 
 @pytest.mark.parametrize("form", FORMS)
-@each_kind_of_ours
+@over(*WITH_FACTORS)
 @pytest.mark.usefixtures("_cold")
 def test_state_made_in_inference_mode_may_be_stepped_outside(column: Column, form: str) -> None:
     """More than torch gives, whose state is then of inference tensors, which nothing outside may change."""

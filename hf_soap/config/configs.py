@@ -33,10 +33,6 @@ class _Guard(OptimizerConfig):
     stacked_matrices: bool = option(
         True, "Treat a 3-D tensor whose first dimension is the shortest (a mixture's experts) as a stack of matrices."
     )
-    pack_factors: bool = option(False, "Keep one triangle of each symmetric matrix: exact, and slightly slower.")
-    distributed_refresh: bool | None = option(
-        None, "Split refreshes among ranks with equal weights and gradients; `none` does so under the Trainer's DDP."
-    )
     adam_modules: str | None = option(
         None, "Regex on parameter names: what matches is updated by Adam, with no factors.", trainer_only=True
     )
@@ -76,6 +72,10 @@ class _Factors(_Guard):
     one_sided: bool = option(False, "Factor only the shorter side of each matrix: less memory and time.")
     block_size: int | None = option(
         None, "Cut longer sides into blocks of at most this size, each with its own factors.", AT_LEAST_1
+    )
+    pack_factors: bool = option(False, "Keep one triangle of each symmetric matrix: exact, and slightly slower.")
+    distributed_refresh: bool | None = option(
+        None, "Split refreshes among ranks with equal weights and gradients; `none` does so under the Trainer's DDP."
     )
     one_sided_modules: str | None = option(
         None, "Regex on parameter names: what matches gets a factor on the shorter side only.", trainer_only=True
@@ -222,6 +222,7 @@ class MarsLionConfig(MarsConfig):
     lr: ClassVar[float] = 3e-4
     lr_is_published: ClassVar[bool] = False
     variant: ClassVar[str] = "lion"
+    beta2: ClassVar[float] = MarsConfig.beta2  # type: ignore[misc]  # no option: Lion has no second moment
 
 
 @dataclass(frozen=True, kw_only=True)

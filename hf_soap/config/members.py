@@ -16,6 +16,7 @@ OVERRIDES = "overrides"
 
 OF_GROUPS = {
     *("lr", "weight_decay", "lr_1d", "weight_decay_1d", "nonfinite", "max_skipped_in_a_row", "shard_mode", "exact"),
+    "variant",
     *("foreach", "fused", "differentiable"),
 }
 """Settings that all parameters of a group share: they are read for the group, or for the whole step."""

@@ -77,7 +77,7 @@ class OptimizerConfig:
         """Returns the keyword arguments for the optimizer's constructor."""
         known = option_fields(type(self))
         kwargs = {key: value for key, value in asdict(self).items() if not known[key].metadata["trainer_only"]}
-        betas = kwargs.pop("beta1"), kwargs.pop("beta2")
+        betas = tuple(kwargs.pop(name, getattr(self, name)) for name in ("beta1", "beta2"))
         return {"betas": betas, **kwargs}
 
 
@@ -325,6 +325,11 @@ def _pairs(text: str, config: type[OptimizerConfig]) -> Iterable[tuple[str, str]
             if len(betas) != 2:
                 raise ValueError(
                     f"betas wants two numbers, got {shown(raw)}; write betas=(0.95,0.95), or beta1= and beta2="
+                )
+            if lacking := {"beta1", "beta2"} - option_fields(config).keys():
+                raise ValueError(
+                    f"{config.name} got betas={shown(raw)}, wanted beta1 alone: it reads no {min(lacking)}; "
+                    f"write beta1={betas[0]}"
                 )
             yield from zip(("beta1", "beta2"), betas, strict=True)
         elif key in ELSEWHERE:

@@ -39,7 +39,14 @@ def resolve(args: TrainingArguments) -> options.OptimizerConfig:
     """
     name = optimizer_name(args)
     _refuse_flat_parameters(args, name)
-    return options.parse_optim_args(args.optim_args, ENTRIES[name].config, changed_adam_arguments(args))
+    config, changed = ENTRIES[name].config, changed_adam_arguments(args)
+    if ignored := changed.keys() - options.option_fields(config).keys():
+        argument, default = HF_ADAM[min(ignored)]
+        raise ValueError(
+            f"optim={name!r} got {argument}={getattr(args, argument)}, wanted its default, {default:g}: it has no "
+            f"{min(ignored)}; leave {argument} out"
+        )
+    return options.parse_optim_args(args.optim_args, config, changed)
 
 
 def changed_adam_arguments(args: TrainingArguments) -> dict[str, float]:

@@ -79,7 +79,7 @@ class MARS(BlockOptimizer):
         Yuan et al., MARS: Unleashing the Power of Variance Reduction for Training Large Models, arXiv:2411.10438.
     """
 
-    config = configs.MarsSoapConfig
+    config = configs.MarsSoapConfig  # it has the options of all variants
     read_at_each_step: ClassVar[tuple[str, ...]] = ("lr", "weight_decay", "lr_1d", "weight_decay_1d")
 
     def __init__(
@@ -127,13 +127,16 @@ class MARS(BlockOptimizer):
         """Adds a group, and notes the learning rate that ``lr_1d`` is in proportion to."""
         if isinstance(param_group, dict):  # torch refuses all else
             param_group.setdefault("base_lr", float(param_group.get("lr", self.defaults["lr"])))
+            param_group.setdefault("rule", param_group.get("variant", self.defaults["rule"]))
         super().add_param_group(param_group)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         beta1, beta2 = check_pair("betas_1d", group["betas_1d"])
         options.check_values(self.config, {"beta1_1d": beta1, "beta2_1d": beta2})
-        check_choice("rule", group["rule"], ("adamw", "lion", "shampoo", "soap", "m", "adam"))
+        check_choice("variant", group["variant"], tuple(VARIANTS))
+        check_choice("rule", group["rule"], (*VARIANTS, "adam"))
+        _refuse_ignored(group)
         if group["exact"] and group["shard_mode"] == "owner":
             raise ValueError(
                 "got exact=True with shard_mode='owner', wanted one of them: the previous weights lie with the ranks "
@@ -298,6 +301,33 @@ class MARS(BlockOptimizer):
         inner = soap_rule(group) if soap else _mars_inner(group, matrix=matrix)
         rule = MarsRule(inner=inner, beta1=group["betas"][0], gamma=group["gamma"], exact=group["exact"])
         return Plan(rule, plan_factors(group, shape, part=part) if soap else plain, decay_last=soap, **kept)
+
+
+VARIANTS = {
+    config.variant: config
+    for config in (
+        configs.MarsAdamWConfig,
+        configs.MarsLionConfig,
+        configs.MarsShampooConfig,
+        configs.MarsMConfig,
+        configs.MarsSoapConfig,
+    )
+}
+"""Variant to its config, which has the options that it reads."""
+
+
+def _refuse_ignored(group: Mapping[str, Any]) -> None:
+    """Refuses options that the variant of a group does not read; with its default an option counts as not given."""
+    variant = group["variant"] if group["rule"] == "adam" else group["rule"]
+    of_all, own = options.option_fields(MARS.config), schema.option_fields(VARIANTS[variant])
+    values = {**group, "beta1": group["betas"][0], "beta2": group["betas"][1]}
+    for key in of_all.keys() - own.keys() & values.keys():
+        if values[key] != of_all[key].default:
+            readers = [repr(name) for name, config in VARIANTS.items() if key in options.option_fields(config)]
+            raise ValueError(
+                f"variant={variant!r} got {key}={options.shown(values[key])}, wanted only options that it reads; leave "
+                f"{key} out, or use variant={' or '.join(readers)}"
+            )
 
 
 def _mars_inner(group: Mapping[str, Any], *, matrix: bool) -> Rule:

@@ -50,7 +50,7 @@ def class_and_kwargs(args: TrainingArguments, model: nn.Module | None) -> tuple[
             "ranks before it saves what rank 0 has; use hf_soap.SoapTrainer, FSDP2, or shard_mode='local'"
         )
     kwargs = {"lr": args.learning_rate, **config.constructor_kwargs()}
-    if kwargs["distributed_refresh"] is None:
+    if kwargs.get("distributed_refresh", False) is None:
         kwargs["distributed_refresh"] = under_ddp
     _report_once(config.name, ", ".join(f"{key}={value}" for key, value in kwargs.items()), _passed_over(args, config))
     if args.learning_rate == HF_LEARNING_RATE:
@@ -65,8 +65,8 @@ def _passed_over(args: TrainingArguments, config: options.OptimizerConfig) -> st
     changed, known = arguments.changed_adam_arguments(args), options.option_fields(type(config))
     passed = []
     for option, (argument, default) in arguments.HF_ADAM.items():
-        ours = known[option].default
-        if option not in changed and getattr(config, option) == ours != default:
+        ours = getattr(config, option)
+        if option in known and option not in changed and ours == known[option].default != default:
             passed.append(
                 f"{option}={ours:g}, not {argument}={default:g} (optim_args='{option}={default:g}' has that)"
             )
