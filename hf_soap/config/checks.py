@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
@@ -18,37 +17,93 @@ CHANGING = ("amsgrad", "nesterov")
 """Settings of torch's optimizers that change what an update is; others, such as foreach, only say how it is made."""
 
 
+SYNONYMS = {
+    "learning_rate": "lr",
+    "wd": "weight_decay",
+    "decay": "weight_decay",
+    "beta1": "betas",
+    "beta2": "betas",
+    "momentum": "betas",
+    "epsilon": "eps",
+    "frequency": "precondition_frequency",
+}
+"""What other optimizers, or users, call a setting."""
+
+
 def check_group_keys(group: Mapping[str, Any], settings: Collection[str]) -> None:
     """Refuses keys of a param group that are meant as settings and would be passed over.
 
-    A name of the user's own may be there, such as a single word that no setting is close to, and what schedulers put
-    there: ``initial_lr``, ``max_momentum``.
+    Any other name may be there: words of the user's own, and what schedulers write, such as ``initial_lr``.
 
     Args:
         group: The param group.
         settings: Names of the optimizer's settings.
 
     Raises:
-        ValueError: On a key that is close to the name of a setting, or of several words and the beginning of one, or
-            an option of another optimizer.
+        ValueError: On a key that is a misspelt or shortened setting, a synonym of one, or an option of another
+            optimizer.
     """
     for key, value in group.items():
         if key in settings or key in ("params", "param_names") or not isinstance(key, str):
             continue
-        # block, norm or exact may be somebody's own; block_s, or normalize_grads where there is none, hardly is.
-        word = "_" not in key
-        derived = any(key.endswith(f"_{name}") or key.startswith(f"{name}_") for name in settings)
-        first = word and any(name.startswith(f"{key}_") for name in settings)
-        # weight_decay_end may be somebody's own too; weight_decay_d is none.
-        misspelt = difflib.get_close_matches(key, settings, n=1, cutoff=0.92 if derived or first else 0.8)
-        shortened = not word and any(name.startswith(key) for name in settings)
-        swapped = any(sorted(key) == sorted(name) for name in settings)
-        if misspelt or shortened or swapped or (key in FAMILY_OPTIONS and not word) or (key in CHANGING and value):
-            remedy = {"beta1": "write betas", "beta2": "write betas", "learning_rate": "write lr"}.get(key, "")
+        meant = _meant(key, settings)
+        # exact or kl may be somebody's own; normalize_grads where there is none hardly is.
+        if meant or (key in FAMILY_OPTIONS and "_" in key) or (key in CHANGING and value):
+            remedy = f"write {meant}; " if key in SYNONYMS else f"did you mean {meant}? " if meant else ""
             raise ValueError(
-                f"got {options.shown(key)} in a param group, wanted a setting that a group may have: "
-                f"{remedy and remedy + '; '}{options.nearest(key, settings)}They are {', '.join(settings)}."
+                f"got {options.shown(key)} in a param group, wanted a setting that a group may have: {remedy}"
+                f"They are {', '.join(settings)}."
             )
+
+
+def _meant(key: str, settings: Collection[str]) -> str | None:
+    """Returns the setting that a key of another name is meant for, or None if it says something else."""
+    if SYNONYMS.get(key) in settings:
+        return SYNONYMS[key]
+    plain = key.lower().replace("-", "_")
+    for is_meant in (_is_slip, _is_shortened, _has_alike_words):
+        if found := [name for name in settings if plain == name or is_meant(plain, name)]:
+            return found[0]
+    return None
+
+
+def _is_slip(key: str, name: str) -> bool:
+    """Whether one letter is left out, doubled or exchanged with the next, or, in a long name, another or too many.
+
+    A digit says something: beta3 is not betas. Single letters are anybody's.
+    """
+    if len(key) < 2:
+        return False
+    start = _shared(key, name)
+    end = _shared(key[start:][::-1], name[start:][::-1])
+    wrong, right = key[start : len(key) - end], name[start : len(name) - end]
+    if len(wrong) + len(right) == 1:
+        return not wrong or wrong == key[start - 1 : start] or (len(name) > 7 and not wrong.isdigit())
+    if len(wrong) == len(right) == 1:
+        return len(name) > 7 and wrong.isalpha() and right.isalpha()
+    return len(wrong) == 2 and wrong == right[::-1]
+
+
+def _shared(one: str, other: str) -> int:
+    """Returns how many characters two words begin with alike."""
+    same = [a == b for a, b in zip(one, other, strict=False)]
+    return [*same, False].index(False)
+
+
+def _is_shortened(key: str, name: str) -> bool:
+    return "_" in key and name.startswith(key)
+
+
+def _has_alike_words(key: str, name: str) -> bool:
+    """Whether each word of a name of several is there, shortened or misspelt as it may be."""
+    words, others = key.split("_"), name.split("_")
+    return len(words) == len(others) > 1 and all(map(_is_alike, words, others))
+
+
+def _is_alike(word: str, other: str) -> bool:
+    shorter, longer = sorted((word, other), key=len)
+    begins = len(shorter) > 2 and longer.startswith(shorter)
+    return word == other or begins or (len(shorter) > 2 and _is_slip(word, other))
 
 
 def check_learning_rate(lr: Any) -> None:

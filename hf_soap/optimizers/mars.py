@@ -319,14 +319,14 @@ VARIANTS = {
 def _refuse_ignored(group: Mapping[str, Any]) -> None:
     """Refuses options that the variant of a group does not read; with its default an option counts as not given."""
     variant = group["variant"] if group["rule"] == "adam" else group["rule"]
-    of_all, own = options.option_fields(MARS.config), schema.option_fields(VARIANTS[variant])
+    of_all, own = options.option_fields(MARS.config), options.option_fields(VARIANTS[variant])
     values = {**group, "beta1": group["betas"][0], "beta2": group["betas"][1]}
     for key in of_all.keys() - own.keys() & values.keys():
         if values[key] != of_all[key].default:
             readers = [repr(name) for name, config in VARIANTS.items() if key in options.option_fields(config)]
             raise ValueError(
-                f"variant={variant!r} got {key}={options.shown(values[key])}, wanted only options that it reads; leave "
-                f"{key} out, or use variant={' or '.join(readers)}"
+                f"variant={variant!r} got {key}={options.shown(values[key])}, wanted only options that it reads; "
+                f"leave {key} out, or use variant={' or '.join(readers)}"
             )
 
 
