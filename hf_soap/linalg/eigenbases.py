@@ -113,7 +113,8 @@ def _inverse_cholesky(gram: Tensor) -> Tensor:
     if n <= LEAF:
         lower, _ = torch.linalg.cholesky_ex(gram)
         eye = torch.eye(n, dtype=gram.dtype, device=gram.device).expand_as(gram)
-        return torch.linalg.solve_triangular(lower, eye, upper=False)
+        inverse: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False)
+        return inverse
     half = LEAF * -(-n // (2 * LEAF))
     inverse = torch.zeros_like(gram)
     first = _inverse_cholesky(gram[:, :half, :half])
