@@ -489,7 +489,6 @@ RUNS: dict[str, dict[str, Any]] = {
 POLICIES: dict[str, str | None] = {
     "AdamW (fused)": None,
     "SOAP f=10": "",
-    "SOAP f=10, deferred finite check": "",
     "SOAP f=10, no finite check": "nonfinite=off",
     "SOAP f=10, tf32 rotations": "matmul_dtype=tf32",
     "SOAP f=1": "precondition_frequency=1",
@@ -503,8 +502,6 @@ POLICIES: dict[str, str | None] = {
 
 def time_training(setup: Setup) -> None:
     """Times training steps of GPT-2 124M through the Trainer under each policy, without a wait inside a step."""
-    from hf_soap.engine.nonfinite import ASYNC_DEVICES
-
     length, micro, accumulation = SIZES["tiny" if setup.rehearse else "full"]
     vocab, period = (512, 2) if setup.rehearse else (50257, 10)
     generator = torch.Generator().manual_seed(0)
@@ -517,7 +514,6 @@ def time_training(setup: Setup) -> None:
         arguments |= {"optim_args": options} if options else {}
         row: dict[str, Any] = {}
         with outcome(row, "training"):
-            ASYNC_DEVICES.update({setup.device.type} if "deferred" in name else ())
             trained = train_once(
                 setup,
                 blocks,
@@ -532,7 +528,6 @@ def time_training(setup: Setup) -> None:
             row = {key: trained[key] for key in ("seconds_per_step", "peak_gib")}
             base = base or row["seconds_per_step"]
             row["over_adamw"] = round(row["seconds_per_step"] / base - 1, 4)
-        ASYNC_DEVICES.clear()
         setup.put(name, row)
         free(setup.device)
 

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from hf_soap import MARS, SOAP, Shampoo
-from hf_soap.engine.nonfinite import ASYNC_DEVICES
 from hf_soap.trainer.metrics import diagnostics
-
-
-@pytest.fixture(params=[False, True], ids=["at once", "a step later"])
-def deferring(request: pytest.FixtureRequest) -> Iterator[bool]:
-    """Whether the host hears of bad gradients at the next step only, as on a GPU."""
-    if request.param:
-        ASYNC_DEVICES.add("cpu")
-    yield request.param
-    ASYNC_DEVICES.discard("cpu")
 
 
 def bad_step(optimizer: Any, params: list[Parameter], spoil: Callable[[Tensor], Any]) -> None:
@@ -40,7 +30,7 @@ def bad_step(optimizer: Any, params: list[Parameter], spoil: Callable[[Tensor], 
 
 @rows
 @pytest.mark.parametrize("bad", [lambda grad: grad[0, 1].fill_(torch.nan), lambda grad: grad.fill_(-torch.inf)])
-def test_an_endless_streak_of_bad_gradients_is_an_error(row: Row, bad: Any, deferring: bool) -> None:
+def test_an_endless_streak_of_bad_gradients_is_an_error(row: Row, bad: Any) -> None:
     """A run whose every gradient was NaN went on to its end, with one warning at its start and nothing learned."""
     params, optimizer = trained(row, steps=4, max_skipped_in_a_row=10)
     before = snapshot(optimizer, params)
@@ -48,7 +38,7 @@ def test_an_endless_streak_of_bad_gradients_is_an_error(row: Row, bad: Any, defe
         bad_step(optimizer, params, bad)
     assert optimizer.skipped_steps == 9
     train(optimizer, params, range(4, 5))  # a good one starts the count anew
-    for _ in range(9 + deferring):
+    for _ in range(9):
         bad_step(optimizer, params, bad)
     with pytest.raises(FloatingPointError, match=r"1\d steps in a row .*max_skipped_in_a_row=0") as caught:
         bad_step(optimizer, params, bad)
@@ -101,7 +91,7 @@ def test_a_failure_on_one_rank_holds_up_nobody(count: int, tmp_path: Path) -> No
 
 
 def test_a_refused_step_counts_on_no_rank(tmp_path: Path) -> None:
-    ranks.run("sharded_numbers.a_refused_step_counts_nowhere_under_a_late_verdict", 2, tmp_path)
+    ranks.run("sharded_numbers.a_refused_step_counts_nowhere", 2, tmp_path)
 
 
 # Gradients of any size
@@ -363,13 +353,10 @@ def test_failures_are_counted_where_the_host_does_not_wait(
 ) -> None:
     params, optimizer = trained(TABLE["soap"], steps=4)
     failing(monkeypatch, "gives NaN", every)
-    ASYNC_DEVICES.add("cpu")
-    try:
-        train(optimizer, params, range(4, 8))
-        assert not caplog.messages
-        assert optimizer.failed_refreshes > 0
-    finally:
-        ASYNC_DEVICES.discard("cpu")
+    monkeypatch.setattr("hf_soap.engine.failures.SYNCHRONOUS", set())
+    train(optimizer, params, range(4, 8))
+    assert not caplog.messages
+    assert optimizer.failed_refreshes > 0
     assert "decompositions of factors have failed" in caplog.text
     assert all(param.isfinite().all() for param in params)
 

@@ -242,24 +242,17 @@ def agree(fine: bool, params: Sequence[Tensor]) -> bool:
     sharded = [param for param in params if is_sharded(param)]
     if not sharded:
         return fine
-    return bool(agreed(torch.tensor(fine, device=wire_device(sharded[0])), sharded))
-
-
-def agreed(fine: Tensor, params: Sequence[Tensor]) -> Tensor:
-    """As :func:`agree`, of a scalar of bool that no host needs to read."""
-    meshes = dict.fromkeys(param.device_mesh for param in params if is_sharded(param))
-    if not meshes:
-        return fine
     import torch.distributed as dist
 
-    flag = fine.to(torch.int32)
+    flag = torch.tensor(fine, dtype=torch.int32, device=wire_device(sharded[0]))
+    meshes = dict.fromkeys(param.device_mesh for param in sharded)
     if any(mesh.size() == dist.get_world_size() for mesh in meshes):
         dist.all_reduce(flag, dist.ReduceOp.MIN)
     else:
         for mesh in meshes:
             for group in mesh.get_all_groups():
                 dist.all_reduce(flag, dist.ReduceOp.MIN, group=group)
-    return flag.bool()
+    return bool(flag)
 
 
 def summed(numbers: Sequence[float], param: Tensor) -> list[float]:

@@ -134,19 +134,14 @@ class Bucket:
     def working(self, first: int, last: int, context: StepContext) -> Iterator[dict[str, Tensor]]:
         """State of the tensors first..last-1 to compute with, which is put back as it is kept on leaving."""
         kept, storage = self.rows(first, last), self.plan.state_format
-        if storage.is_identity and context.grads_finite is None:
+        if storage.is_identity:
             yield kept
             return
-        before = {role: value.clone() for role, value in kept.items()} if context.grads_finite is not None else {}
         state = storage.decode(kept, self.dtype)
         versions = {role: value._version for role, value in state.items()}
         yield state
         changed = {role: value for role, value in state.items() if value._version != versions[role]}
-        if not storage.is_identity:
-            storage.encode_(kept, changed, step_keys(context.t, context.index))
-        for role, value in before.items():
-            if role in changed:
-                kept[role].copy_(torch.where(context.grads_finite, kept[role], value))  # type: ignore[arg-type]
+        storage.encode_(kept, changed, step_keys(context.t, context.index))
 
     def exact_arithmetic(self) -> ExitStack:
         """Keeps what the program has set for its model's arithmetic away from the step."""

@@ -9,6 +9,9 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
+SYNCHRONOUS = {"cpu"}
+"""Kinds of devices whose results the host has at once; it does not wait for others to learn what failed."""
+
 
 class Failures:
     """Counts matrices whose eigenbasis or root could not be computed, on their device where the host does not wait.
@@ -28,7 +31,7 @@ class Failures:
             finite: Whether each came out finite, (blocks,), bool.
         """
         failed = (~finite).sum()
-        if finite.device.type != "cpu":
+        if finite.device.type not in SYNCHRONOUS:
             # In place: on another stream, the old sum would be free for others before it was read.
             self._waiting.setdefault(finite.device, torch.zeros_like(failed)).add_(failed)
         elif number := int(failed):

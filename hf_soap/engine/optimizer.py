@@ -62,20 +62,16 @@ class BlockOptimizer(PlannedOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._settle()
-        self._guard.raise_after_too_many(self.param_groups)  # the finite check of the step before
+        self._refreshes.join()
         device = next((param.device for group in self.param_groups for param in group["params"]), torch.device("cpu"))
         with nullcontext() if self.profiler is None else self.profiler.stepping(device):
-            if self._gradients_usable():
+            if self._guard.admits(self.param_groups, name=type(self).__name__):
                 self._consolidated = None
                 self._refreshes.start()
                 self._step_all(allocate_only=self._is_synthetic())
                 self._refreshes.finish()
         self._guard.raise_after_too_many(self.param_groups)
         return loss
-
-    def _gradients_usable(self) -> bool:
-        return self._guard.admits(self.param_groups, defers=self._find_owners() is None, name=type(self).__name__)
 
     def _step_all(self, *, allocate_only: bool) -> None:
         owners = self._find_owners()
@@ -93,7 +89,6 @@ class BlockOptimizer(PlannedOptimizer):
             step = self._count_of_nothing(param)
             if param.grad is not None and dtensor.is_sharded(param):
                 step += 1
-                self._guard.counted(step)
 
     def _count_of_nothing(self, param: Tensor) -> Tensor:
         """Returns the count of steps of a parameter of which this rank has nothing: a checkpoint asks every rank."""
@@ -210,24 +205,19 @@ class BlockOptimizer(PlannedOptimizer):
         metrics = self._metrics_of(plan)
         size = bucket.tensors_per_chunk(watched=metrics.watches)
         alike = outcomes is None and not dtensor.is_sharded(bucket.params[0])
-        device = bucket.params[0].device
-        grads_finite = self._guard.grads_finite
-        if grads_finite is not None:
-            grads_finite = grads_finite.to(device, non_blocking=device.type != "cpu")
         replicas = dtensor.ReplicaGroup() if plan.splits_refreshes and alike and dtensor.ranks() > 1 else None
         with bucket.exact_arithmetic(), bucket.stepping() as under_way:
             for seeding, flags in ((True, fresh), (False, ready)):
                 for first, last in adjacent(flags, size):
                     under_way[:] = first, last
                     t = tuple(step + 1 - plan.rule.seeds for step in steps[first:last])
-                    count = bucket.steps[first:last].add_(1)
+                    bucket.steps[first:last].add_(1)
                     context = StepContext(
                         layout=plan.layout,
                         t=t,
                         index=tuple(bucket.index[first:last]),
                         background=self._background,
                         replicas=replicas,
-                        grads_finite=grads_finite,
                         metrics=metrics,
                         failures=self._failures,
                         later=plan.refreshes_later,
@@ -247,7 +237,6 @@ class BlockOptimizer(PlannedOptimizer):
                     if outcomes is not None:
                         for place, param in enumerate(bucket.params[first:last]):
                             outcomes[param] = (SEEDED, None) if seeding else (UPDATED, directions[place])
-                    self._guard.counted(count)
                     if not seeding and plan.refreshes_later:
                         self._refreshes.note(Updated(bucket, first, last, context))
                     under_way[:] = 0, 0

@@ -69,18 +69,13 @@ class PlannedOptimizer(torch.optim.Optimizer):
     def skipped_steps(self) -> int:
         """Steps that were skipped because a gradient was not finite, since construction or load."""
         self._refreshes.join()
-        return self._guard.skipped()
+        return self._guard.skipped
 
     @property
     def failed_refreshes(self) -> int:
         """Factors that this rank has, whose basis or root could not be computed, since construction or load."""
         self._refreshes.join()
         return self._failures.count()
-
-    def _settle(self) -> None:
-        """Resolves the finite check of the last step where a device has kept it, and waits for refreshes."""
-        self._refreshes.join()
-        self._guard.resolve_pending()
 
     def plan(self, group: Mapping[str, Any], shape: Sequence[int], *, part: Sequence[int] | None = None) -> Plan:
         """Returns rule and layout of a tensor, made from the current settings.
@@ -203,7 +198,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
         return self._owners
 
     def __getstate__(self) -> dict[str, Any]:
-        self._settle()
+        self._refreshes.join()
         # A view is pickled with its whole stack, once for each parameter in it.
         state = checkpoint.detach_state(super().__getstate__())
         return {**state, "state": defaultdict(dict, state["state"])}
@@ -224,7 +219,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
 
         The tensors are copies: the optimizer holds views of stacks, and saving one would write its whole stack.
         """
-        self._settle()
+        self._refreshes.join()
         if self._consolidated is not None:
             return self._consolidated
         if self.spreads_state() and any(isinstance(key, Tensor) for key in self.state):
@@ -240,7 +235,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
 
         Only for ``shard_mode="owner"`` with whole parameters (DDP); all ranks must call it.
         """
-        self._settle()
+        self._refreshes.join()
         if self.spreads_state():
             self._consolidated = self._state_dict(to_first=True)
 
@@ -288,7 +283,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
             ValueError: If the groups, a parameter's roles or a shape differ from what the current settings need; on
                 all ranks, where one finds that.
         """
-        self._settle()
+        self._refreshes.join()
         states: dict[Tensor, dict[str, Any]] = {}
         rates = [group["lr"] for group in self.param_groups]
 

@@ -60,14 +60,14 @@ def split_by_first_grad(
 
 
 def stack_gradients(grads: Sequence[Tensor], bucket: Bucket, context: StepContext) -> Tensor:
-    """Returns gradients as one batch of blocks (tensors * blocks, d_1, ..., d_k); zeros if the device refuses them."""
+    """Returns gradients as one batch of blocks (tensors * blocks, d_1, ..., d_k)."""
     layout = bucket.plan.layout
     if layout.whole and all(grad.shape == layout.view for grad in grads):
         stacked = torch.stack(list(grads)).to(bucket.dtype)
     else:
         cut = [layout.to_blocks(grad) for grad in grads]
         stacked = (cut[0] if len(cut) == 1 else torch.cat(cut)).to(bucket.dtype)
-    return stacked if context.grads_finite is None else torch.where(context.grads_finite, stacked, 0.0)
+    return stacked
 
 
 def step_tensors(
@@ -87,11 +87,7 @@ def step_tensors(
     weights = bucket.weights(first, last)
     if plan.keep_weights:
         before = torch.cat([plan.layout.to_blocks(weight) for weight in weights])
-    if context.grads_finite is not None:
-        gate = context.grads_finite.to(bucket.dtype)
-        gated = {id(rate): (rate[0] * gate, rate[1]) for rate in rates}  # so that nothing moves in a bad step
-        rates = [gated[id(rate)] for rate in rates]
-    if bucket.fuses and context.grads_finite is None and _are_plain((*weights, *grads), bucket.dtype):
+    if bucket.fuses and _are_plain((*weights, *grads), bucket.dtype):
         each = {role: tensors[first:last] for role, tensors in bucket.each.items()}
         with context.metrics.watching(weights):
             plan.rule.fused_step(weights, grads, each, context.t, rates=rates)
@@ -100,8 +96,7 @@ def step_tensors(
         with context.metrics.watching(weights):
             apply_(weights, directions, rates, decay_last=plan.decay_last)
     if plan.keep_weights:
-        kept = bucket.rows(first, last)[PREV_PARAM]
-        kept.copy_(before if context.grads_finite is None else torch.where(context.grads_finite, before, kept))
+        bucket.rows(first, last)[PREV_PARAM].copy_(before)
 
 
 def _are_plain(tensors: Sequence[Tensor], dtype: torch.dtype) -> bool:

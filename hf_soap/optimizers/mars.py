@@ -213,7 +213,6 @@ class MARS(BlockOptimizer):
 
         All ranks that share parameters must ask together, and get the same answer: one may have no part of any.
         """
-        self._settle()  # a step that did not count left no previous weights
         params = [param for group in self.param_groups for param in group["params"]]
         has_none = not any(self._previous(member) is not None for member in self.members())
         return not dtensor.agree(has_none, params)
@@ -233,7 +232,7 @@ class MARS(BlockOptimizer):
 
         If the body raises, weights and gradients are put back as they were.
         """
-        self._settle()
+        self._refreshes.join()
         stash = [(member, member.param, member.param.grad) for member in self.members() if member.param.requires_grad]
         moved = [(local(p), local(p).detach().clone(), self._previous(member)) for member, p, _ in stash]
         try:

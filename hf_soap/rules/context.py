@@ -80,7 +80,6 @@ class StepContext:
         index: Place of each tensor in the whole optimizer, which staggers refreshes.
         background: Where work may go on beside the training loop.
         replicas: Ranks with equal state that split decompositions among them.
-        grads_finite: Whether the gradients are finite, a scalar of bool, where only the device knows.
         metrics: Records refreshes and updates.
         failures: Who counts decompositions that fail.
         later: Leave refreshes to a call of the rule's ``refresh``.
@@ -91,7 +90,6 @@ class StepContext:
     index: tuple[int, ...]
     background: BackgroundJobs | None = None
     replicas: ReplicaGroup | None = None
-    grads_finite: Tensor | None = None
     metrics: RuleMetrics = NO_METRICS
     failures: FailureCount | None = None
     later: bool = False
