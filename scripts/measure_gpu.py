@@ -114,7 +114,7 @@ class Report:
         found.setdefault(section, {})[name] = value
         with tempfile.NamedTemporaryFile("w", dir=self.path.parent, suffix=".part", delete=False) as file:
             json.dump(found, file, indent=1)
-        os.replace(file.name, self.path)
+        Path(file.name).replace(self.path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -191,7 +191,8 @@ def compare_kernels(setup: Setup) -> None:
                 found[name] = {"ms": 1e3 * seconds(functools.partial(call, factor), setup.device), "error": error}
         if n * batch <= 8192:
             with outcome(found, "eigh"):
-                found["eigh"] = {"ms": 1e3 * seconds(lambda: torch.linalg.eigh(factor), setup.device, repeats=2)}
+                call = functools.partial(torch.linalg.eigh, factor)
+                found["eigh"] = {"ms": 1e3 * seconds(call, setup.device, repeats=2)}
         setup.put(f"basis n={n} batch={batch}", found | {"fastest": fastest(found, limit=1e-2)})
         if n > 2048 or n * batch > 8192:
             continue
@@ -298,8 +299,6 @@ def torch_muon(params: list[Parameter]) -> Any:
     muon, adamw = torch.optim.Muon(matrices, lr=1e-4), torch.optim.AdamW(rest, lr=1e-4, fused=rest[0].is_cuda)
 
     class Both:
-        state: dict[Any, Any] = {}
-
         def step(self) -> None:
             muon.step()
             adamw.step()
@@ -401,27 +400,29 @@ def profile_step(setup: Setup) -> None:
         "Shampoo": functools.partial(Shampoo, precondition_frequency=10),
         "MARS": MARS,
     }.items():
-        params = [Parameter(torch.randn(shape, device=setup.device) / 16) for shape in shapes]
-        grads = [torch.randn_like(param) / 16 for param in params]
-        optimizer = make(params, lr=1e-4)
-
-        def step() -> None:
-            for param, grad in zip(params, grads, strict=True):
-                param.grad = grad
-            optimizer.step()
-
-        for _ in range(12):
-            step()
-        for kind, wanted in (("a step without a refresh", False), ("a step with a refresh", True)):
-            if label == "MARS" and wanted:
-                continue
-            # SOAP's first step only seeds.
-            last = 9 if label == "Shampoo" else 0
-            while label != "MARS" and (int(optimizer.state[params[0]]["step"]) % 10 == last) != wanted:
-                step()
-            setup.put(f"{model}: {label}, {kind}", profiled(step, setup.device))
-        del optimizer
+        profile_optimizer(setup, f"{model}: {label}", make, shapes)
         free(setup.device)
+
+
+def profile_optimizer(setup: Setup, name: str, make: Callable[..., Any], shapes: list[Shape]) -> None:
+    """Profiles a step of one optimizer without a refresh, and one with it."""
+    params = [Parameter(torch.randn(shape, device=setup.device) / 16) for shape in shapes]
+    grads = [torch.randn_like(param) / 16 for param in params]
+    optimizer = make(params, lr=1e-4)
+
+    def step() -> None:
+        for param, grad in zip(params, grads, strict=True):
+            param.grad = grad
+        optimizer.step()
+
+    for _ in range(12):
+        step()
+    setup.put(f"{name}, a step without a refresh", profiled(step, setup.device))
+    last = {"SOAP": 0, "Shampoo": 9}.get(type(optimizer).__name__)  # SOAP's first step only seeds
+    if last is not None:
+        while int(optimizer.state[params[0]]["step"]) % 10 != last:
+            step()
+        setup.put(f"{name}, a step with a refresh", profiled(step, setup.device))
 
 
 def profiled(step: Callable[[], None], device: torch.device) -> dict[str, Any]:
@@ -719,7 +720,7 @@ def corpus(*, length: int, limit: int, vocab_size: int, sample: int) -> tuple[Te
 
 
 def read_texts(limit: int) -> list[str]:
-    """Returns the sources and documents of Python and its packages, each once, in a fixed order that mixes packages."""
+    """Returns the sources and documents of Python and its packages, each once, in a fixed and mixed order."""
     folders = {sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")} | {
         str(Path(torch.__file__).parents[1])
     }
@@ -863,7 +864,8 @@ def run_child(name: str, args: argparse.Namespace, budget: float) -> str:
     command += ["--rehearse"] if args.rehearse else []
     command += ["--peers", str(args.peers)] if args.peers else []
     log = args.out / f"{name}.log"
-    environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    environment = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "true"}
+    environment |= {"OMP_NUM_THREADS": "1"} if args.rehearse else {}
     with log.open("w") as file:
         try:
             ended = subprocess.run(
