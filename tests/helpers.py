@@ -9,6 +9,10 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from hf_soap.rules.base import Rule
+from hf_soap.rules.layout import Layout
+from hf_soap.rules.storage import Storage
+
 SHAPES = [(6, 6), (4, 9), (5,), (4, 4, 4), (), (0, 3), (6, 6)]
 """Two share a bucket; a 9-side sees a factor of rank 4 at first; a scalar and an empty tensor are among them."""
 
@@ -20,6 +24,14 @@ def parameters(shapes: Sequence[tuple[int, ...]] = SHAPES, dtype: torch.dtype = 
     """The same parameters at every call."""
     generator = torch.Generator().manual_seed(0)
     return [Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)) for shape in shapes]
+
+
+def fresh_state(
+    rule: Rule, layout: Layout, tensors: int = 1, *, dtype: torch.dtype = torch.float64, device: str = "cpu"
+) -> dict[str, Tensor]:
+    """Zero state of a rule by role, as it computes with it."""
+    blocks, on = tensors * layout.blocks, torch.device(device)
+    return Storage().allocate(rule.state_spec(layout), blocks, dtype=dtype, device=on)
 
 
 def gradient(param: Tensor, place: int, step: int) -> Tensor:

@@ -142,7 +142,7 @@ def assert_is_a_first_one(
 ) -> None:
     """State with the old momentum, whose factors are as that would make them if it were a first gradient."""
     kept = {role: value for role, value in state.items() if role != "step"}
-    new = plan.rule.restate(decoded(kept, torch.float32), plan.layout)
+    new = plan.rule.restate(decoded(kept, plan.state_spec, torch.float32), plan.layout)
     assert all(value.isfinite().all() for value in new.values()), what
     momentum = plan.layout.from_blocks(new["exp_avg"], param.shape)
     rounded = kept["exp_avg"].dtype == torch.bfloat16

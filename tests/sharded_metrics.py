@@ -13,7 +13,7 @@ from sharded_trainer import trainer_for
 
 from hf_soap import MARS, SOAP, Shampoo
 from hf_soap.engine.profiling import StepProfiler
-from hf_soap.trainer.metrics import diagnostics, measurements, rules_of, slug
+from hf_soap.trainer.metrics import diagnostics, measurements, plans_of, slug
 
 
 def ranks_measure_the_whole() -> None:
@@ -38,7 +38,8 @@ def ranks_measure_the_whole() -> None:
         everyone: list[dict[str, float]] = [{}] * dist.get_world_size()
         dist.all_gather_object(everyone, found)
         assert all(one == found for one in everyone), name
-        rules, named = rules_of(optimizer), dict(model.named_parameters())
+        rules = {param: plan.label for param, plan in plans_of(optimizer).items()}
+        named = dict(model.named_parameters())
         assert len(set(rules.values())) > 1, rules.values()
         for rule in set(rules.values()):
             own = [key for key in before if rules[named[key]] == rule]

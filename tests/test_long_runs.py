@@ -92,7 +92,9 @@ def off_orthonormal(optimizer: Any) -> float:
     """The largest entry of QᵀQ - I of all bases."""
     worst = 0.0
     for state in optimizer.state.values():
-        for role, basis in decoded({r: v for r, v in state.items() if r.startswith("basis")}, torch.float32).items():
+        for role, basis in decoded(
+            {r: v for r, v in state.items() if r.startswith("basis")}, {}, torch.float32
+        ).items():
             gram = basis.mT.double() @ basis.double() - torch.eye(basis.shape[-1])
             worst = max(worst, float(gram.abs().max())) if role else worst
     return worst

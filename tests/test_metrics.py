@@ -25,7 +25,7 @@ from hf_soap.rules.context import StepContext
 from hf_soap.rules.layout import Layout
 from hf_soap.rules.soap import SoapRule
 from hf_soap.rules.storage import decoded
-from hf_soap.trainer.metrics import diagnostics, measurements, rules_of, slug
+from hf_soap.trainer.metrics import diagnostics, measurements, plans_of, slug
 
 Make = Callable[[Any], BlockOptimizer]
 
@@ -74,7 +74,7 @@ def test_updates_are_the_change_of_the_weights(name: str, dtype: torch.dtype) ->
     profiler.due = True
     train(optimizer, params, range(4, 5))
     found = measurements(optimizer)
-    rules = rules_of(optimizer)
+    rules = {param: plan.label for param, plan in plans_of(optimizer).items()}
     assert len(rules) == len(params) - 1, "one has no entries"
     for rule in set(rules.values()):
         pairs = zip(params, before, strict=True)
@@ -94,10 +94,10 @@ def test_the_off_diagonal_share_is_that_of_the_factors(name: str) -> None:
     optimizer, _ = probed(OPTIMIZERS[name], params)
     train(optimizer, params, range(6))
     shares: defaultdict[str, list[float]] = defaultdict(list)
-    for param, rule in rules_of(optimizer).items():
-        for role, factors in decoded(optimizer.state[param], torch.float32).items():
+    for param, plan in plans_of(optimizer).items():
+        for role, factors in decoded(optimizer.state[param], plan.state_spec, torch.float32).items():
             for factor in factors.double() if role.startswith("factor") else []:
-                shares[rule].append(float((factor - factor.diag().diag()).norm() / factor.norm()))
+                shares[plan.label].append(float((factor - factor.diag().diag()).norm() / factor.norm()))
     found = measurements(optimizer)
     assert len(shares) == 2, "matrices, and a tensor of three dimensions"
     for rule, own in shares.items():

@@ -23,7 +23,7 @@ def loads(optimizer: BlockOptimizer) -> list[tuple[float, float]]:
     found = []
     for member in optimizer.members():
         plan = optimizer.plan(member.settings, member.param.shape)
-        if not plan.rule.elementwise(plan.layout):
+        if not plan.traits.is_elementwise:
             found.append((plan.work(), optimizer._bytes_of(member)))
     return found
 

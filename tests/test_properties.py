@@ -10,6 +10,7 @@ import pytest
 import torch
 from family import TABLE, Row
 from generated import cases, dtypes, in_order, noise, orders, parameter, shapes
+from helpers import fresh_state
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from problems import largest_difference
@@ -161,10 +162,11 @@ def cut_alike(shard: Shard, **options: Any) -> Layout:
 
 def piece(rule: Rule, shard: Shard, layout: Layout, grads: list[Tensor]) -> reshard.Piece:
     here = tuple(slice(a, a + n) for a, n in zip(shard.offset, shard.size, strict=True))
-    state = rule.allocate(layout, 1, dtype=torch.float64, device=torch.device("cpu"))
-    if rule.seeds:
+    state = fresh_state(rule, layout)
+    seeds = rule.traits(layout).first_grad_seeds
+    if seeds:
         rule.seed(layout.to_blocks(grads[0][here]), state, StepContext(layout, (0,), (0,)))
-    for t, grad in enumerate(grads[rule.seeds :], start=1):
+    for t, grad in enumerate(grads[seeds:], start=1):
         rule.update(layout.to_blocks(grad[here]), state, StepContext(layout, (t,), (0,)))
     return reshard.Piece(shard, layout, {**state, "step": torch.tensor(float(len(grads)))})
 
@@ -175,7 +177,7 @@ def again(
     made = []
     for shard in shards:
         layout = cut_alike(shard, **options)
-        wanted = rule.allocate(layout, 1, dtype=torch.float64, device=torch.device("meta"))
+        wanted = fresh_state(rule, layout, device="meta")
         made.append(
             reshard.Piece(
                 shard, layout, reshard.reshard(pieces, rule, layout, shard, {**wanted, "step": torch.zeros(())})
@@ -216,7 +218,7 @@ def test_parts_of_any_number_become_parts_of_any_other(
             torch.testing.assert_close(factor, factor.mT)
             torch.testing.assert_close(basis.mT @ basis, torch.eye(basis.shape[-1]).double().expand_as(basis))
             assert torch.linalg.eigvalsh(factor).min() > -1e-9
-    described = [reshard.understand(reshard.describe(p.shard, p.layout), p.state) for p in other]
+    described = [reshard.understand(reshard.describe(p.shard, p.layout), p.state, rule) for p in other]
     assert [(p.shard, p.layout) for p in described] == [(p.shard, p.layout) for p in other]
 
 

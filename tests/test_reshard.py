@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import gradient, parameters, through_a_file, train
+from helpers import fresh_state, gradient, parameters, through_a_file, train
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -29,18 +29,20 @@ def rows(shape: tuple[int, ...], first: int, last: int) -> Shard:
 
 def test_a_description_can_be_understood() -> None:
     shard, layout = rows((9, 6), 4, 8), Layout((4, 6), (2, 3), (2, 2), (0, 1))
-    piece = reshard.understand(reshard.describe(shard, layout), {"factor_0": torch.ones(1), "factor_1": torch.ones(1)})
+    piece = reshard.understand(
+        reshard.describe(shard, layout), {"factor_0": torch.ones(1, 2, 2), "factor_1": torch.ones(1, 2, 2)}, SOAP_RULE
+    )
     assert (piece.shard, piece.layout) == (shard, layout)
 
 
 def roles(rule: Rule, layout: Layout) -> dict[str, Tensor]:
-    state = rule.allocate(layout, 1, dtype=torch.float64, device=torch.device("meta"))
+    state = fresh_state(rule, layout, device="meta")
     return {**state, "step": torch.zeros(())}
 
 
 def soap_state(grads: list[Tensor], layout: Layout) -> dict[str, Tensor]:
     """State of SOAP after one gradient that seeded it and more that it was updated with."""
-    state = SOAP_RULE.allocate(layout, 1, dtype=torch.float64, device=torch.device("cpu"))
+    state = fresh_state(SOAP_RULE, layout)
     SOAP_RULE.seed(layout.to_blocks(grads[0]), state, StepContext(layout, (0,), (0,)))
     for t, grad in enumerate(grads[1:], start=1):
         SOAP_RULE.update(layout.to_blocks(grad), state, StepContext(layout, (t,), (0,)))
@@ -78,7 +80,7 @@ def test_shards_put_together_have_the_sum_of_their_right_factors() -> None:
         for first in (0, 3)
     ]
     wanted = {
-        **SOAP_RULE.allocate(layout, 1, dtype=torch.float64, device=torch.device("meta")),
+        **fresh_state(SOAP_RULE, layout, device="meta"),
         "step": torch.zeros(()),
     }
     state = reshard.reshard(pieces, SOAP_RULE, layout, whole(6, 4), wanted)

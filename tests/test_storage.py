@@ -1,6 +1,7 @@
 """State in fewer bytes: packing is exact, rounding keeps the mean and depends on step, place and role alone."""
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,9 +10,20 @@ from torch import Tensor
 
 from hf_soap import MARS, SOAP, Shampoo
 from hf_soap.linalg import matrices
+from hf_soap.rules.base import StateSpec
+from hf_soap.rules.layout import Layout
+from hf_soap.rules.soap import SoapRule
 from hf_soap.rules.storage import Storage, decoded, step_keys
 
 SHAPES = [(24, 36), (36, 24), (40,), (30, 30), (6, 5, 4)]
+
+
+SPECS = {
+    **SoapRule(beta1=0.9, beta2=0.9, shampoo_beta=0.9, eps=1e-8, precondition_frequency=1, factorized=True).state_spec(
+        Layout((9, 7), (1, 1), (9, 7), (0,))
+    ),
+    "exp_avg_sq": StateSpec("moment", (9, 7)),
+}
 
 
 def state_of(blocks: int = 4) -> dict[str, Tensor]:
@@ -29,8 +41,10 @@ def state_of(blocks: int = 4) -> dict[str, Tensor]:
 
 def kept(storage: Storage, state: dict[str, Tensor], keys: list[int] | None = None) -> dict[str, Tensor]:
     """The state in the form in which it is kept."""
-    stored = storage.allocate(state, torch.device("cpu"))
-    storage.encode_(stored, {role: value.clone() for role, value in state.items()}, keys)
+    blocks = len(next(iter(state.values())))
+    specs = {role: replace(SPECS[role], shape=tuple(value.shape[1:])) for role, value in state.items()}
+    stored = storage.allocate(specs, blocks, dtype=torch.float32, device=torch.device("cpu"))
+    storage.encode_(stored, {role: value.clone() for role, value in state.items()}, specs, keys)
     return stored
 
 
@@ -46,7 +60,7 @@ def test_packed_state_comes_back_bit_for_bit() -> None:
     state = state_of()
     stored = kept(Storage(packed=True), state)
     assert stored["factor_0"].shape == (4, 5, 9)
-    for role, value in decoded(stored, torch.float32).items():
+    for role, value in decoded(stored, SPECS, torch.float32).items():
         assert torch.equal(value, state[role]), role
 
 
@@ -54,7 +68,7 @@ def test_rounding_errs_by_less_than_the_spacing() -> None:
     storage, state = Storage("bfloat16", packed=True), state_of()
     for keys in (None, [1, 2, 3, 4]):
         stored = kept(storage, state, keys)
-        for role, value in storage.decode(stored, torch.float32).items():
+        for role, value in storage.decode(stored, SPECS, torch.float32).items():
             assert ((value - state[role]).abs() <= 2**-7 * state[role].abs()).all(), role
     assert stored["exp_avg"].dtype == torch.bfloat16
     assert stored["exp_avg_sq_row"].dtype == torch.float32
@@ -64,7 +78,7 @@ def test_the_mean_of_many_roundings_is_the_number() -> None:
     storage, state = Storage("bfloat16"), {"exp_avg": torch.full((1, 4000), 1.0 + 1 / 512)}
     total, draws = torch.zeros(1, 4000, dtype=torch.float64), 200
     for step in range(draws):
-        total += storage.decode(kept(storage, state, step_keys([step], [7])), torch.float32)["exp_avg"]
+        total += storage.decode(kept(storage, state, step_keys([step], [7])), SPECS, torch.float32)["exp_avg"]
     error = total / draws - state["exp_avg"].double()
     spread = 2**-7 / 2  # of one draw, at most
     assert abs(error.mean()) < 6 * spread / (4000 * draws) ** 0.5 + 2e-7
@@ -163,7 +177,7 @@ def test_state_of_one_form_loads_into_another(before: dict[str, Any], after: dic
     other = SOAP(params, lr=0.01, **after)
     other.load_state_dict(optimizer.state_dict())
     train(other, params, 4, 5)
-    basis = decoded(dict(other.state[params[0]]), torch.float32)["basis_0"][0]
+    basis = decoded({"basis": other.state[params[0]]["basis_0"]}, {}, torch.float32)["basis"][0]
     assert (basis.T @ basis - torch.eye(24)).abs().max() < 0.02
     assert other.state[params[0]]["step"] == 5
 

@@ -10,17 +10,17 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from hf_soap.distributed.dtensor import Shard
 from hf_soap.linalg import matrices
-from hf_soap.rules.base import PREV_PARAM, Rule
+from hf_soap.rules.base import PREV_PARAM, Rule, StateSpec, moment
 from hf_soap.rules.context import StepContext
 from hf_soap.rules.layout import Layout
-from hf_soap.rules.storage import COUNT
+from hf_soap.rules.storage import COUNT, decoded
 
 Ranges = tuple[tuple[int, int], ...]
 """(first, end) for each dimension."""
@@ -49,14 +49,18 @@ def describe(shard: Shard, layout: Layout) -> Tensor:
     return torch.tensor(numbers, dtype=torch.int64, device="cpu")
 
 
-def understand(described: Tensor, state: Mapping[str, Tensor]) -> Piece:
-    """Returns the piece whose shard and layout :func:`describe` made a vector of."""
+def understand(described: Tensor, state: Mapping[str, Tensor], rule: Rule) -> Piece:
+    """Returns the piece whose shard and layout :func:`describe` made a vector of, with its state to compute with."""
     dims, modes, *numbers = described.tolist()
     rest = iter(numbers)
     whole, offset, size, largest = (tuple(itertools.islice(rest, dims)) for _ in range(4))
     view, grid, block = (tuple(itertools.islice(rest, modes)) for _ in range(3))
-    sides = tuple(side for side in range(modes) if f"factor_{side}" in state)
-    return Piece(Shard(whole, offset, size, largest), Layout(view, grid, block, sides), dict(state))
+    # The sides that have a factor are those of which one was saved.
+    layout = Layout(view, grid, block, tuple(range(modes)))
+    specs = rule.state_spec(layout)
+    factors = {spec.mode for role, spec in specs.items() if spec.kind == "factor" and role in state}
+    layout = replace(layout, sides=tuple(side for side in layout.sides if side in factors))
+    return Piece(Shard(whole, offset, size, largest), layout, decoded(state, specs, torch.float32))
 
 
 def reshard(
@@ -83,20 +87,20 @@ def reshard(
     }
     if step > 0:
         known = [Piece(p.shard, p.layout, rule.restate(p.state, p.layout)) for p in near if p.state["step"] > 0]
+        specs = {**rule.state_spec(layout), PREV_PARAM: moment(layout)}
         for role, value in state.items():
-            kind, _, axis = role.rpartition("_")
-            if kind in ("factor", "snapshot", "diagonal"):
-                _fill_axis(value, role, int(axis), known, layout, shard, average=rule.averages)
-            elif kind == "exp_avg_sq":
-                _fill_axis(value, role, ("row", "col").index(axis), known, layout, shard, average=True)
-            elif kind not in ("basis", "root"):  # those are computed anew
+            spec = specs[role]
+            if spec.kind in ("factor", "vector"):
+                _fill_axis(value, role, spec, known, layout, shard)
+            elif spec.kind == "moment":
                 parts = [_part(piece, role, shard) for piece in known if role in piece.state]
                 value.copy_(layout.to_blocks(_joined(parts, shard, value.dtype)))
-        for side in layout.sides:
-            factor, exp_avg = state[f"factor_{side}"], state.get("exp_avg", state.get("prev_grad"))
-            if not factor.any() and exp_avg is not None:  # a side that had no factor: as from a first gradient
-                matrices.add_gram_(factor, exp_avg, side, beta=0.0, alpha=1.0)
-        context = StepContext(layout, (int(step) - rule.seeds,), (0,))
+        gradient = state.get("exp_avg", state.get("prev_grad"))
+        for role, spec in specs.items():
+            if spec.kind == "factor" and spec.mode is not None and gradient is not None and not state[role].any():
+                # A side that had no factor: as from a first gradient.
+                matrices.add_gram_(state[role], gradient, spec.mode, beta=0.0, alpha=1.0)
+        context = StepContext(layout, (int(step) - rule.traits(layout).first_grad_seeds,), (0,))
         rule.rebuild({role: value for role, value in state.items() if role != PREV_PARAM}, context)
     return {**state, "step": step.to(COUNT)}
 
@@ -126,10 +130,11 @@ def _joined(parts: Sequence[tuple[Ranges, Tensor]], shard: Shard, dtype: torch.d
 
 
 def _fill_axis(
-    target: Tensor, role: str, axis: int, pieces: Sequence[Piece], layout: Layout, shard: Shard, *, average: bool
+    target: Tensor, role: str, spec: StateSpec, pieces: Sequence[Piece], layout: Layout, shard: Shard
 ) -> None:
-    """Adds up what the blocks of old pieces know of one axis of each new block: a matrix, or its diagonal."""
-    new = _block_ranges(layout, shard)
+    """Adds up what the blocks of old pieces know of one mode of each new block: a factor, or a vector."""
+    new, axis = _block_ranges(layout, shard), spec.mode
+    assert axis is not None
     for piece in pieces:
         old = _block_ranges(piece.layout, piece.shard)
         if role not in piece.state or old is None or new is None or len(old) != len(new):
@@ -139,7 +144,7 @@ def _fill_axis(
             weight = 1.0
             for mode, (theirs, ours, first, end) in enumerate(combination):
                 if mode != axis:
-                    start, stop = (new[mode][ours]) if average else (old[mode][theirs])
+                    start, stop = (new[mode][ours]) if spec.is_mean else (old[mode][theirs])
                     weight *= (end - first) / (stop - start)
             theirs, ours, first, end = combination[axis]
             source = piece.state[role][_number([c[0] for c in combination], piece.layout.grid)]

@@ -23,9 +23,9 @@ from hf_soap.checkpoint.checks import check_state
 from hf_soap.config.members import OVERRIDES, Member
 from hf_soap.distributed import dtensor, owners
 from hf_soap.linalg.precision import float32_products
-from hf_soap.rules.base import Rule
+from hf_soap.rules.base import LAYOUT, Rule, StateSpec
 from hf_soap.rules.layout import Layout, uncut
-from hf_soap.rules.storage import COUNT, LAYOUT, Storage, decoded, is_own
+from hf_soap.rules.storage import COUNT, Storage, decoded, is_own
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +52,10 @@ class StatePlan(Protocol):
     @property
     def entrywise(self) -> bool:
         """Whether all state has the tensor's own shape and coordinates, so that it can be cut anew."""
+
+    @property
+    def state_spec(self) -> dict[str, StateSpec]:
+        """What the state consists of, by role."""
 
     @property
     def state_format(self) -> Storage:
@@ -398,14 +402,14 @@ def _restored(job: Saved, state: dict[str, Tensor] | None, *, ours: bool) -> tup
     if state is None:
         if not (ours and job.is_known):
             check_state(job.saved, wanted, job.member.name, tuple(param.shape))
-        pieces = [replace(piece, state=decoded(piece.state, torch.float32)) for piece in _pieces(job)]
+        pieces = _pieces(job)
         computed = plan.computed(1, dtype=torch.float32, device=torch.device("meta"))
         with float32_products(plan.layout.block, torch.device("cpu"), sides=plan.layout.sides):
             state = reshard.reshard(pieces, plan.rule, plan.layout, shard, {**computed, "step": wanted["step"]})
     part = dtensor.local(param)
     if not shard.numel and (job.cut or not param.numel()):
         return {} if step is None else {"step": step.to("cpu", COUNT)}, estimated
-    state = plan.state_format.converted(state, wanted)
+    state = plan.state_format.converted(state, wanted, plan.state_spec)
     check_state(state, wanted, job.member.name, tuple(param.shape))
     return {role: value.to("cpu" if role == "step" else part.device) for role, value in state.items()}, estimated
 
@@ -484,10 +488,14 @@ def _pieces(job: Saved) -> list[reshard.Piece]:
     if described is None:  # the tensor was not cut, and its steps may be stacked all the same
         layout = uncut(param.shape)
         state = {role: value.reshape(1, *layout.view) for role, value in plain.items() if role != "step"}
+        state = decoded(state, {}, torch.float32)
         return [reshard.Piece(_whole(param), layout, {**state, "step": plain["step"].max()})]
     stack = described.shape[:-1]
     places = [tuple(place) for place in itertools.product(*(range(size) for size in stack))]
-    return [reshard.understand(described[p], {role: value[p] for role, value in plain.items()}) for p in places]
+    return [
+        reshard.understand(described[p], {role: value[p] for role, value in plain.items()}, job.plan.rule)
+        for p in places
+    ]
 
 
 def saved_shapes(source: Path) -> dict[str, dict[str, tuple[int, ...]]]:

@@ -72,7 +72,7 @@ class Bucket:
         self.stacks = plan.allocate(len(members), dtype=dtype, device=device)
         self.steps = torch.zeros(len(members), dtype=COUNT, device="cpu")
         self._bytes_of_step = max(1, temporary_bytes(plan, dtype))
-        fuses = plan.rule.fuses and plan.state_format.is_identity and not plan.decay_last
+        fuses = plan.traits.has_fused_step and plan.state_format.is_identity and not plan.decay_last
         parts = self.weights(0, len(members)) if fuses else []
         self.fuses = bool(parts) and all(
             part.shape == plan.layout.block and part.dtype == dtype and part.is_contiguous() for part in parts
@@ -90,7 +90,7 @@ class Bucket:
         """Copies the family's state of a parameter into its views; what else is there stays as it is."""
         own = {role: value for role, value in known.items() if is_own(role)}
         if own.keys() - {"step"} or own.get("step", 0) > 0:
-            own = self.plan.state_format.converted(own, views)
+            own = self.plan.state_format.converted(own, views, self.plan.state_spec)
             check_state(own, views, member.name, tuple(member.param.shape))
         for role, view in views.items():
             if role in own:
@@ -114,7 +114,7 @@ class Bucket:
         wanted = plan.allocate(len(self.params), dtype=self.dtype, device=torch.device("meta"))
         form = {role: (value.shape, value.dtype) for role, value in wanted.items()}
         fits = form == {role: (value.shape, value.dtype) for role, value in self.stacks.items()}
-        return fits and old.rule.fuses == plan.rule.fuses
+        return fits and old.traits.has_fused_step == plan.traits.has_fused_step
 
     def rows(self, first: int, last: int) -> dict[str, Tensor]:
         """Views of the state of the tensors first..last-1, by role."""
@@ -137,11 +137,12 @@ class Bucket:
         if storage.is_identity:
             yield kept
             return
-        state = storage.decode(kept, self.dtype)
+        specs = self.plan.state_spec
+        state = storage.decode(kept, specs, self.dtype)
         versions = {role: value._version for role, value in state.items()}
         yield state
         changed = {role: value for role, value in state.items() if value._version != versions[role]}
-        storage.encode_(kept, changed, step_keys(context.t, context.index))
+        storage.encode_(kept, changed, specs, step_keys(context.t, context.index))
 
     def exact_arithmetic(self) -> ExitStack:
         """Keeps what the program has set for its model's arithmetic away from the step."""

@@ -19,8 +19,9 @@ from hf_soap.engine.plan import Plan
 from hf_soap.engine.refresh import Updated
 from hf_soap.engine.state import PlannedOptimizer
 from hf_soap.engine.step import apply_, directions_of, split_by_first_grad, stack_gradients, step_tensors
+from hf_soap.rules.base import LAYOUT
 from hf_soap.rules.context import NO_METRICS, RuleMetrics, StepContext, adjacent
-from hf_soap.rules.storage import COUNT, LAYOUT, is_own
+from hf_soap.rules.storage import COUNT, is_own
 
 
 def unwrapped(optimizer: Any) -> Any:
@@ -210,7 +211,7 @@ class BlockOptimizer(PlannedOptimizer):
             for seeding, flags in ((True, fresh), (False, ready)):
                 for first, last in adjacent(flags, size):
                     under_way[:] = first, last
-                    t = tuple(step + 1 - plan.rule.seeds for step in steps[first:last])
+                    t = tuple(step + 1 - plan.traits.first_grad_seeds for step in steps[first:last])
                     bucket.steps[first:last].add_(1)
                     context = StepContext(
                         layout=plan.layout,
@@ -242,7 +243,7 @@ class BlockOptimizer(PlannedOptimizer):
                     under_way[:] = 0, 0
 
     def _metrics_of(self, plan: Plan) -> RuleMetrics:
-        return NO_METRICS if self.profiler is None else self.profiler.of(plan.rule.describe(plan.layout))
+        return NO_METRICS if self.profiler is None else self.profiler.of(plan.label)
 
     def _step_owned(self, owners: Ownership, *, allocate_only: bool) -> None:
         """Steps the parameters that have owners, round by round, with the next round's gradients under way."""

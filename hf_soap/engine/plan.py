@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from hf_soap.rules.base import PREV_PARAM, Rule
+from hf_soap.rules.base import PREV_PARAM, Rule, StateSpec, Traits, moment
 from hf_soap.rules.layout import Layout
 from hf_soap.rules.storage import Storage
 
@@ -42,33 +42,44 @@ class Plan:
     @cached_property
     def refreshes_later(self) -> bool:
         """Whether refreshes come after the step: not where that would round state once more."""
-        return self.overlaps and self.state_format.is_identity and bool(self.layout.sides) and self.rule.refreshes_last
+        return (
+            self.overlaps and self.state_format.is_identity and bool(self.layout.sides) and self.traits.refreshes_last
+        )
 
-    @property
+    @cached_property
+    def traits(self) -> Traits:
+        """What the step loop must know of the rule."""
+        return self.rule.traits(self.layout)
+
+    @cached_property
+    def state_spec(self) -> dict[str, StateSpec]:
+        """What the state consists of, by role."""
+        specs = self.rule.state_spec(self.layout)
+        return {**specs, PREV_PARAM: moment(self.layout, may_round=False)} if self.keep_weights else specs
+
+    @cached_property
     def entrywise(self) -> bool:
         """Whether all state has the tensor's own shape and coordinates, so that it can be cut anew."""
-        return self.rule.entrywise(self.layout)
+        return all(spec.kind == "moment" for spec in self.state_spec.values())
 
     @cached_property
     def state_format(self) -> Storage:
-        """How state is kept: what can be cut anew has no scales for its blocks, and no matrices to be packed."""
-        if not self.entrywise:
-            return self.storage
-        return Storage("float32" if self.storage.format == "float32" else "bfloat16")
+        """How state is kept between steps; what can be cut anew has no matrices to be packed."""
+        return Storage(self.storage.format) if self.entrywise else self.storage
 
     def allocate(self, tensors: int, *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """Returns fresh state by role for a number of tensors, (tensors * blocks, ...) each, as it is kept."""
-        if self.state_format.is_identity:
-            return self.computed(tensors, dtype=dtype, device=device)
-        return self.state_format.allocate(self.computed(tensors, dtype=dtype, device=torch.device("meta")), device)
+        blocks = tensors * self.layout.blocks
+        return self.state_format.allocate(self.state_spec, blocks, dtype=dtype, device=device)
 
     def computed(self, tensors: int, *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
         """As :meth:`allocate`, as the rule computes with it."""
-        state = self.rule.allocate(self.layout, tensors, dtype=dtype, device=device)
-        if self.keep_weights:
-            shape = (tensors * self.layout.blocks, *self.layout.block)
-            state[PREV_PARAM] = torch.zeros(shape, dtype=dtype, device=device)
-        return state
+        return Storage().allocate(self.state_spec, tensors * self.layout.blocks, dtype=dtype, device=device)
+
+    @property
+    def label(self) -> str:
+        """Says in a few words what happens to the tensor, for tables."""
+        return self.rule.describe(self.layout)
 
     def work(self, *, refreshes_only: bool = False) -> float:
         """Floating point operations of the matrix products and decompositions of a step, averaged over refreshes."""

@@ -109,7 +109,7 @@ class PlannedOptimizer(torch.optim.Optimizer):
         if settings["shard_mode"] != "owner" or dtensor.ranks() == 1 or not param.numel():
             return False
         plan = self.plan(settings, param.shape)
-        return not (dtensor.is_sharded(param) and plan.rule.elementwise(plan.layout))
+        return not (dtensor.is_sharded(param) and plan.traits.is_elementwise)
 
     def rates(self, group: Mapping[str, Any], plan: Plan) -> Rate:
         """Returns learning rate and weight decay of what a group's parameters with this plan do at the next step."""

@@ -41,9 +41,9 @@ def split_by_first_grad(
         grads: Their gradients.
         steps: How many gradients each has taken.
     """
-    rule = bucket.plan.rule
+    traits = bucket.plan.traits
     present = [grad is not None for grad in grads]
-    if not rule.waits:
+    if not traits.skips_leading_zero_grads:
         return [], present
     new = [here and not step for here, step in zip(present, steps, strict=True)]
     if any(new):
@@ -56,7 +56,7 @@ def split_by_first_grad(
     else:
         fresh = new
     old = [here and not is_new for here, is_new in zip(present, new, strict=True)]
-    return (fresh, old) if rule.seeds else ([], [a or b for a, b in zip(fresh, old, strict=True)])
+    return (fresh, old) if traits.first_grad_seeds else ([], [a or b for a, b in zip(fresh, old, strict=True)])
 
 
 def stack_gradients(grads: Sequence[Tensor], bucket: Bucket, context: StepContext) -> Tensor:

@@ -134,7 +134,7 @@ def describe(plan: Plan, *, owned: bool) -> str:
     blocks = plan.layout.blocks
     flat = ", the others too long" if plan.layout.too_long else ""
     parts = f" of each of {blocks} blocks" if blocks > 1 else ""
-    return f"{plan.rule.describe(plan.layout)}{flat}{parts}{', by owner' if owned else ''}"
+    return f"{plan.label}{flat}{parts}{', by owner' if owned else ''}"
 
 
 def _listed(params: Any) -> list[Tensor]:

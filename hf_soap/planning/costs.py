@@ -20,9 +20,6 @@ from hf_soap.rules.storage import COUNT
 Mode = Literal["local", "owner", "ddp", "ddp, owner"]
 """``"local"`` and ``"owner"`` of parameters sharded along their first dimension, or whole parameters on every rank."""
 
-MOMENTS = ("exp_avg", "prev_", "momentum", "step")
-"""What the names of state begin with that belongs to entries, rows or columns, and not to factors."""
-
 
 @dataclass
 class Cost:
@@ -65,7 +62,8 @@ class Share:
     @property
     def factors(self) -> int:
         """The part of it that is factors, bases and roots."""
-        return bytes_of({role: value for role, value in self._state.items() if not role.startswith(MOMENTS)})
+        matrices = {role for role, spec in self.plan.state_spec.items() if spec.kind in ("factor", "basis", "root")}
+        return bytes_of({role: value for role, value in self._state.items() if role in matrices})
 
 
 def shares(optimizer: BlockOptimizer, *, ranks: int, mode: Mode) -> Iterator[Share]:
@@ -75,7 +73,7 @@ def shares(optimizer: BlockOptimizer, *, ranks: int, mode: Mode) -> Iterator[Sha
         if not param.requires_grad or not param.numel():
             continue
         whole = optimizer.plan(settings, param.shape)
-        stays = mode == "owner" and whole.rule.elementwise(whole.layout)
+        stays = mode == "owner" and whole.traits.is_elementwise
         owned = mode in ("owner", "ddp, owner") and not stays and ranks > 1
         if owned or ranks == 1 or mode == "ddp":
             yield Share(settings, param, whole, owned)

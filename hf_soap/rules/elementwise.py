@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_soap.linalg import elementwise
 from hf_soap.linalg.elementwise import Rate
-from hf_soap.rules.base import MOMENTS, Rule, State, zeros
+from hf_soap.rules.base import Rule, State, StateSpec, Traits, moment
 from hf_soap.rules.context import StepContext
 from hf_soap.rules.layout import Layout
 
@@ -28,17 +28,19 @@ class AdamWRule(Rule):
         Adam, arXiv:1412.6980, algorithm 1; the decay of the weights is the step loop's, arXiv:1711.05101.
     """
 
+    roles = ("exp_avg", "exp_avg_sq")
+
     beta1: float
     beta2: float
     eps: float
 
-    def allocate(self, layout: Layout, tensors: int, *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-        """Returns zero moments."""
-        return zeros(layout, tensors, MOMENTS, dtype=dtype, device=device)
+    def state_spec(self, layout: Layout) -> dict[str, StateSpec]:
+        """Declares both moments."""
+        return {"exp_avg": moment(layout), "exp_avg_sq": moment(layout)}
 
-    def elementwise(self, layout: Layout) -> bool:
-        """Always."""
-        return True
+    def traits(self, layout: Layout) -> Traits:
+        """Elementwise, with a fused kernel."""
+        return Traits(is_elementwise=True, has_fused_step=True)
 
     def update(self, grad: Tensor, state: State, context: StepContext) -> Tensor:
         """Returns M̂ / (√V̂ + ε)."""
@@ -49,11 +51,6 @@ class AdamWRule(Rule):
         debias2 = context.per_block(lambda t: (1 - self.beta2**t) ** 0.5, grad)
         denominator = exp_avg_sq.sqrt().div_(debias2).add_(self.eps).mul_(debias1)
         return exp_avg / denominator
-
-    @property
-    def fuses(self) -> bool:
-        """By torch's fused kernel."""
-        return True
 
     def fused_step(
         self,
@@ -105,24 +102,21 @@ class LionRule(Rule):
         interpolation of arXiv:2302.06675.
     """
 
+    roles = ("exp_avg",)
+
     beta1: float
 
-    def allocate(self, layout: Layout, tensors: int, *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-        """Returns a zero first moment."""
-        return zeros(layout, tensors, ("exp_avg",), dtype=dtype, device=device)
+    def state_spec(self, layout: Layout) -> dict[str, StateSpec]:
+        """Declares the first moment."""
+        return {"exp_avg": moment(layout)}
 
-    def elementwise(self, layout: Layout) -> bool:
-        """Always."""
-        return True
+    def traits(self, layout: Layout) -> Traits:
+        """Elementwise, with a fused kernel."""
+        return Traits(is_elementwise=True, has_fused_step=True)
 
     def update(self, grad: Tensor, state: State, context: StepContext) -> Tensor:
         """Returns sign(M)."""
         return state["exp_avg"].lerp_(grad, 1 - self.beta1).sign()
-
-    @property
-    def fuses(self) -> bool:
-        """The sign goes into the weights without a stack of its own."""
-        return True
 
     def fused_step(
         self,

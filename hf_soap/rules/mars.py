@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_soap.linalg import elementwise
-from hf_soap.rules.base import Rule, State, zeros
+from hf_soap.rules.base import Rule, State, StateSpec, WrappingRule, moment
 from hf_soap.rules.context import StepContext
 from hf_soap.rules.layout import Layout
 
@@ -19,7 +19,7 @@ CACHED_BYTES = 2**18
 
 
 @dataclass(frozen=True, kw_only=True)
-class MarsRule(Rule):
+class MarsRule(WrappingRule):
     """Hands c̃ = clip(g + γ·β₁/(1-β₁)·(g - g')) to another rule in place of the gradient g.
 
     Attributes:
@@ -33,50 +33,21 @@ class MarsRule(Rule):
         MARS, arXiv:2411.10438, algorithm 1 (exact) and 2 (approximate).
     """
 
+    roles = ("prev_grad",)
+
     inner: Rule
     beta1: float
     gamma: float
     exact: bool
 
-    @property
-    def seeds(self) -> bool:
-        """As the inner rule."""
-        return self.inner.seeds
-
-    @property
-    def waits(self) -> bool:
-        """As the inner rule."""
-        return self.inner.waits
-
-    def allocate(self, layout: Layout, tensors: int, *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-        """Returns the inner rule's state and, unless exact, the previous gradient."""
-        state = self.inner.allocate(layout, tensors, dtype=dtype, device=device)
-        return state if self.exact else {**state, **zeros(layout, tensors, ("prev_grad",), dtype=dtype, device=device)}
-
-    def entrywise(self, layout: Layout) -> bool:
-        """As the inner rule."""
-        return self.inner.entrywise(layout)
-
-    @property
-    def averages(self) -> bool:
-        """As the inner rule."""
-        return self.inner.averages
-
-    def restate(self, state: State, layout: Layout) -> dict[str, Tensor]:
-        """As the inner rule; the previous gradient has the tensor's coordinates already."""
-        return self.inner.restate(state, layout)
-
-    def rebuild(self, state: State, context: StepContext) -> None:
-        """As the inner rule."""
-        self.inner.rebuild(state, context)
+    def state_spec(self, layout: Layout) -> dict[str, StateSpec]:
+        """Declares the inner rule's state and, unless exact, the previous gradient."""
+        specs = self.inner.state_spec(layout)
+        return specs if self.exact else {**specs, "prev_grad": moment(layout)}
 
     def describe(self, layout: Layout) -> str:
         """Returns the inner rule with MARS before it."""
         return f"MARS {self.inner.describe(layout)}"
-
-    def work(self, layout: Layout, *, refreshes_only: bool = False) -> float:
-        """As the inner rule."""
-        return self.inner.work(layout, refreshes_only=refreshes_only)
 
     def workspace(self, layout: Layout) -> int:
         """What the inner rule needs, and the corrected gradient and its square."""
@@ -89,24 +60,6 @@ class MarsRule(Rule):
     def update(self, grad: Tensor, state: State, context: StepContext) -> Tensor:
         """Returns the inner rule's direction for the corrected gradient."""
         return self.inner.update(self._corrected(grad, state, context), state, context)
-
-    @property
-    def refreshes_last(self) -> bool:
-        """As the inner rule."""
-        return self.inner.refreshes_last
-
-    def due(self, context: StepContext) -> list[bool]:
-        """As the inner rule."""
-        return self.inner.due(context)
-
-    def refresh(self, state: State, context: StepContext) -> None:
-        """As the inner rule."""
-        self.inner.refresh(state, context)
-
-    @property
-    def fuses(self) -> bool:
-        """As the inner rule."""
-        return self.inner.fuses
 
     def fused_step(
         self,

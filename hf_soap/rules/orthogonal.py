@@ -6,11 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from hf_soap.linalg import inverse_roots
-from hf_soap.rules.base import Rule, State, zeros
+from hf_soap.rules.base import Rule, State, StateSpec, moment
 from hf_soap.rules.context import StepContext
 from hf_soap.rules.layout import Layout
 
@@ -29,13 +28,15 @@ class OrthogonalRule(Rule):
         MARS-Shampoo, arXiv:2411.10438, section 3.3; MARS-M, arXiv:2510.21800.
     """
 
+    roles = ("exp_avg",)
+
     beta1: float
     eps: float
     scale: Literal["aspect", "rms"]
 
-    def allocate(self, layout: Layout, tensors: int, *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-        """Returns a zero first moment."""
-        return zeros(layout, tensors, ("exp_avg",), dtype=dtype, device=device)
+    def state_spec(self, layout: Layout) -> dict[str, StateSpec]:
+        """Declares the first moment."""
+        return {"exp_avg": moment(layout)}
 
     def describe(self, layout: Layout) -> str:
         """Returns Newton–Schulz."""

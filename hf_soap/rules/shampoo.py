@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_soap.linalg import elementwise, inverse_roots, matrices
-from hf_soap.rules.base import Rule, State, zeros
+from hf_soap.rules.base import Rule, State, StateSpec, Traits, moment, square, vector
 from hf_soap.rules.context import BackgroundJobs, Roots, StepContext, adjacent
 from hf_soap.rules.layout import Layout
 
@@ -49,6 +49,8 @@ class ShampooRule(Rule):
         Distributed Shampoo, arXiv:2309.06497; KL-Shampoo, arXiv:2509.03378.
     """
 
+    roles = ("exp_avg", "exp_avg_sq", "momentum", "factor", "root", "snapshot", "diagonal")
+
     beta1: float
     beta2: float
     shampoo_beta: float | None
@@ -66,43 +68,28 @@ class ShampooRule(Rule):
     kl: bool = False
     delay: int | None = 0
 
-    @property
-    def seeds(self) -> bool:
-        """KL-Shampoo's first gradient says only how large gradients are."""
-        return self.kl
-
-    @property
-    def waits(self) -> bool:
-        """A zero gradient makes zero factors, which have no inverse root."""
-        return True
-
-    def allocate(self, layout: Layout, tensors: int, *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-        """Returns zero factors, roots and moments, as far as the settings need them."""
-        roles = [("exp_avg", self.beta1 > 0), ("momentum", self.momentum > 0)]
-        roles += [("exp_avg_sq", self.graft not in (None, "sgd"))]
-        state = zeros(layout, tensors, tuple(role for role, used in roles if used), dtype=dtype, device=device)
-        blocks = tensors * layout.blocks
-        kinds = ("factor", "root", "snapshot") if self.delay else ("factor", "root")
+    def state_spec(self, layout: Layout) -> dict[str, StateSpec]:
+        """Declares factors, roots and moments, as far as the settings need them."""
+        moments = {"exp_avg": self.beta1 > 0, "momentum": self.momentum > 0}
+        moments["exp_avg_sq"] = self.graft not in (None, "sgd")
+        specs = {role: moment(layout) for role, used in moments.items() if used}
         for side in layout.sides:
-            n = layout.block[side]
-            for role in kinds:
-                state[f"{role}_{side}"] = torch.zeros(blocks, n, n, dtype=dtype, device=device)
-        for axis in self._diagonals(layout):
-            state[f"diagonal_{axis}"] = torch.zeros(blocks, layout.block[axis], dtype=dtype, device=device)
-        return state
+            specs[f"factor_{side}"] = square("factor", layout, side, is_mean=self.kl)
+            specs[f"root_{side}"] = square("root", layout, side)
+            if self.delay:
+                specs[f"snapshot_{side}"] = square("factor", layout, side, is_mean=self.kl, may_round=False)
+        return specs | {f"diagonal_{axis}": vector(layout, axis, is_mean=self.kl) for axis in self._diagonals(layout)}
 
-    def entrywise(self, layout: Layout) -> bool:
-        """Without factors and diagonals, where the grafted rule is alone."""
-        return not layout.sides and not self._diagonals(layout)
+    def traits(self, layout: Layout) -> Traits:
+        """A zero gradient makes zero factors, which have no inverse root.
 
-    def elementwise(self, layout: Layout) -> bool:
-        """Where the grafted rule is alone."""
-        return not layout.sides and self.graft is not None
-
-    @property
-    def averages(self) -> bool:
-        """With KL, whose factors are means."""
-        return self.kl
+        KL-Shampoo's first gradient says only how large gradients are.
+        """
+        return Traits(
+            first_grad_seeds=self.kl,
+            skips_leading_zero_grads=True,
+            is_elementwise=not layout.sides and self.graft is not None,  # the grafted rule alone
+        )
 
     def rebuild(self, state: State, context: StepContext) -> None:
         """Computes the roots anew, where they are in use already."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_soap.linalg import eigenbases, elementwise, matrices
 from hf_soap.linalg.precision import float32_products
-from hf_soap.rules.base import MOMENTS, Rule, State, zeros
+from hf_soap.rules.base import Rule, State, StateSpec, Traits, moment, square, vector
 from hf_soap.rules.context import StepContext, adjacent
 from hf_soap.rules.layout import Layout
 
@@ -22,6 +22,10 @@ ORTHONORMALIZE_EVERY = 50
 
 KL_FLOOR = 1e-8
 """The KL correction divides by eigenvalues; smaller ones than this share of the largest are raised to it."""
+
+
+V_FACTORS = ("exp_avg_sq_row", "exp_avg_sq_col")
+"""Roles of the row and the column that V may be kept as."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +57,8 @@ class SoapRule(Rule):
         and in Adafactor, arXiv:1804.04235; KL, arXiv:2509.03378; refresh_tol, arXiv:2506.03595.
     """
 
+    roles = ("exp_avg", "exp_avg_sq", "factor", "basis", *V_FACTORS)
+
     beta1: float
     beta2: float
     shampoo_beta: float
@@ -68,42 +74,31 @@ class SoapRule(Rule):
     orthonormalize_every: int = ORTHONORMALIZE_EVERY
     matmul_dtype: Literal["float32", "tf32", "bfloat16"] = "float32"
 
-    @property
-    def seeds(self) -> bool:
-        """The first gradient only makes the bases, so that it is not rotated into one that it shaped."""
-        return True
-
-    def allocate(self, layout: Layout, tensors: int, *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-        """Returns zero moments and factors, and bases to be filled by :meth:`seed`."""
-        blocks = tensors * layout.blocks
+    def state_spec(self, layout: Layout) -> dict[str, StateSpec]:
+        """Declares both moments, and a factor and a basis a side; V may be kept as a row and a column."""
+        specs = {"exp_avg": moment(layout)}
         if self.factorizes(layout):
-            state = zeros(layout, tensors, MOMENTS[:1], dtype=dtype, device=device)
-            for role, size in zip(V_FACTORS, layout.block, strict=True):
-                state[role] = torch.zeros(blocks, size, dtype=dtype, device=device)
+            specs |= {role: vector(layout, mode, is_mean=True) for mode, role in enumerate(V_FACTORS)}
         else:
-            state = zeros(layout, tensors, MOMENTS, dtype=dtype, device=device)
+            specs["exp_avg_sq"] = moment(layout)
         for side in layout.sides:
-            n = layout.block[side]
-            state[f"factor_{side}"] = torch.zeros(blocks, n, n, dtype=dtype, device=device)
-            state[f"basis_{side}"] = torch.zeros(blocks, n, n, dtype=dtype, device=device)
-        return state
+            specs[f"factor_{side}"] = square("factor", layout, side, is_mean=self.kl, in_own_basis=True)
+            specs[f"basis_{side}"] = square("basis", layout, side)
+        return specs
+
+    def traits(self, layout: Layout) -> Traits:
+        """The first gradient only makes the bases, so that it is not rotated into one that it shaped."""
+        return Traits(
+            first_grad_seeds=True,
+            skips_leading_zero_grads=True,
+            # Unless the gradient is rotated into bases that it has entered already.
+            refreshes_last=not self.include_current,
+            is_elementwise=not layout.sides and not self.normalize_grads,
+        )
 
     def factorizes(self, layout: Layout) -> bool:
         """Whether V of this layout is kept as a product: only of a matrix with a factored side."""
         return self.factorized and len(layout.block) == 2 and bool(layout.sides)
-
-    def entrywise(self, layout: Layout) -> bool:
-        """Without a factored side, where the rule is Adam."""
-        return not layout.sides
-
-    def elementwise(self, layout: Layout) -> bool:
-        """Without a factored side, unless directions are divided by their norms."""
-        return not layout.sides and not self.normalize_grads
-
-    @property
-    def averages(self) -> bool:
-        """With KL, whose factors are means."""
-        return self.kl
 
     def restate(self, state: State, layout: Layout) -> dict[str, Tensor]:
         """Rotates momentum and factors back; of the second moment, which cannot be, each block's mean is kept."""
@@ -204,11 +199,6 @@ class SoapRule(Rule):
                 self.refresh(state, context)
         return direction
 
-    @property
-    def refreshes_last(self) -> bool:
-        """Unless the gradient is rotated into bases that it has entered already."""
-        return not self.include_current
-
     def due(self, context: StepContext) -> list[bool]:
         """Every ``precondition_frequency`` elementwise."""
         ages = [self._age(t, index) for t, index in zip(context.t, context.index, strict=True)]
@@ -304,8 +294,6 @@ class SoapRule(Rule):
 
 
 Key = TypeVar("Key", str, int)
-
-V_FACTORS = ("exp_avg_sq_row", "exp_avg_sq_col")
 
 
 def _part(tensors: Mapping[Key, Tensor], blocks: slice) -> dict[Key, Tensor]:

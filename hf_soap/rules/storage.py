@@ -12,26 +12,12 @@ import torch
 from torch import Tensor
 
 from hf_soap.linalg import matrices
+from hf_soap.rules.base import OWN_ROLES, StateSpec
 
 Format = Literal["float32", "bfloat16"]
 
-SYMMETRIC = ("factor", "root", "snapshot")
-"""Kinds of roles that hold symmetric matrices."""
-
 COUNT = torch.float64
 """Dtype of counts of steps: float32 stands still at 2^24, and refreshes with it."""
-
-ROUNDED = ("factor", "root", "basis", "exp_avg", "exp_avg_sq", "prev_grad", "momentum")
-"""Kinds of roles that may be rounded; what else there is, is small or must be exact."""
-
-LAYOUT = "layout"
-"""Role of the numbers that say how a tensor was cut, in a state dict only."""
-
-KINDS = {
-    *ROUNDED,
-    *("step", LAYOUT, "snapshot", "diagonal", "exp_avg_sq_row", "exp_avg_sq_col", "prev_param"),
-}
-"""Kinds of all roles of the family."""
 
 
 @dataclass(frozen=True)
@@ -54,73 +40,95 @@ class Storage:
         """Whether state is kept as it is computed with."""
         return self.format == "float32" and not self.packed
 
-    def allocate(self, state: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-        """Returns zeros in the form that state like ``state``, which may be on the meta device, is kept in."""
-        kept: dict[str, Tensor] = {}
-        for role, value in state.items():
-            kind, shape, dtype = _kind(role), tuple(value.shape), value.dtype
-            if self._packs(kind):
-                shape = (*shape[:-2], shape[-1] // 2 + 1, shape[-1])
-            if self._rounds(kind):
-                dtype = torch.bfloat16
-            kept[role] = torch.zeros(shape, dtype=dtype, device=device)
-        return kept
+    def form(self, spec: StateSpec, dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:
+        """Returns the shape of a block and the dtype in which state is kept that is computed in ``dtype``."""
+        shape, rounded = spec.shape, self.format != "float32" and spec.may_round
+        if self.packed and spec.is_symmetric:
+            shape = (shape[-1] // 2 + 1, shape[-1])
+        return shape, torch.bfloat16 if rounded else dtype
 
-    def converted(self, known: Mapping[str, Any], wanted: Mapping[str, Tensor]) -> dict[str, Any]:
+    def allocate(
+        self, specs: Mapping[str, StateSpec], blocks: int, *, dtype: torch.dtype, device: torch.device
+    ) -> dict[str, Tensor]:
+        """Returns zeros by role, (blocks, ...) each, in the form that state is kept in."""
+        forms = {role: self.form(spec, dtype) for role, spec in specs.items()}
+        return {
+            role: torch.zeros(blocks, *shape, dtype=kept_dtype, device=device)
+            for role, (shape, kept_dtype) in forms.items()
+        }
+
+    def converted(
+        self, known: Mapping[str, Any], wanted: Mapping[str, Tensor], specs: Mapping[str, StateSpec]
+    ) -> dict[str, Any]:
         """Returns state that was kept in any form in that of ``wanted``; as it is where it has other tensors.
 
         Args:
             known: State of one parameter by role; what is no tensor and what has no place in ``wanted`` stays.
             wanted: Tensors of the right shapes and dtypes, which came from :meth:`allocate`; ``step`` beside them.
+            specs: What the roles are.
         """
         tensors = {role: value for role, value in known.items() if isinstance(value, Tensor) and role != "step"}
         like = {role: value for role, value in wanted.items() if role != "step"}
         if tensors.keys() == like.keys() and all(_alike(tensors[role], like[role]) for role in like):
             return dict(known)
-        state = decoded(tensors, torch.float32)
-        kept = self.allocate(state, next(iter(tensors.values())).device) if tensors else {}
-        self.encode_(kept, state, None)
+        state = decoded(tensors, specs, torch.float32)
+        kept = {role: value for role, value in state.items() if role not in specs}
+        for role in state.keys() & specs.keys():
+            shape, dtype = self.form(specs[role], state[role].dtype)
+            rows = state[role].shape[0] if state[role].dim() else 1
+            kept[role] = torch.zeros(rows, *shape, dtype=dtype, device=state[role].device)
+        self.encode_(kept, {role: state[role] for role in state.keys() & specs.keys()}, specs, None)
         rest = {role: value for role, value in known.items() if role not in tensors}
         return {**kept, **rest}
 
-    def decode(self, kept: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    def decode(
+        self, kept: Mapping[str, Tensor], specs: Mapping[str, StateSpec], dtype: torch.dtype
+    ) -> dict[str, Tensor]:
         """Returns state to compute with; what is kept as it is comes as it is, and is changed in place."""
-        return dict(kept) if self.is_identity else decoded(kept, dtype)
+        return dict(kept) if self.is_identity else decoded(kept, specs, dtype)
 
-    def encode_(self, kept: Mapping[str, Tensor], state: Mapping[str, Tensor], keys: Sequence[int] | None) -> None:
+    def encode_(
+        self,
+        kept: Mapping[str, Tensor],
+        state: Mapping[str, Tensor],
+        specs: Mapping[str, StateSpec],
+        keys: Sequence[int] | None,
+    ) -> None:
         """Puts computed state back into the form that it is kept in.
 
         Args:
             kept: State in that form, changed in place.
             state: Tensors of it to be put back, by role; used up.
+            specs: What the roles are.
             keys: A number for each of the tensors that the leading dimension consists of: what is rounded at random
                 depends on it and on the role alone. None rounds to nearest.
         """
         for role, value in state.items():
-            target, kind = kept[role], _kind(role)
+            target, spec = kept[role], specs[role]
             if value is target:
                 continue
-            if self._packs(kind):
+            if self.packed and spec.is_symmetric:
                 value = matrices.pack(value)
-            if self._rounds(kind):
+            if self.format != "float32" and spec.may_round:
                 value = value.to(torch.float32).contiguous()
                 for part, key in zip(value.chunk(len(keys)), keys, strict=True) if keys is not None else ():
                     _round_at_random_(part, key=_mixed(key, zlib.crc32(role.encode())))
             target.copy_(value)
 
-    def _packs(self, kind: str) -> bool:
-        return self.packed and kind in SYMMETRIC
 
-    def _rounds(self, kind: str) -> bool:
-        return self.format != "float32" and kind in ROUNDED
+def decoded(kept: Mapping[str, Tensor], specs: Mapping[str, StateSpec], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Returns state of any form to compute with in ``dtype``; what is in that form already comes as it is.
 
-
-def decoded(kept: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Returns state of any form to compute with in ``dtype``; what is in that form already comes as it is."""
+    Args:
+        kept: State by role.
+        specs: What the roles are; one that is not among them is only brought to ``dtype``.
+        dtype: For what was rounded.
+    """
     state: dict[str, Tensor] = {}
     for role, value in kept.items():
         value = value.to(dtype) if value.dtype == torch.bfloat16 else value
-        packed = _kind(role) in SYMMETRIC and value.dim() > 1 and value.shape[-2] == value.shape[-1] // 2 + 1
+        symmetric = role in specs and specs[role].is_symmetric
+        packed = symmetric and value.dim() > 1 and value.shape[-2] == value.shape[-1] // 2 + 1
         state[role] = matrices.unpack(value) if packed and value.shape[-1] > 2 else value
     return state
 
@@ -132,10 +140,10 @@ def _alike(kept: Tensor, wanted: Tensor) -> bool:
 
 def is_own(role: Any) -> bool:
     """Whether state under this key is the family's; a wrapper may keep state of another kind beside it."""
-    return isinstance(role, str) and _kind(role) in KINDS
+    return isinstance(role, str) and _name(role) in OWN_ROLES
 
 
-def _kind(role: str) -> str:
+def _name(role: str) -> str:
     """A role without the number of its side."""
     name, _, side = role.rpartition("_")
     return name if side.isdigit() else role

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from hf_soap.distributed import dtensor
 from hf_soap.engine.optimizer import BlockOptimizer
+from hf_soap.engine.plan import Plan
 from hf_soap.engine.profiling import Sums
 from hf_soap.linalg import eigenbases
-from hf_soap.rules.storage import decoded, is_own
+from hf_soap.rules.storage import decoded
 
 COLUMNS = (
     *("update", "weight", "entries", "rotation", "rotations", "root_change", "roots", "refresh"),
@@ -39,7 +40,7 @@ def diagnostics(optimizer: BlockOptimizer) -> dict[str, float]:
         failed, for which a previous basis or root stayed in use. Names carry the prefix ``optimizer/``.
     """
     failed = optimizer.failed_refreshes  # behind which no refresh is under way
-    return _overall(_state_sums(optimizer, rules_of(optimizer)).values(), optimizer, failed)
+    return _overall(_state_sums(optimizer, plans_of(optimizer)).values(), optimizer, failed)
 
 
 @torch.no_grad()
@@ -59,17 +60,17 @@ def measurements(optimizer: BlockOptimizer) -> dict[str, float]:
         raise ValueError(
             "got an optimizer without a profiler, wanted one that measures; set optimizer.profiler = StepProfiler()"
         )
-    rules = rules_of(optimizer)
+    plans = plans_of(optimizer)
     failed_here = optimizer.failed_refreshes  # behind which no refresh is under way
     timing, measured = optimizer.profiler.take()
-    kept = _state_sums(optimizer, rules)
+    kept = _state_sums(optimizer, plans)
     # What the ranks add up is alike on all, also where one has no part of any tensor of a rule.
-    labels = sorted(set(rules.values()))
+    labels = sorted({plan.label for plan in plans.values()})
     numbers = [timing["steps"], timing["step"], failed_here]
     for label in labels:
         sums = {**measured.get(label, {}), **kept[label]}
         numbers += [sums.get(column, 0.0) for column in COLUMNS]
-    steps, seconds, failed, *rest = dtensor.summed(numbers, next(iter(rules))) if rules else numbers
+    steps, seconds, failed, *rest = dtensor.summed(numbers, next(iter(plans))) if plans else numbers
     table: dict[str, Sums] = {}
     for number, label in enumerate(labels):
         row = rest[number * len(COLUMNS) : (number + 1) * len(COLUMNS)]
@@ -88,33 +89,29 @@ def slug(label: str) -> str:
     return re.sub(r"\W+", "_", label.lower())
 
 
-def rules_of(optimizer: BlockOptimizer) -> dict[Tensor, str]:
-    """Says for each trainable parameter in a few words which rule it follows."""
-    plans = {
+def plans_of(optimizer: BlockOptimizer) -> dict[Tensor, Plan]:
+    """Returns what is done with each trainable parameter."""
+    return {
         member.param: optimizer.plan_of(member.settings, member.param)
         for member in optimizer.members()
         if member.param.requires_grad and member.param.numel()
     }
-    return {param: plan.rule.describe(plan.layout) for param, plan in plans.items()}
 
 
-def _state_sums(optimizer: BlockOptimizer, rules: dict[Tensor, str]) -> defaultdict[str, Sums]:
+def _state_sums(optimizer: BlockOptimizer, plans: dict[Tensor, Plan]) -> defaultdict[str, Sums]:
     sums: defaultdict[str, Sums] = defaultdict(lambda: dict.fromkeys(COLUMNS[-4:], 0.0))
     shares: defaultdict[tuple[torch.device, torch.dtype], list[tuple[str, Tensor]]] = defaultdict(list)
-    for param, label in rules.items():
-        kept = optimizer.state.get(param, {})
+    for param, plan in plans.items():
+        kept, label = optimizer.state.get(param, {}), plan.label
         if "step" not in kept:
             continue
         seeded = bool(kept["step"] > 0)
         sums[label]["tensors"] += 1
         sums[label]["seeded"] += seeded
-        # Without a basis, a factor lives in the space of the gradients, where it need not be diagonal.
-        roles = [
-            role
-            for role in kept
-            if is_own(role) and role.startswith("factor_") and role.replace("factor", "basis") in kept
-        ]
-        for factor in decoded({role: kept[role] for role in roles if seeded}, torch.float32).values():
+        # A factor that is not kept in its own basis need not be diagonal.
+        specs = plan.state_spec
+        own = {role: kept[role] for role, spec in specs.items() if spec.in_own_basis and seeded and role in kept}
+        for factor in decoded(own, specs, torch.float32).values():
             share = eigenbases.off_diagonal_share(factor)
             shares[share.device, share.dtype].append((label, share))
     for pairs in shares.values():

@@ -21,7 +21,7 @@ from torch.serialization import MAGIC_NUMBER
 from hf_soap.checkpoint import state_dict
 from hf_soap.distributed import dtensor
 from hf_soap.engine.optimizer import BlockOptimizer, unwrapped
-from hf_soap.rules.storage import LAYOUT
+from hf_soap.rules.base import LAYOUT
 from hf_soap.trainer import checksums
 
 if TYPE_CHECKING:
