@@ -8,6 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from hf_soap.config.configs import (
+    CommonOptions,
+    FactorOptions,
     KlShampooConfig,
     KlSoapConfig,
     MarsAdamWConfig,
@@ -16,11 +18,15 @@ from hf_soap.config.configs import (
     MarsMConfig,
     MarsShampooConfig,
     MarsSoapConfig,
+    MuonConfig,
     ShampooConfig,
     SoapConfig,
 )
-from hf_soap.config.options import OptimizerConfig
+from hf_soap.config.options import OptimizerConfig, option
+from hf_soap.optimizers.base import ConfiguredOptimizer
 from hf_soap.optimizers.mars import MARS
+from hf_soap.optimizers.muon import Muon
+from hf_soap.optimizers.names import register
 from hf_soap.optimizers.shampoo import Shampoo
 from hf_soap.optimizers.soap import SOAP
 from hf_soap.trainer import patches
@@ -33,6 +39,9 @@ __version__ = "0.1.0"
 __all__ = [
     "MARS",
     "SOAP",
+    "CommonOptions",
+    "ConfiguredOptimizer",
+    "FactorOptions",
     "KlShampooConfig",
     "KlSoapConfig",
     "MarsAdamWConfig",
@@ -41,6 +50,8 @@ __all__ = [
     "MarsMConfig",
     "MarsShampooConfig",
     "MarsSoapConfig",
+    "Muon",
+    "MuonConfig",
     "OptimizerConfig",
     "Shampoo",
     "ShampooConfig",
@@ -48,6 +59,8 @@ __all__ = [
     "SoapMetricsCallback",
     "SoapTrainer",
     "SoapTrainerMixin",
+    "option",
+    "register",
 ]
 
 patches.install()

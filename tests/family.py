@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 from helpers import parameters, train
+from third_party import SPlus
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from hf_soap import MARS, SOAP, Shampoo
+from hf_soap import MARS, SOAP, Muon, Shampoo
 
 STEPS = 8
 
@@ -25,6 +26,7 @@ class Row:
         lr: For the convergence problem.
         seeds: Whether the first non-zero gradient of any tensor updates nothing.
         waits: Whether zero gradients before that leave no trace.
+        has_betas: Whether ``betas`` is a setting.
         slow: Whether it differs from another row in few lines of code.
     """
 
@@ -32,6 +34,7 @@ class Row:
     lr: float = 0.05
     seeds: bool = False
     waits: bool = False
+    has_betas: bool = True
     slow: bool = False
 
     def __call__(self, params: Any, **overrides: Any) -> Any:
@@ -66,12 +69,22 @@ TABLE = {
     "mars-lion": Row(partial(mars, variant="lion", optimize_1d=True), slow=True),
     "mars-shampoo": Row(partial(mars, variant="shampoo")),
     "mars-m": Row(partial(mars, variant="m", lr_1d=0.05), lr=0.2, slow=True),
+    "muon": Row(partial(Muon, lr_1d=0.05), lr=0.2, has_betas=False),
+    "third party": Row(partial(SPlus, precondition_frequency=3), lr=0.5, has_betas=False),
     "mars-soap": Row(partial(mars, variant="soap", precondition_frequency=3)),
 }
-rows = pytest.mark.parametrize(
-    "row",
-    [pytest.param(row, id=name, marks=[pytest.mark.slow] if row.slow else []) for name, row in TABLE.items()],
-)
+
+
+def over(table: dict[str, Row]) -> pytest.MarkDecorator:
+    """Runs a test for each row."""
+    marks = [pytest.mark.slow]
+    return pytest.mark.parametrize(
+        "row", [pytest.param(row, id=name, marks=marks if row.slow else []) for name, row in table.items()]
+    )
+
+
+rows = over(TABLE)
+rows_with_betas = over({name: row for name, row in TABLE.items() if row.has_betas})
 
 
 def close(one: list[Parameter], other: list[Parameter], tolerance: float = 1e-11) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from family import STEPS, Row, rows, trained
+from family import STEPS, Row, rows, rows_with_betas, trained
 from helpers import assert_same, gradient, parameters, snapshot, through_a_file, train
 from torch.nn import Parameter
 from torch.optim import SGD, AdamW, Optimizer
@@ -158,7 +158,7 @@ def test_state_that_was_dropped_starts_anew(row: Row) -> None:
     assert_same(snapshot(optimizer, params), snapshot(other, start))
 
 
-@rows
+@rows_with_betas
 def test_a_checkpoint_decides_the_learning_rate_and_the_arguments_the_rest(
     row: Row, caplog: pytest.LogCaptureFixture
 ) -> None:

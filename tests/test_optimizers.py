@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from family import STEPS, Row, close, rows, trained
+from family import STEPS, Row, close, rows, rows_with_betas, trained
 from helpers import FULL_RANK, assert_same, gradient, parameters, snapshot, through_a_file, train
 from torch import Tensor
 from torch.nn import Parameter
@@ -208,7 +208,7 @@ def test_a_group_may_join_after_the_first_step(row: Row) -> None:
     close(grown, whole)
 
 
-@rows
+@rows_with_betas
 def test_groups_follow_their_own_settings(row: Row) -> None:
     settings = [{"lr": 0.03, "betas": (0.8, 0.99)}, {"weight_decay": 0.3, "eps": 1e-3}]
     grouped = parameters(FULL_RANK, torch.float64)
@@ -246,7 +246,7 @@ def test_a_scheduler_sets_the_learning_rate(row: Row) -> None:
     assert moved == [not row.seeds, True, True, True, False, False]
 
 
-@rows
+@rows_with_betas
 def test_a_scheduler_may_cycle_betas(row: Row) -> None:
     params = parameters()
     optimizer = row(params, betas=(0.9, 0.99))

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from family import STEPS, TABLE, Row, parameters_and, rows
+from family import STEPS, TABLE, Row, parameters_and, rows, rows_with_betas
 from helpers import assert_same, parameters, snapshot, train
 from torch.nn import Parameter
 from torch.optim import AdamW
@@ -32,10 +32,12 @@ from hf_soap.config.checks import check_group_keys
     ],
 )
 def test_a_key_that_would_be_passed_over_is_refused(row: Row, key: str, message: str) -> None:
-    """{"params": ..., "precondition_frequencyy": 5} trained with the default, and nobody heard of it."""
+    """{"params": ..., "precondition_frequencyy": 5} trained with the default, and nobody was told."""
+    params, optimizer = parameters_and(row)
+    if (meant := message.split()[-1]) in ("betas", "precondition_frequency") and meant not in optimizer.defaults:
+        pytest.skip(f"{meant} is no setting of it")
     with pytest.raises(ValueError, match=rf"got {key!r} in a param group, wanted .*{message}"):
         row([{"params": parameters(), key: 1}])
-    params, optimizer = parameters_and(row)
     with pytest.raises(ValueError, match=rf"got {key!r} in a param group"):
         optimizer.add_param_group({"params": [Parameter(torch.ones(2))], key: 1})
     train(optimizer, params, range(2))
@@ -123,7 +125,7 @@ SCHEDULES = {
 }
 
 
-@rows
+@rows_with_betas
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("tensor", [False, True], ids=["number", "tensor"])
 def test_cycled_betas_are_those_of_each_step(row: Row, schedule: str, tensor: bool) -> None:

@@ -11,7 +11,9 @@ OVERLAP_REFRESH = "On a GPU, refresh beside the next forward and backward pass."
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Guard(OptimizerConfig):
+class CommonOptions(OptimizerConfig):
+    """Options that every optimizer of the family has; a config of another one inherits them."""
+
     nonfinite: Literal["skip", "off"] = option(
         "skip", "`skip` leaves out the whole step when a gradient holds NaN or Inf; `off` does not look."
     )
@@ -45,7 +47,9 @@ class _Guard(OptimizerConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Factors(_Guard):
+class FactorOptions(CommonOptions):
+    """Options of optimizers that keep a factor a side."""
+
     shampoo_beta: float | None = option(None, "Decay rate of the Kronecker factors; `none` takes beta2.", DECAY_RATE)
     precondition_frequency: int = option(
         10, "Updates between two refreshes of the preconditioner.", AT_LEAST_1, remedy="use 1 to refresh at every step"
@@ -88,7 +92,26 @@ class _Factors(_Guard):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SoapConfig(_Factors):
+class AuxiliaryOptions(OptimizerConfig):
+    """Options of optimizers that leave vectors, and what else is not a matrix, to AdamW with rates of its own."""
+
+    lr_1d: float | None = option(
+        None, "Learning rate of what is updated by AdamW, which follows the schedule; `none` takes lr.", POSITIVE
+    )
+    beta1_1d: float = option(0.9, "Decay rate of their first moment.", DECAY_RATE)
+    beta2_1d: float = option(0.95, "Decay rate of their second moment.", DECAY_RATE)
+    weight_decay_1d: float | None = option(
+        None, "Their weight decay; `none` takes the param group's. The published runs use 0.1.", NON_NEGATIVE
+    )
+
+    def constructor_kwargs(self) -> dict[str, Any]:
+        """Returns the keyword arguments for the optimizer's constructor, with the decay rates as a pair."""
+        kwargs = super().constructor_kwargs()
+        return {"betas_1d": (kwargs.pop("beta1_1d"), kwargs.pop("beta2_1d")), **kwargs}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoapConfig(FactorOptions):
     """Options of SOAP, with the defaults of its official implementation (arXiv:2409.11321)."""
 
     name: ClassVar[str] = "soap"
@@ -124,7 +147,7 @@ class KlSoapConfig(SoapConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShampooConfig(_Factors):
+class ShampooConfig(FactorOptions):
     """Options of Shampoo (arXiv:1802.09568, arXiv:2002.09018)."""
 
     name: ClassVar[str] = "shampoo"
@@ -174,7 +197,7 @@ class KlShampooConfig(ShampooConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MarsConfig(_Guard):
+class MarsConfig(AuxiliaryOptions, CommonOptions):
     """Options of MARS-AdamW, with the defaults of its official implementation (arXiv:2411.10438)."""
 
     name: ClassVar[str] = "mars"
@@ -191,20 +214,10 @@ class MarsConfig(_Guard):
         False, "Take the previous gradient on the current minibatch: two backward passes a step; needs SoapTrainer."
     )
     optimize_1d: bool = option(False, "Correct vectors (all but matrices) too, instead of updating them by AdamW.")
-    lr_1d: float | None = option(
-        None, "Learning rate of those vectors, which follows the schedule; `none` takes lr.", POSITIVE
-    )
-    beta1_1d: float = option(0.9, "Decay rate of their first moment.", DECAY_RATE)
-    beta2_1d: float = option(0.95, "Decay rate of their second moment.", DECAY_RATE)
-    weight_decay_1d: float | None = option(
-        None, "Their weight decay; `none` takes the param group's. The published runs use 0.1.", NON_NEGATIVE
-    )
 
     def constructor_kwargs(self) -> dict[str, Any]:
         """Returns the keyword arguments for the optimizer's constructor, the variant among them."""
-        kwargs = super().constructor_kwargs()
-        betas_1d = kwargs.pop("beta1_1d"), kwargs.pop("beta2_1d")
-        return {"variant": self.variant, "betas_1d": betas_1d, **kwargs}
+        return {"variant": self.variant, **super().constructor_kwargs()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,7 +258,7 @@ class MarsMConfig(MarsConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MarsSoapConfig(MarsConfig, _Factors):
+class MarsSoapConfig(MarsConfig, FactorOptions):
     """Options of MARS in front of SOAP."""
 
     name: ClassVar[str] = "mars_soap"
@@ -253,3 +266,23 @@ class MarsSoapConfig(MarsConfig, _Factors):
     variant: ClassVar[str] = "soap"
 
     overlap_refresh: bool = option(False, OVERLAP_REFRESH)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MuonConfig(AuxiliaryOptions, CommonOptions):
+    """Options of Muon (K. Jordan, 2024); embeddings and output head are updated by AdamW."""
+
+    name: ClassVar[str] = "muon"
+    lr: ClassVar[float] = 0.02
+    adam_embeddings: ClassVar[bool] = True
+
+    momentum: float = option(0.95, "Decay rate of the momentum.", DECAY_RATE)
+    nesterov: bool = option(True, "Look ahead by one step of the momentum.")
+    eps: float = option(1e-7, "Added to the norm before Newton-Schulz.", NON_NEGATIVE)
+    scale: Literal["aspect", "rms"] = option(
+        "aspect", "Multiply by √max(1, rows/cols), or by 0.2·√max(rows, cols), the size of Adam's updates."
+    )
+    lr_1d: float | None = option(
+        3e-4, "Learning rate of what is updated by AdamW, which follows the schedule; `none` takes lr.", POSITIVE
+    )
+    eps_1d: float = option(1e-8, "Added to the root of AdamW's second moment.", NON_NEGATIVE)

@@ -77,8 +77,9 @@ class OptimizerConfig:
         """Returns the keyword arguments for the optimizer's constructor."""
         known = option_fields(type(self))
         kwargs = {key: value for key, value in asdict(self).items() if not known[key].metadata["trainer_only"]}
-        betas = tuple(kwargs.pop(name, getattr(self, name)) for name in ("beta1", "beta2"))
-        return {"betas": betas, **kwargs}
+        if not (hasattr(self, "beta1") and hasattr(self, "beta2")):
+            return kwargs
+        return {"betas": tuple(kwargs.pop(name, getattr(self, name)) for name in ("beta1", "beta2")), **kwargs}
 
 
 ConfigT = TypeVar("ConfigT", bound=OptimizerConfig)

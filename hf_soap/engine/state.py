@@ -160,10 +160,11 @@ class PlannedOptimizer(torch.optim.Optimizer):
             raise ValueError(
                 f"got differentiable=True, wanted False: {type(self).__name__} changes state and weights in place"
             )
-        beta1, beta2 = check_pair("betas", group["betas"])
         names = options.option_fields(self.config)
         values = {key: value for key, value in group.items() if key in names}
-        options.check_values(self.config, {**values, "beta1": beta1, "beta2": beta2})
+        if "betas" in group:
+            values["beta1"], values["beta2"] = check_pair("betas", group["betas"])
+        options.check_values(self.config, values)
         for param in group["params"]:
             dtensor.check_placements(param)
             # Frozen weights of a quantised model may be integers; they never reach a step.

@@ -5,22 +5,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from hf_soap.config import configs, options
-from hf_soap.config.checks import check_choice, check_pair
+from hf_soap.config.checks import check_choice
 from hf_soap.config.members import Member
 from hf_soap.distributed import dtensor
 from hf_soap.distributed.dtensor import is_sharded, local, local_grad, settle_gradient_
-from hf_soap.engine.optimizer import BlockOptimizer
 from hf_soap.engine.plan import Plan
 from hf_soap.linalg import elementwise
-from hf_soap.linalg.elementwise import Rate
-from hf_soap.optimizers.soap import plan_factors, soap_rule, state_options
+from hf_soap.optimizers.base import AuxiliaryRates, plan_factors, state_options
+from hf_soap.optimizers.soap import soap_rule
 from hf_soap.rules.base import PREV_PARAM, Rule
 from hf_soap.rules.elementwise import AdamWRule, LionRule
 from hf_soap.rules.layout import is_stack, uncut
@@ -30,7 +29,7 @@ from hf_soap.rules.orthogonal import OrthogonalRule
 logger = logging.getLogger(__name__)
 
 
-class MARS(BlockOptimizer):
+class MARS(AuxiliaryRates):
     """Variance reduction in front of a preconditioned update.
 
     The gradient g is replaced by c̃ = clip(g + γ·β₁/(1-β₁)·(g - g')), where g' is the previous step's gradient, or,
@@ -80,7 +79,6 @@ class MARS(BlockOptimizer):
     """
 
     config = configs.MarsSoapConfig  # it has the options of all variants
-    read_at_each_step: ClassVar[tuple[str, ...]] = ("lr", "weight_decay", "lr_1d", "weight_decay_1d")
 
     def __init__(
         self,
@@ -124,16 +122,13 @@ class MARS(BlockOptimizer):
         super().__init__(params, {**defaults, "rule": variant})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group, and notes the learning rate that ``lr_1d`` is in proportion to."""
+        """Adds a group, whose rule is its variant."""
         if isinstance(param_group, dict):  # torch refuses all else
-            param_group.setdefault("base_lr", float(param_group.get("lr", self.defaults["lr"])))
             param_group.setdefault("rule", param_group.get("variant", self.defaults["rule"]))
         super().add_param_group(param_group)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
-        beta1, beta2 = check_pair("betas_1d", group["betas_1d"])
-        options.check_values(self.config, {"beta1_1d": beta1, "beta2_1d": beta2})
         check_choice("variant", group["variant"], tuple(VARIANTS))
         check_choice("rule", group["rule"], (*VARIANTS, "adam"))
         _refuse_ignored(group)
@@ -142,8 +137,6 @@ class MARS(BlockOptimizer):
                 "got exact=True with shard_mode='owner', wanted one of them: the previous weights lie with the ranks "
                 "that have the weights; use shard_mode='local'"
             )
-        if group["lr_1d"] is not None and group["base_lr"] == 0:
-            raise ValueError("lr must be > 0 where lr_1d is set, got 0; lr_1d follows lr in proportion")
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -278,15 +271,6 @@ class MARS(BlockOptimizer):
             grad = param.grad = grad.clone(memory_format=torch.contiguous_format)
         other = torch.zeros_like(grad) if other is None else other
         grad.copy_(elementwise.mars_correction(grad, other, beta1=settings["betas"][0], gamma=settings["gamma"]))
-
-    def rates(self, group: Mapping[str, Any], plan: Plan) -> Rate:
-        """Returns the group's rates, or those of vectors where the plan is auxiliary."""
-        lr, decay = group["lr"], group["weight_decay"]
-        if not plan.auxiliary:
-            return lr, decay
-        if group["lr_1d"] is not None:
-            lr = lr * (group["lr_1d"] / group["base_lr"])
-        return lr, decay if group["weight_decay_1d"] is None else group["weight_decay_1d"]
 
     def plan(self, group: Mapping[str, Any], shape: Sequence[int], *, part: Sequence[int] | None = None) -> Plan:
         """Returns the variant's rule after the correction, or AdamW for vectors and other non-matrix parameters."""

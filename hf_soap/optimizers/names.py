@@ -1,15 +1,31 @@
-"""The names of the optimizers, and which class and options each means."""
+"""The names of the optimizers, which class and options each means, and how others join them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, is_dataclass
+from functools import cache
+from importlib.metadata import entry_points
+
+import torch
+from torch.nn import Parameter
 
 from hf_soap.config import configs
 from hf_soap.config.options import OptimizerConfig
 from hf_soap.engine.optimizer import BlockOptimizer
+from hf_soap.engine.plan import Plan
 from hf_soap.optimizers.mars import MARS
+from hf_soap.optimizers.muon import Muon
 from hf_soap.optimizers.shampoo import Shampoo
 from hf_soap.optimizers.soap import SOAP
+from hf_soap.rules.base import Rule, WrappingRule
+from hf_soap.rules.storage import name_of
+
+logger = logging.getLogger(__name__)
+
+ENTRY_POINTS = "hf_soap.optimizers"
+"""Group of entry points: each names an optimizer class, whose ``config`` is the config."""
 
 
 @dataclass(frozen=True)
@@ -20,20 +36,110 @@ class Entry:
     config: type[OptimizerConfig]
 
 
-MARS_CONFIGS: tuple[type[OptimizerConfig], ...] = (
-    configs.MarsConfig,
-    configs.MarsAdamWConfig,
-    configs.MarsLionConfig,
-    configs.MarsShampooConfig,
-    configs.MarsSoapConfig,
-    configs.MarsMConfig,
-)
-
-SOAP_CONFIGS: tuple[type[OptimizerConfig], ...] = (configs.SoapConfig, configs.KlSoapConfig)
-SHAMPOO_CONFIGS: tuple[type[OptimizerConfig], ...] = (configs.ShampooConfig, configs.KlShampooConfig)
+OURS: dict[type[BlockOptimizer], tuple[type[OptimizerConfig], ...]] = {
+    SOAP: (configs.SoapConfig, configs.KlSoapConfig),
+    Shampoo: (configs.ShampooConfig, configs.KlShampooConfig),
+    MARS: (
+        configs.MarsConfig,
+        configs.MarsAdamWConfig,
+        configs.MarsLionConfig,
+        configs.MarsShampooConfig,
+        configs.MarsSoapConfig,
+        configs.MarsMConfig,
+    ),
+    Muon: (configs.MuonConfig,),
+}
 
 ENTRIES: dict[str, Entry] = {
-    config.name: Entry(optimizer, config)
-    for optimizer, listed in ((SOAP, SOAP_CONFIGS), (Shampoo, SHAMPOO_CONFIGS), (MARS, MARS_CONFIGS))
-    for config in listed
+    config.name: Entry(optimizer, config) for optimizer, listed in OURS.items() for config in listed
 }
+
+CALL_AFTER_REGISTERING: list[Callable[[], None]] = []
+"""Called after a name has joined :data:`ENTRIES`: transformers lists the names too."""
+
+
+def register(optimizer: type[BlockOptimizer], config: type[OptimizerConfig] | None = None) -> None:
+    """Makes an optimizer known by the name of its config, as if it were one of this package's.
+
+    Its name then works in ``TrainingArguments(optim=...)``, ``optim_args``, ``hf-soap plan``, recipes and cards.
+
+    Args:
+        optimizer: A subclass of :class:`hf_soap.ConfiguredOptimizer` that defines ``plan``.
+        config: A frozen dataclass with its options, a subclass of :class:`hf_soap.CommonOptions`; None takes the
+            optimizer's ``config``.
+
+    Raises:
+        TypeError: If a class is of the wrong kind, or a rule lacks a method that its state or traits call for.
+        ValueError: If the name belongs to another optimizer, or the defaults are out of range.
+    """
+    config = getattr(optimizer, "config", None) if config is None else config
+    if not (isinstance(optimizer, type) and issubclass(optimizer, BlockOptimizer)):
+        raise TypeError(f"got {optimizer!r}, wanted a subclass of hf_soap.ConfiguredOptimizer")
+    if not (isinstance(config, type) and issubclass(config, configs.CommonOptions) and is_dataclass(config)):
+        raise TypeError(
+            f"{optimizer.__name__} got the config {config!r}, wanted a frozen dataclass that inherits from "
+            "hf_soap.CommonOptions or hf_soap.FactorOptions"
+        )
+    for attribute in ("name", "lr"):
+        if not hasattr(config, attribute):
+            raise TypeError(f"{config.__name__} has no {attribute}, wanted a class attribute {attribute}: ClassVar")
+    known = ENTRIES.get(config.name)
+    if known is not None and known.optimizer is not optimizer:
+        raise ValueError(
+            f"the name {config.name!r} belongs to {known.optimizer.__name__}, wanted another; change "
+            f"{config.__name__}.name"
+        )
+    for plan in _sample_plans(optimizer, config):
+        check_rule(plan)
+    ENTRIES[config.name] = Entry(optimizer, config)
+    for call in CALL_AFTER_REGISTERING:
+        call()
+
+
+@cache
+def load_entry_points() -> None:
+    """Registers the optimizers of installed packages; one that fails is named in a warning, and left out."""
+    for entry in entry_points(group=ENTRY_POINTS):
+        try:
+            register(entry.load())
+        except Exception as error:
+            logger.warning("the optimizer %s of the entry points could not be registered: %s", entry.value, error)
+
+
+def _sample_plans(optimizer: type[BlockOptimizer], config: type[OptimizerConfig]) -> list[Plan]:
+    """Returns what an optimizer does with tensors of several shapes, at the config's defaults."""
+    shapes = [(4, 4), (6, 3), (5,), (3, 4, 5), ()]
+    params = [Parameter(torch.zeros(shape, device="meta")) for shape in shapes]
+    make: Callable[..., BlockOptimizer] = optimizer
+    made = make(params, lr=config.lr, **config().constructor_kwargs())
+    return [made.plan_of(member.settings, member.param) for member in made.members()]
+
+
+def check_rule(plan: Plan) -> None:
+    """Checks that a rule has what its state and its traits call for.
+
+    Raises:
+        TypeError: If not; it names the method or attribute that is missing.
+    """
+    rule, name = plan.rule, type(plan.rule).__name__
+    if not isinstance(rule, Rule):
+        raise TypeError(f"the plan of a tensor has the rule {rule!r}, wanted a subclass of hf_soap.rules.base.Rule")
+    specs, traits = rule.state_spec(plan.layout), rule.traits(plan.layout)
+    parts = [rule]
+    while isinstance(parts[-1], WrappingRule):
+        parts.append(parts[-1].inner)
+    for role, spec in specs.items():
+        if not any(name_of(role) in part.roles for part in parts):
+            raise TypeError(f"{name} declares the state {role!r}, wanted {name_of(role)!r} in {name}.roles; add it")
+        if (spec.mode is None) != (spec.kind == "moment"):
+            raise TypeError(f"{name} declares {role!r} as a {spec.kind} with mode={spec.mode}; only moments have none")
+    needs = {
+        "rebuild": any(spec.kind in ("basis", "root") for spec in specs.values()),
+        "seed": traits.first_grad_seeds,
+        "refresh": traits.refreshes_last,
+        "fused_step": traits.has_fused_step,
+    }
+    for method, needed in needs.items():
+        inherited = {getattr(Rule, method), getattr(WrappingRule, method)}
+        if needed and all(getattr(type(part), method) in inherited for part in parts):
+            raise TypeError(f"{name} must define {method}, since its state or traits call for it")

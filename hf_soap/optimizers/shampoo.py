@@ -13,7 +13,7 @@ from hf_soap.config.checks import check_choice
 from hf_soap.distributed import dtensor
 from hf_soap.engine.optimizer import BlockOptimizer
 from hf_soap.engine.plan import Plan
-from hf_soap.optimizers.soap import plan_factors, state_options
+from hf_soap.optimizers.base import plan_factors, state_options
 from hf_soap.rules.elementwise import AdamWRule
 from hf_soap.rules.shampoo import ShampooRule
 

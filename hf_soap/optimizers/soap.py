@@ -12,9 +12,8 @@ from hf_soap.config import configs
 from hf_soap.config.checks import check_choice
 from hf_soap.engine.optimizer import BlockOptimizer
 from hf_soap.engine.plan import Plan
-from hf_soap.rules.layout import Layout, plan_layout
+from hf_soap.optimizers.base import plan_factors, state_options
 from hf_soap.rules.soap import ORTHONORMALIZE_EVERY, SoapRule
-from hf_soap.rules.storage import Storage
 
 
 class SOAP(BlockOptimizer):
@@ -148,30 +147,4 @@ def soap_rule(group: Mapping[str, Any]) -> SoapRule:
             for name in ("factorized", "kl", "include_current", "refresh_tol", "matmul_dtype")
             if name in group
         },
-    )
-
-
-def state_options(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Says how the state of a param group is kept, and who brings it up to date when."""
-    return {
-        "storage": Storage(group["state_dtype"], group["pack_factors"]),
-        "maximize": group["maximize"],
-        "splits_refreshes": bool(group["distributed_refresh"]),
-        "overlaps": group.get("overlap_refresh", False),
-    }
-
-
-def plan_factors(group: Mapping[str, Any], shape: Sequence[int], *, part: Sequence[int] | None) -> Layout:
-    """Cuts a tensor, or a part of one, as the settings of a param group say; ``rule="adam"`` factors no side."""
-    return plan_layout(
-        shape,
-        max_precond_dim=group["max_precond_dim"],
-        max_aspect_ratio=group["max_aspect_ratio"],
-        stacked_matrices=group["stacked_matrices"],
-        merge_dims=group["merge_dims"],
-        precondition_1d=group["precondition_1d"],
-        one_sided=group["one_sided"],
-        block_size=group["block_size"],
-        factored=group["rule"] != "adam",
-        part=part,
     )

@@ -116,10 +116,10 @@ def cost(optimizer: BlockOptimizer, *, ranks: int, mode: Mode) -> Cost:
         total.state += share.state
         total.factors += share.factors
         total.work += plan.work()
-        if mode == "ddp" and ranks > 1 and share.group["distributed_refresh"] is not False:
+        if mode == "ddp" and ranks > 1 and share.group.get("distributed_refresh", False) is not False:
             squares = plan.layout.factor_numel() * 2 * num_bytes  # the rotation and the factor in it, or the root
             if squares:
-                total.sent += squares / share.group["precondition_frequency"] * (ranks - 1) / ranks
+                total.sent += squares / share.group.get("precondition_frequency", 1) * (ranks - 1) / ranks
             total.work -= (1 - 1 / ranks) * plan.work(refreshes_only=True)
     held = [Cost() for _ in range(ranks)]
     assigned = owners.assign([(share.plan.work(), share.state) for share in owned], ranks)

@@ -140,11 +140,11 @@ def _alike(kept: Tensor, wanted: Tensor) -> bool:
 
 def is_own(role: Any) -> bool:
     """Whether state under this key is the family's; a wrapper may keep state of another kind beside it."""
-    return isinstance(role, str) and _name(role) in OWN_ROLES
+    return isinstance(role, str) and name_of(role) in OWN_ROLES
 
 
-def _name(role: str) -> str:
-    """A role without the number of its side."""
+def name_of(role: str) -> str:
+    """Returns a role without the number of its mode."""
     name, _, side = role.rpartition("_")
     return name if side.isdigit() else role
 

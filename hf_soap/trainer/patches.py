@@ -25,7 +25,7 @@ import torch
 from hf_soap.config import options
 from hf_soap.engine.optimizer import BlockOptimizer, unwrapped
 from hf_soap.optimizers import arguments
-from hf_soap.optimizers.names import ENTRIES
+from hf_soap.optimizers.names import CALL_AFTER_REGISTERING, ENTRIES, load_entry_points
 from hf_soap.trainer import checksums, registry, resume
 from hf_soap.trainer.import_hook import after_import
 
@@ -45,6 +45,8 @@ SIGTERM = "transformers.trainer_jit_checkpoint"
 
 def install() -> None:
     """Extends transformers, now or as soon as it is imported. Never raises; calling it again changes nothing."""
+    if _add_names not in CALL_AFTER_REGISTERING:
+        CALL_AFTER_REGISTERING.append(_add_names)
     after_import(ARGUMENTS, _extend_arguments)
     after_import(TRAINER, _extend_trainer)
 
@@ -474,6 +476,7 @@ _reported: set[str] = set()
 
 
 def _extend_arguments(_: ModuleType) -> None:
+    load_entry_points()
     for patch in PATCHES:
         _apply(patch, [target for target in patch.targets if target.module == ARGUMENTS])
     if _left_out and TRAINER not in sys.modules:
@@ -482,6 +485,13 @@ def _extend_arguments(_: ModuleType) -> None:
             import_module(TRAINER)
         except Exception:
             _report()
+
+
+def _add_names() -> None:
+    """Adds names that were registered after transformers was imported."""
+    names = PATCHES[0]
+    if names.what in _undo:
+        _apply(names, [target for target in names.targets if isinstance(target, Names)])
 
 
 def _extend_trainer(_: ModuleType) -> None:

@@ -1,0 +1,105 @@
+"""What optimizers are made of: settings into plans, constructors that follow from a config, rates of AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+from torch import Tensor
+from torch.optim.optimizer import ParamsT
+
+from hf_soap.config import options
+from hf_soap.config.checks import check_pair
+from hf_soap.engine.optimizer import BlockOptimizer
+from hf_soap.engine.plan import Plan
+from hf_soap.linalg.elementwise import Rate
+from hf_soap.rules.layout import Layout, plan_layout
+from hf_soap.rules.storage import Storage
+
+
+class ConfiguredOptimizer(BlockOptimizer):
+    """An optimizer whose constructor follows from its config: a subclass sets ``config`` and defines ``plan``.
+
+    Args:
+        params: Parameters, named parameters, or groups of either. A group may override any setting.
+        lr: Learning rate, a number or a tensor of one element; None takes the config's.
+        weight_decay: Decoupled weight decay.
+        options: Options of the config; ``beta1`` and ``beta2`` as the pair ``betas``, where it has both.
+
+    Raises:
+        ValueError: If an option is unknown, of the wrong type or out of range, or a parameter is complex.
+    """
+
+    def __init__(
+        self, params: ParamsT, lr: float | Tensor | None = None, weight_decay: float = 0.0, **options: Any
+    ) -> None:
+        known = default_settings(self.config)
+        if unknown := sorted(options.keys() - known.keys()):
+            raise ValueError(
+                f"{type(self).__name__} got the unknown option {unknown[0]!r}, wanted one of {', '.join(known)}"
+            )
+        given = {"lr": self.config.lr if lr is None else lr, "weight_decay": weight_decay}
+        super().__init__(params, {**given, **known, **options})
+
+
+def default_settings(config: type[options.OptimizerConfig]) -> dict[str, Any]:
+    """Returns the settings of an optimizer with this config, but for learning rate and decay, at their defaults."""
+    torch_settings = {"maximize": False, "foreach": None, "fused": None, "differentiable": False}
+    return {**config().constructor_kwargs(), **torch_settings, "rule": config.name}
+
+
+def state_options(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what a plan says of state and refreshes, from the settings of a param group."""
+    return {
+        "storage": Storage(group["state_dtype"], group.get("pack_factors", False)),
+        "maximize": group["maximize"],
+        "splits_refreshes": bool(group.get("distributed_refresh", False)),
+        "overlaps": group.get("overlap_refresh", False),
+    }
+
+
+def plan_factors(group: Mapping[str, Any], shape: Sequence[int], *, part: Sequence[int] | None) -> Layout:
+    """Cuts a tensor, or a part of one, as the settings of a param group say; ``rule="adam"`` factors no side."""
+    return plan_layout(
+        shape,
+        max_precond_dim=group["max_precond_dim"],
+        max_aspect_ratio=group["max_aspect_ratio"],
+        stacked_matrices=group["stacked_matrices"],
+        merge_dims=group["merge_dims"],
+        precondition_1d=group["precondition_1d"],
+        one_sided=group["one_sided"],
+        block_size=group["block_size"],
+        factored=group["rule"] != "adam",
+        part=part,
+    )
+
+
+class AuxiliaryRates(BlockOptimizer):
+    """Learning rate, betas and decay of their own for what an optimizer leaves to AdamW: plans that are auxiliary.
+
+    For configs with :class:`hf_soap.config.configs.AuxiliaryOptions`.
+    """
+
+    read_at_each_step: ClassVar[tuple[str, ...]] = ("lr", "weight_decay", "lr_1d", "weight_decay_1d")
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, and notes the learning rate that ``lr_1d`` is in proportion to."""
+        if isinstance(param_group, dict):  # torch refuses all else
+            param_group.setdefault("base_lr", float(param_group.get("lr", self.defaults["lr"])))
+        super().add_param_group(param_group)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        beta1, beta2 = check_pair("betas_1d", group["betas_1d"])
+        options.check_values(self.config, {"beta1_1d": beta1, "beta2_1d": beta2})
+        if group["lr_1d"] is not None and group["base_lr"] == 0:
+            raise ValueError("lr must be > 0 where lr_1d is set, got 0; lr_1d follows lr in proportion")
+
+    def rates(self, group: Mapping[str, Any], plan: Plan) -> Rate:
+        """Returns the group's rates, or those of AdamW where the plan is auxiliary."""
+        lr, decay = group["lr"], group["weight_decay"]
+        if not plan.auxiliary:
+            return lr, decay
+        if group["lr_1d"] is not None:
+            lr = lr * (group["lr_1d"] / group["base_lr"])
+        return lr, decay if group["weight_decay_1d"] is None else group["weight_decay_1d"]
