@@ -65,8 +65,10 @@ def _passed_over(args: TrainingArguments, config: options.OptimizerConfig) -> st
     changed, known = arguments.changed_adam_arguments(args), options.option_fields(type(config))
     passed = []
     for option, (argument, default) in arguments.HF_ADAM.items():
+        if option not in known or option in changed:
+            continue
         ours = getattr(config, option)
-        if option in known and option not in changed and ours == known[option].default != default:
+        if ours == known[option].default != default:
             passed.append(
                 f"{option}={ours:g}, not {argument}={default:g} (optim_args='{option}={default:g}' has that)"
             )
