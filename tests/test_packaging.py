@@ -19,6 +19,7 @@ PACKAGE = ROOT / "hf_soap"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 FOLDERS = (
+    "reference",
     "linalg",
     "distributed",
     "config",
@@ -34,6 +35,9 @@ FOLDERS = (
     "__main__",
 )
 """A folder imports only from those before it, and from its own modules without a circle; for types, too."""
+
+ALONE = "reference"
+"""What others are compared with shares nothing with them: it imports none of them, and none imports it."""
 
 EXTRAS = {
     "cli": {"cli", "peft", "plot"},
@@ -121,6 +125,7 @@ def test_a_folder_imports_from_those_before_it(source: Path) -> None:
     for imported in ours(source):
         other = imported.split(".")[0]
         assert FOLDERS.index(other) <= FOLDERS.index(own), f"{name(source)} imports {imported}, which comes after it"
+        assert (own == ALONE) == (other == ALONE), f"{name(source)} imports {imported}, but {ALONE} stands alone"
 
 
 def test_imports_within_a_folder_go_in_no_circle() -> None:

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from reference import ReferenceSOAP, block_grid, gram, merged_shape, rotate, rotate_back
 from textbook import assert_close, gradients, normal, run, run_torch_adamw
+
+from hf_soap.reference.soap import ReferenceSOAP, block_grid, gram, merged_shape, rotate, rotate_back
 
 # --- shapes ----------------------------------------------------------------------------------------------------------
 

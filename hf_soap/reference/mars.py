@@ -1,6 +1,6 @@
 """Textbook AdamW, Lion and MARS in float64: slow loops, one matrix at a time.
 
-Companion of reference.py, in the same spirit: written from the papers' equations and sharing nothing with the package.
+Companion of soap.py, in the same spirit: written from the papers' equations and sharing nothing with the package.
 
 Sources:
     MARS: Yuan et al., arXiv:2411.10438 (AdamW, Lion and Shampoo instances). MARS-M: arXiv:2510.21800.
@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from reference import float64_copies
 from torch import Tensor
+
+from hf_soap.reference.soap import float64_copies
 
 # ---------------------------------------------------------------------------------------------------------------------
 # AdamW and Lion
@@ -119,7 +120,7 @@ class ReferenceLion:
 
 
 def mars_correction(grad: Tensor, previous_grad: Tensor, *, beta1: float, gamma: float, clip: bool = True) -> Tensor:
-    """c = g + gamma beta1 / (1 - beta1) (g - g'), clipped to norm 1: c / max(1, ||c||_2).
+    """C = g + gamma beta1 / (1 - beta1) (g - g'), clipped to norm 1: c / max(1, ||c||_2).
 
     Source: arXiv:2411.10438, equations of c_t and of its clipping.
     """

@@ -1,6 +1,6 @@
 """Textbook Shampoo and KL-Shampoo in float64: slow loops, one matrix at a time.
 
-Companion of reference.py, in the same spirit: written from the papers' equations and sharing nothing with the package.
+Companion of soap.py, in the same spirit: written from the papers' equations and sharing nothing with the package.
 
 Sources:
     Shampoo: Gupta, Koren and Singer, arXiv:1802.09568, Algorithms 1 and 2.
@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from reference import TINY, block_grid, float64_copies, gram, merged_shape, mode_product, unfold
 from torch import Tensor
+
+from hf_soap.reference.soap import TINY, block_grid, float64_copies, gram, merged_shape, mode_product, unfold
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Inverse roots
