@@ -38,7 +38,8 @@ def inverse_power(eigenvalues: Tensor, exponent: float, ridge: float = 0.0) -> T
 def matrix_power(matrix: Tensor, exponent: float, ridge: float = 0.0) -> Tensor:
     """(A + ridge lambda_max I)^exponent of a symmetric positive semi-definite A, for an exponent < 0."""
     eigenvalues, eigenvectors = torch.linalg.eigh(matrix)
-    return eigenvectors @ torch.diag(inverse_power(eigenvalues, exponent, ridge)) @ eigenvectors.T
+    power: Tensor = eigenvectors @ torch.diag(inverse_power(eigenvalues, exponent, ridge)) @ eigenvectors.T
+    return power
 
 
 def inverse_root(matrix: Tensor, p: float, ridge: float = 0.0) -> Tensor:
@@ -402,4 +403,5 @@ def idealized_adafactor_in_eigenbasis(sample: Sequence[Tensor], grad: Tensor) ->
     rows = squares.sum(dim=1)
     cols = squares.sum(dim=0)
     second_moment = torch.outer(rows, cols) / rows.sum()
-    return q_left @ ((q_left.T @ grad @ q_right) / second_moment.sqrt()) @ q_right.T
+    direction: Tensor = q_left @ ((q_left.T @ grad @ q_right) / second_moment.sqrt()) @ q_right.T
+    return direction
