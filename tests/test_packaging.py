@@ -384,7 +384,7 @@ def test_a_wheel_holds_what_is_promised(tmp_path: Path) -> None:
     assert {name for name in inside if "__pycache__" not in name} == {n for n in names if n.startswith("hf_soap/")}
     assert "hf_soap/py.typed" in names
     assert "Classifier: Typing :: Typed" in metadata
-    assert "](https://raw.githubusercontent.com/hf-soap/hf_soap/main/model_cards/family.png)" in metadata
+    assert "hf_soap/hf_soap/main/model_cards/soap-at-half-the-steps.png)" in metadata
     assert not re.findall(r"\]\((?!https:|#)", metadata)
 
 

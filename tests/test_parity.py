@@ -1,4 +1,4 @@
-"""SOAP against the textbook loop of hf_soap/reference/soap.py, in float64, where two correct implementations must agree.
+"""SOAP against the textbook loop of hf_soap/reference, in float64, where two correct implementations must agree.
 
 They need not agree everywhere: a factor that is rank-deficient leaves the basis of its null space open. So each layer
 has gradients of full rank in every factored mode from the first step on (square shapes, or shapes merged or cut to
