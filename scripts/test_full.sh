@@ -45,7 +45,7 @@ if $oldest; then
     summarize .venv-oldest
 fi
 
-say "for CONTRIBUTING.md, last full test run"
+say "summary"
 for summary in "${summaries[@]}"; do
     echo "- $(date +%F), commit $(git rev-parse --short HEAD 2>/dev/null || echo none), $summary"
 done

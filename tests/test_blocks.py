@@ -8,9 +8,9 @@ import torch
 from generated import cases
 from hypothesis import given
 from hypothesis import strategies as st
-from reference import block_grid, merged_shape, zero_padded
 from torch import Tensor
 
+from hf_soap.reference.soap import block_grid, merged_shape, zero_padded
 from hf_soap.rules.context import StepContext, adjacent
 from hf_soap.rules.layout import Layout, merge_shape, plan_layout
 

@@ -1,6 +1,6 @@
 """Every command in the README, in the other documents and in the heads of the scripts runs as it stands there.
 
-Only sizes are smaller: added behind it, where the last one counts, or in the place of its "...". A new command that no
+Only sizes are smaller: added to it, where the last one counts, or in the place of its "...". A new command that no
 way of running it is known for fails ``test_every_command_has_a_way_to_run``.
 """
 
@@ -19,13 +19,18 @@ from types import MappingProxyType
 
 import pytest
 import torch
+import typer
 from hub import Hub
 from tiny import TRANSFORMERS_4
+
+from hf_soap.__main__ import app
+from hf_soap.hub import keys
 
 ROOT = Path(__file__).parents[1]
 TESTS = Path(__file__).parent
 
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("model_cards/*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+DOCUMENTS += [path for folder in ("docs", "model_cards") for path in sorted((ROOT / folder).glob("*.md"))]
 HEADS = [
     ROOT / "hf_soap" / "cli" / "run.py",
     *(path for path in sorted((ROOT / "scripts").iterdir()) if path.suffix in {".py", ".yaml", ".sh"}),
@@ -117,6 +122,7 @@ WAYS = {
     "hf-soap compare adamw soap soap:stacked_matrices=false": Way(
         "--seq-len 16 --batch-size 4 --data books", behind="python scripts/new_mixtral.py"
     ),
+    "hf-soap options": Way(slow=False),
     "python scripts/update_readme.py": Way(slow=False),
     "bash scripts/quickstart.sh": Way(f"--steps 2 {TINY}"),
     "bash scripts/test.sh": Way("tests/test_schema.py"),
@@ -131,7 +137,7 @@ def lines(path: Path) -> Iterator[str]:
     """What may be a command: code in documents, the text at the head of a script."""
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".md":
-        text = "\n".join(re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL))
+        text = "\n".join(re.findall(r"```(?:bash|console)\n(.*?)```", text, flags=re.DOTALL))
     elif path.suffix == ".py":
         text = "\n".join(re.findall(r'"""(.*?)"""', text, flags=re.DOTALL))
     else:
@@ -168,12 +174,67 @@ def test_every_command_has_a_way_to_run() -> None:
 def test_commands_are_found_wherever_they_stand() -> None:
     """A reader that finds nothing would pass every other test."""
     assert set().union(*COMMANDS.values()) >= {
-        "README.md", "CONTRIBUTING.md", "small-lm-pretraining.md", "run.py", "run_clm.py", "bench_step.py",
-        "accelerate_fsdp2.yaml", "trl_sft.yaml", "test_full.sh", "update_readme.py",
+        "README.md", "CONTRIBUTING.md", "many_ranks.md", "small-lm-pretraining.md", "run.py", "run_clm.py",
+        "bench_step.py", "accelerate_fsdp2.yaml", "trl_sft.yaml", "test_full.sh", "update_readme.py",
     }  # fmt: skip
     assert "hf-soap compare adamw soap --steps 300 --steps soap=150" in COMMANDS
     assert "hf-soap run run_clm.py --optim soap --learning_rate 3e-3 ..." in COMMANDS
     assert any("--config_overrides n_layer=6,n_head=6,n_embd=384 --optim soap" in command for command in COMMANDS)
+
+
+def parse(command: str) -> None:
+    """Fails on a program, subcommand or option that does not exist; what only other packages know is not looked at."""
+    words = [word for word in shlex.split(command) if word != "..." and not re.match(r"[A-Z_]+=", word)]
+    while "hf_soap" in words:  # torchrun ... -m hf_soap run
+        words = ["hf-soap", *words[words.index("hf_soap") + 1 :]]
+    if words[0] in ("python", "bash") and words[1].startswith("scripts/"):
+        known_options(words[1:])
+    elif words[0] == "hf-soap":
+        group = typer.main.get_command(app)
+        names = []
+        while hasattr(group, "commands"):
+            names.append(words[len(names) + 1])
+            assert names[-1] in group.commands, f"hf-soap has no command {names}"
+            group = group.commands[names[-1]]
+        group.make_context(names[-1], words[len(names) + 1 :])
+        if names == ["run"]:
+            known_options(words[2:])
+
+
+def known_options(words: list[str]) -> None:
+    """Fails on an option that neither the Trainer nor the training scripts nor the script's own source know."""
+    script = ROOT / words[0]
+    assert script.is_file() or not words[0].startswith("scripts/"), f"{words[0]} does not exist"
+    source = script.read_text() if script.is_file() else ""
+    known = {"recipe", "config"} | keys.key_types().keys()
+    known |= {name.replace("-", "_") for name in re.findall(r'"--([\w-]+)"', source)}  # argparse
+    known |= {name.replace("-", "_") for name in re.findall(r"--(no-\w+)", source)}  # typer's switches
+    known |= {*re.findall(r"^    (\w+): Annotated\[", source, re.MULTILINE)}  # typer's other options
+    for option in (word[2:].replace("-", "_") for word in words if word.startswith("--")):
+        assert option in known, f"{words[0]} has no --{option}"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command_parses(command: str) -> None:
+    parse(command)
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("hf-soap plant gpt2", "no command"),
+        ("hf-soap plan gpt2 --no-such-option 1", "No such option"),
+        ("hf-soap compare adamw soap --steps", "requires an argument"),
+        ("torchrun -m hf_soap run run_clm.py --optin soap", "has no --optin"),
+        ("python scripts/run_clm.py --no_such_option 1", "has no --no_such_option"),
+        ("python scripts/bench_step.py --shape gpt256", "has no --shape"),
+        ("python scripts/bench_roots.py --size 64", "has no --size"),
+        ("python scripts/no_such_script.py", "does not exist"),
+    ],
+)
+def test_what_does_not_parse_is_noticed(command: str, said: str) -> None:
+    with pytest.raises(Exception, match=said):
+        parse(command)
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +269,7 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def place(tmp_path: Path, tiny_model: Path) -> Path:
     """A checkout with the files that the commands name."""
-    for name in ("scripts", "tests", "hf_soap", "model_cards"):
+    for name in ("docs", "scripts", "tests", "hf_soap", "model_cards"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "outputs"))
     for recipe in (tmp_path / "model_cards").glob("*.yaml"):
         text = re.sub(r"^(max_steps|warmup_steps|eval_steps): \d+", r"\1: 2", recipe.read_text(), flags=re.MULTILINE)

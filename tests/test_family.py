@@ -7,18 +7,18 @@ from typing import Any
 import pytest
 import torch
 from problems import Problem, largest_difference
-from reference import ReferenceSOAP
-from reference_mars import ReferenceMARS, ReferenceMarsInFront
-from reference_shampoo import (
+from torch import Tensor
+
+from hf_soap import MARS, SOAP, Shampoo
+from hf_soap.linalg import inverse_roots
+from hf_soap.reference.mars import ReferenceMARS, ReferenceMarsInFront
+from hf_soap.reference.shampoo import (
     ReferenceKLShampoo,
     ReferenceShampoo,
     idealized_adafactor_in_eigenbasis,
     idealized_shampoo,
 )
-from torch import Tensor
-
-from hf_soap import MARS, SOAP, Shampoo
-from hf_soap.linalg import inverse_roots
+from hf_soap.reference.soap import ReferenceSOAP
 
 STEPS = 40
 TOLERANCE = 1e-10

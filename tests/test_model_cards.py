@@ -98,10 +98,10 @@ def test_every_optimizer_has_its_best_rate_inside_what_was_tried(name: str) -> N
         assert [high / low for low, high in pairwise(rates)] == pytest.approx([2] * len(others))
 
 
-def test_the_readme_shows_the_losses_of_the_cards() -> None:
-    section = (ROOT / "README.md").read_text().partition("### Cards")[2]
+def test_the_documentation_shows_the_losses_of_the_cards() -> None:
+    section = (ROOT / "docs" / "recipes.md").read_text().partition("## Cards")[2]
     head = re.findall(r"`(\w+)`", section.partition("| card |")[2].partition("\n")[0])
-    rows = re.findall(r"^\| \[.*\]\(model_cards/(.*)\.md\) \| (.*) \|$", section, re.MULTILINE)
+    rows = re.findall(r"^\| \[.*\]\(\.\./model_cards/(.*)\.md\) \| (.*) \|$", section, re.MULTILINE)
     assert {name for name, _ in rows} == RECIPES.keys()
     for name, cells in rows:
         losses = {each["optim"]: each["eval_loss"][0] for each in RECIPES[name]["provenance"]["results"]}

@@ -19,6 +19,7 @@ PACKAGE = ROOT / "hf_soap"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 FOLDERS = (
+    "reference",
     "linalg",
     "distributed",
     "config",
@@ -34,6 +35,9 @@ FOLDERS = (
     "__main__",
 )
 """A folder imports only from those before it, and from its own modules without a circle; for types, too."""
+
+ALONE = "reference"
+"""What others are compared with shares nothing with them: it imports none of them, and none imports it."""
 
 EXTRAS = {
     "cli": {"cli", "peft", "plot"},
@@ -121,6 +125,7 @@ def test_a_folder_imports_from_those_before_it(source: Path) -> None:
     for imported in ours(source):
         other = imported.split(".")[0]
         assert FOLDERS.index(other) <= FOLDERS.index(own), f"{name(source)} imports {imported}, which comes after it"
+        assert (own == ALONE) == (other == ALONE), f"{name(source)} imports {imported}, but {ALONE} stands alone"
 
 
 def test_imports_within_a_folder_go_in_no_circle() -> None:
@@ -379,7 +384,7 @@ def test_a_wheel_holds_what_is_promised(tmp_path: Path) -> None:
     assert {name for name in inside if "__pycache__" not in name} == {n for n in names if n.startswith("hf_soap/")}
     assert "hf_soap/py.typed" in names
     assert "Classifier: Typing :: Typed" in metadata
-    assert "](https://raw.githubusercontent.com/hf-soap/hf_soap/main/model_cards/family.png)" in metadata
+    assert "hf_soap/hf_soap/main/model_cards/soap-at-half-the-steps.png)" in metadata
     assert not re.findall(r"\]\((?!https:|#)", metadata)
 
 

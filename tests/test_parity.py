@@ -1,4 +1,4 @@
-"""SOAP against the textbook loop of reference.py, in float64, where two correct implementations must agree.
+"""SOAP against the textbook loop of hf_soap/reference, in float64, where two correct implementations must agree.
 
 They need not agree everywhere: a factor that is rank-deficient leaves the basis of its null space open. So each layer
 has gradients of full rank in every factored mode from the first step on (square shapes, or shapes merged or cut to
@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from problems import Problem, largest_difference
-from reference import ReferenceSOAP
 from torch import Tensor
 
 from hf_soap import SOAP
 from hf_soap.engine.buckets import CHUNK_BYTES
+from hf_soap.reference.soap import ReferenceSOAP
 
 STEPS = 60
 TOLERANCE = 1e-10

@@ -14,7 +14,6 @@ from helpers import fresh_state
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
 from problems import largest_difference
-from reference import ReferenceSOAP
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -23,6 +22,7 @@ from hf_soap.checkpoint import reshard
 from hf_soap.config.options import option_fields, parse_optim_args
 from hf_soap.distributed.dtensor import Shard
 from hf_soap.optimizers.names import ENTRIES
+from hf_soap.reference.soap import ReferenceSOAP
 from hf_soap.rules.base import Rule
 from hf_soap.rules.context import StepContext
 from hf_soap.rules.elementwise import AdamWRule

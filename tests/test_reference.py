@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from reference import ReferenceSOAP, block_grid, gram, merged_shape, rotate, rotate_back
 from textbook import assert_close, gradients, normal, run, run_torch_adamw
+
+from hf_soap.reference.soap import ReferenceSOAP, block_grid, gram, merged_shape, rotate, rotate_back
 
 # --- shapes ----------------------------------------------------------------------------------------------------------
 
@@ -175,8 +176,8 @@ def test_soap_factorized_keeps_the_row_and_column_means_of_v(one_sided):
     second_moment = full.state[0].blocks[0].exp_avg_sq
     block = factorized.state[0].blocks[0]
     assert block.exp_avg_sq is None
-    assert_close(block.row, second_moment.mean(dim=1))
-    assert_close(block.col, second_moment.mean(dim=0))
+    assert_close(block.means[0], second_moment.mean(dim=1))
+    assert_close(block.means[1], second_moment.mean(dim=0))
     assert not torch.equal(full.weights[0], factorized.weights[0])
 
 

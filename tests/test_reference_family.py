@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
-from reference import ReferenceSOAP, gram
-from reference_mars import (
+from textbook import assert_close, gradients, normal, run, run_torch_adamw
+
+from hf_soap.reference.mars import (
     MarsCorrection,
     ReferenceAdamW,
     ReferenceLion,
@@ -13,14 +14,14 @@ from reference_mars import (
     ReferenceMarsInFront,
     newton_schulz_5,
 )
-from reference_shampoo import (
+from hf_soap.reference.shampoo import (
     ReferenceKLShampoo,
     ReferenceShampoo,
     idealized_adafactor_in_eigenbasis,
     idealized_shampoo,
     inverse_root,
 )
-from textbook import assert_close, gradients, normal, run, run_torch_adamw
+from hf_soap.reference.soap import ReferenceSOAP, gram
 
 # --- Shampoo ---------------------------------------------------------------------------------------------------------
 

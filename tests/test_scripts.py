@@ -8,12 +8,14 @@ import random
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]
@@ -220,6 +222,24 @@ def test_ci_runs_what_contributors_run() -> None:
     ci = ROOT / ".ci" / "run"
     assert os.access(ci, os.X_OK)
     assert "bash scripts/test.sh" in ci.read_text()
+
+
+def test_ci_runs_on_the_oldest_and_the_newest_versions() -> None:
+    """Nothing ran on a push: the commands of CONTRIBUTING were all that there was."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    job = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]["test"]
+    runs = {each["name"]: each for each in job["strategy"]["matrix"]["include"]}
+    assert project["requires-python"] == f">={runs['oldest']['python']}"
+    assert runs["oldest"]["constraints"] == "constraints-oldest.txt"
+    assert runs["newest"]["constraints"] == os.devnull
+    assert [step["run"] for step in job["steps"] if "run" in step] == [".ci/run"]
+    assert "CONSTRAINTS:-constraints.txt" in (SCRIPTS / "test.sh").read_text()
+
+
+def test_a_bug_report_asks_for_what_is_needed() -> None:
+    form = yaml.safe_load((ROOT / ".github" / "ISSUE_TEMPLATE" / "bug.yml").read_text())
+    required = {each["id"] for each in form["body"] if each.get("validations", {}).get("required")}
+    assert required == {"what", "versions", "plan", "routing"}
 
 
 @pytest.fixture

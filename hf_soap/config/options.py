@@ -1,6 +1,7 @@
 """What an option is: its type, default, range and help, how it is checked, and how ``optim_args`` is read.
 
-The README's table, the checks of the constructors and the errors for a mistyped option are all made from here.
+The tables of the documentation, the checks of the constructors and the errors for a mistyped option are all made from
+here.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def option(
 
     Args:
         default: The published default.
-        help: One line for the README.
+        help: One line for the tables.
         check: Predicate and its wording; ``None`` as a value is never checked.
         remedy: What to use instead, appended to the error.
         trainer_only: Read by the registry, no argument of the optimizer's constructor.

@@ -1,6 +1,6 @@
 """Textbook AdamW, Lion and MARS in float64: slow loops, one matrix at a time.
 
-Companion of reference.py, in the same spirit: written from the papers' equations and sharing nothing with the package.
+Companion of soap.py, in the same spirit: written from the papers' equations and sharing nothing with the package.
 
 Sources:
     MARS: Yuan et al., arXiv:2411.10438 (AdamW, Lion and Shampoo instances). MARS-M: arXiv:2510.21800.
@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from reference import float64_copies
 from torch import Tensor
+
+from hf_soap.reference.soap import float64_copies
 
 # ---------------------------------------------------------------------------------------------------------------------
 # AdamW and Lion
@@ -119,7 +120,7 @@ class ReferenceLion:
 
 
 def mars_correction(grad: Tensor, previous_grad: Tensor, *, beta1: float, gamma: float, clip: bool = True) -> Tensor:
-    """c = g + gamma beta1 / (1 - beta1) (g - g'), clipped to norm 1: c / max(1, ||c||_2).
+    """The gradient of MARS, c = g + gamma beta1 / (1 - beta1) (g - g'), clipped to norm 1: c / max(1, ||c||_2).
 
     Source: arXiv:2411.10438, equations of c_t and of its clipping.
     """
@@ -162,7 +163,7 @@ def newton_schulz_5(matrix: Tensor, eps: float = 1e-7) -> Tensor:
     Source: arXiv:2411.10438, MARS-Shampoo; coefficients from Muon.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrix / (matrix.norm() + eps)
+    x: Tensor = matrix / (matrix.norm() + eps)
     tall = x.shape[0] > x.shape[1]
     if tall:
         x = x.T
@@ -279,7 +280,7 @@ class SteppedByGradients(Protocol):
 
 
 class ReferenceMarsInFront:
-    """The MARS correction in front of any other reference: MARS-SOAP when `inner` is a ReferenceSOAP.
+    """The MARS correction before any other reference: MARS-SOAP when `inner` is a ReferenceSOAP.
 
     `inner` receives c~ for g and never sees the gradient itself, so SOAP also seeds from c~ and accumulates c~. Every
     tensor is corrected; with `optimize_1d` False those that are not two-dimensional reach `inner` as they are.

@@ -1,6 +1,6 @@
 """Textbook Shampoo and KL-Shampoo in float64: slow loops, one matrix at a time.
 
-Companion of reference.py, in the same spirit: written from the papers' equations and sharing nothing with the package.
+Companion of soap.py, in the same spirit: written from the papers' equations and sharing nothing with the package.
 
 Sources:
     Shampoo: Gupta, Koren and Singer, arXiv:1802.09568, Algorithms 1 and 2.
@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-from reference import TINY, block_grid, float64_copies, gram, merged_shape, mode_product, unfold
 from torch import Tensor
+
+from hf_soap.reference.soap import TINY, block_grid, float64_copies, gram, merged_shape, mode_product, unfold
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Inverse roots
@@ -37,7 +38,8 @@ def inverse_power(eigenvalues: Tensor, exponent: float, ridge: float = 0.0) -> T
 def matrix_power(matrix: Tensor, exponent: float, ridge: float = 0.0) -> Tensor:
     """(A + ridge lambda_max I)^exponent of a symmetric positive semi-definite A, for an exponent < 0."""
     eigenvalues, eigenvectors = torch.linalg.eigh(matrix)
-    return eigenvectors @ torch.diag(inverse_power(eigenvalues, exponent, ridge)) @ eigenvectors.T
+    power: Tensor = eigenvectors @ torch.diag(inverse_power(eigenvalues, exponent, ridge)) @ eigenvectors.T
+    return power
 
 
 def inverse_root(matrix: Tensor, p: float, ridge: float = 0.0) -> Tensor:
@@ -401,4 +403,5 @@ def idealized_adafactor_in_eigenbasis(sample: Sequence[Tensor], grad: Tensor) ->
     rows = squares.sum(dim=1)
     cols = squares.sum(dim=0)
     second_moment = torch.outer(rows, cols) / rows.sum()
-    return q_left @ ((q_left.T @ grad @ q_right) / second_moment.sqrt()) @ q_right.T
+    direction: Tensor = q_left @ ((q_left.T @ grad @ q_right) / second_moment.sqrt()) @ q_right.T
+    return direction

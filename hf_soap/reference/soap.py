@@ -40,7 +40,8 @@ def unfold(tensor: Tensor, mode: int) -> Tensor:
 
 def mode_product(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
     """Multiply `matrix` onto one mode: AG for mode 0 of a matrix, GA^T for mode 1."""
-    return torch.tensordot(matrix, tensor, dims=([1], [mode])).movedim(0, mode)
+    product: Tensor = torch.tensordot(matrix, tensor, dims=([1], [mode]))
+    return product.movedim(0, mode)
 
 
 def gram(tensor: Tensor, mode: int) -> Tensor:
@@ -122,9 +123,8 @@ class SoapBlock:
     """State of one block: moments in the rotated space, factors in the original one."""
 
     exp_avg: Tensor
-    exp_avg_sq: Tensor | None  # V, or None where row and col stand for it
-    row: Tensor | None  # EMA of the row means of G'*G'
-    col: Tensor | None  # EMA of the column means
+    exp_avg_sq: Tensor | None  # V, or None where the means of its rows and columns stand for it
+    means: list[Tensor]  # EMAs of the row means and of the column means of G'*G', where V is None
     factors: list[Tensor | None]  # L, R, ...; None where a mode is not factored
     bases: list[Tensor | None]  # Q_L, Q_R, ...
 
@@ -278,8 +278,7 @@ class ReferenceSOAP:
         return SoapBlock(
             exp_avg=torch.zeros_like(grad),
             exp_avg_sq=None if state.factorized else torch.zeros_like(grad),
-            row=torch.zeros(grad.shape[0], dtype=grad.dtype) if state.factorized else None,
-            col=torch.zeros(grad.shape[1], dtype=grad.dtype) if state.factorized else None,
+            means=[torch.zeros(size, dtype=grad.dtype) for size in grad.shape] if state.factorized else [],
             factors=factors,
             bases=bases,
         )
@@ -294,9 +293,10 @@ class ReferenceSOAP:
             second_moment = block.exp_avg_sq
         else:
             # Adafactor, arXiv:1804.04235, Algorithm 1, with means in place of sums: V = r c^T / mean(r)
-            block.row = beta2 * block.row + (1 - beta2) * (rotated * rotated).mean(dim=1)
-            block.col = beta2 * block.col + (1 - beta2) * (rotated * rotated).mean(dim=0)
-            second_moment = torch.outer(block.row, block.col) / block.row.mean().clamp(min=TINY)
+            for mode, mean in enumerate(block.means):
+                block.means[mode] = beta2 * mean + (1 - beta2) * (rotated * rotated).mean(dim=1 - mode)
+            row, column = block.means
+            second_moment = torch.outer(row, column) / row.mean().clamp(min=TINY)
         return rotate_back(block.exp_avg / (second_moment.sqrt() + self.eps), block.bases)
 
     def _update_preconditioner(self, state: SoapParameter, pieces: Sequence[Tensor], due: bool) -> None:
@@ -350,9 +350,7 @@ class ReferenceSOAP:
             order = torch.argsort(in_basis.diag(), descending=True, stable=True)
             if block.exp_avg_sq is not None:
                 block.exp_avg_sq = block.exp_avg_sq.index_select(mode, order)
-            elif mode == 0:
-                block.row = block.row[order]
             else:
-                block.col = block.col[order]
+                block.means[mode] = block.means[mode][order]
             block.bases[mode] = torch.linalg.qr(factor @ basis[:, order]).Q
         block.exp_avg = rotate(momentum, block.bases)
