@@ -1,15 +1,20 @@
-"""Writes anew what pages of docs/ take from the code: option tables, and the textbook loop of SOAP.
+"""Writes anew what pages of docs/ take from elsewhere: option tables, the textbook loop of SOAP, figures of a GPU.
 
 python scripts/update_readme.py
+python scripts/update_readme.py --gpu gpu/gpu.json     # figures of another run of scripts/measure_gpu.py
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
+import json
 import re
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+
+from _gpu_tables import gpu_tables
 
 from hf_soap.config import options
 from hf_soap.optimizers.names import ENTRIES
@@ -17,6 +22,8 @@ from hf_soap.optimizers.names import ENTRIES
 ROOT = Path(__file__).parent.parent
 OPTIONS = ROOT / "docs" / "optimizers.md"
 ALGORITHM = ROOT / "docs" / "algorithm.md"
+BENCHMARKS = ROOT / "docs" / "benchmarks.md"
+GPU = ROOT / "docs" / "measurements" / "h100-2026-11-27.json"
 TEXTBOOK = ROOT / "hf_soap" / "reference" / "soap.py"
 
 
@@ -36,6 +43,13 @@ def with_sources(text: str) -> str:
     return _filled(text, "source", block)
 
 
+def with_figures(text: str, report: Path = GPU) -> str:
+    """Returns a page with the tables of a run of scripts/measure_gpu.py between its marks."""
+    tables = gpu_tables(json.loads(report.read_text(encoding="utf-8")))
+    marked = re.compile(r"(<!-- gpu -->\n).*?(<!-- end -->)", re.DOTALL)
+    return marked.sub(lambda match: f"{match[1]}{tables}{match[2]}", text)
+
+
 def _filled(text: str, kind: str, make: Callable[[str], str]) -> str:
     marked = re.compile(rf"(<!-- {kind} ([\w. ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
     return marked.sub(lambda match: f"{match[1]}{make(match[2])}\n{match[3]}", text)
@@ -53,6 +67,18 @@ def _functions(source: str) -> dict[str, str]:
     return found
 
 
+def main() -> None:
+    """Writes the pages."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gpu", type=Path, default=GPU, help="gpu.json of scripts/measure_gpu.py")
+    report = parser.parse_args().gpu
+    for page, made in (
+        (OPTIONS, with_tables),
+        (ALGORITHM, with_sources),
+        (BENCHMARKS, lambda text: with_figures(text, report)),
+    ):
+        page.write_text(made(page.read_text(encoding="utf-8")), encoding="utf-8")
+
+
 if __name__ == "__main__":
-    OPTIONS.write_text(with_tables(OPTIONS.read_text(encoding="utf-8")), encoding="utf-8")
-    ALGORITHM.write_text(with_sources(ALGORITHM.read_text(encoding="utf-8")), encoding="utf-8")
+    main()

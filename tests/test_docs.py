@@ -33,6 +33,12 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=name)
 # Size and links
 
 
+def test_the_figures_of_the_gpu_are_those_of_the_file() -> None:
+    page = update_readme.BENCHMARKS.read_text(encoding="utf-8")
+    assert "NVIDIA H100" in page
+    assert update_readme.with_figures(page) == page
+
+
 def test_the_readme_is_read_in_three_minutes() -> None:
     assert len(README.read_text(encoding="utf-8").split()) <= 1500
 
@@ -71,7 +77,7 @@ def test_every_page_is_in_the_index() -> None:
 
 def test_option_tables_are_those_of_the_configs() -> None:
     text = update_readme.OPTIONS.read_text(encoding="utf-8")
-    assert text.count("<!-- options") == 3
+    assert text.count("<!-- options") == 4
     assert update_readme.with_tables(text) == text, "run: python scripts/update_readme.py"
 
 
