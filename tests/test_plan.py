@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 from hf_soap import MARS, SOAP, Shampoo, SoapConfig, SoapTrainer
 from hf_soap.__main__ import app
-from hf_soap.cli.blueprint import model_without_weights, trainer_groups
+from hf_soap.cli.meta_model import model_without_weights, trainer_groups
 from hf_soap.engine.optimizer import BlockOptimizer
 from hf_soap.planning import plan as planning
 from hf_soap.trainer import preflight
@@ -275,8 +275,8 @@ def test_a_suggestion_fits(tmp_path: Path) -> None:
 
 
 def test_the_fewest_changes_come_first_and_of_them_the_quickest(tmp_path: Path) -> None:
-    blueprint = model_without_weights(save_config("llama", tmp_path)).model
-    run = planning.Run(blueprint, trainer_groups(blueprint))
+    empty = model_without_weights(save_config("llama", tmp_path)).model
+    run = planning.Run(empty, trainer_groups(empty))
     whole, half, least = (run.cost(SoapConfig(**options)).state for options in ({}, HALF, LEAST))
 
     def texts(limit: float) -> list[str]:

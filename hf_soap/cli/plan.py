@@ -61,7 +61,7 @@ def plan(
     """
     from transformers.utils import logging
 
-    from hf_soap.cli.blueprint import model_without_weights, trainer_groups
+    from hf_soap.cli.meta_model import model_without_weights, trainer_groups
     from hf_soap.planning import plan as planning
 
     logging.set_verbosity_error()

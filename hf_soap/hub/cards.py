@@ -22,7 +22,7 @@ from huggingface_hub import EvalResult, ModelCard
 from transformers import TrainerCallback
 
 from hf_soap.engine.optimizer import unwrapped
-from hf_soap.hub import adapters, lacks, recipes
+from hf_soap.hub import adapters, omissions, recipes
 from hf_soap.hub.safety import PROVENANCE
 from hf_soap.optimizers import arguments
 from hf_soap.optimizers.names import ENTRIES
@@ -83,9 +83,9 @@ def write_recipe(trainer: Trainer) -> recipes.Recipe:
     Returns:
         The recipe, with provenance.
     """
-    made, missing = adapters.options_of(trainer.model, trl=lacks.is_trl(trainer))
+    made, missing = adapters.options_of(trainer.model, trl=omissions.is_trl(trainer))
     recipe, left_out = recipes.of_run(trainer.args, made)
-    lacking = lacks.of_launch(trainer) if recipes.LAUNCH else lacks.of_python(trainer)
+    lacking = omissions.of_launch(trainer) if recipes.LAUNCH else omissions.of_python(trainer)
     recipe[PROVENANCE] = provenance(trainer)
     if recipes.LAUNCH and (made or missing):
         # The program may have made them itself, without any option that would say which they were.
@@ -254,7 +254,7 @@ def draw_curve(log_history: Sequence[Mapping[str, Any]], path: Path) -> bool:
 
 def _section(trainer: Trainer, recipe: recipes.Recipe, *, drawn: bool) -> str:
     args, ran = trainer.args, recipe[PROVENANCE]
-    given, name = lacks.optimizer_was_given(trainer), _optimizer_name(trainer)
+    given, name = omissions.optimizer_was_given(trainer), _optimizer_name(trainer)
     template = files("hf_soap.hub").joinpath("card_template.md").read_text(encoding="utf-8")
     text: str = jinja2.Template(template, undefined=jinja2.StrictUndefined, keep_trailing_newline=True).render(
         optim=name,
@@ -278,7 +278,7 @@ def _section(trainer: Trainer, recipe: recipes.Recipe, *, drawn: bool) -> str:
 def _repeats(trainer: Trainer) -> str:
     """Says how exactly a second run is the first."""
     options: Any = {}
-    if arguments.optimizer_name(trainer.args) in ENTRIES and not lacks.optimizer_was_given(trainer):
+    if arguments.optimizer_name(trainer.args) in ENTRIES and not omissions.optimizer_was_given(trainer):
         options = asdict(arguments.resolve(trainer.args))
     if options.get("asynchronous") and options.get("delay") is None:
         return "but for rounding and for when roots in the background are done,"
@@ -289,7 +289,7 @@ def _repeats(trainer: Trainer) -> str:
 
 def _optimizer_name(trainer: Trainer) -> str:
     """The name that ``optim`` gives, or the class of an optimizer that the program made."""
-    if lacks.optimizer_was_given(trainer):
+    if omissions.optimizer_was_given(trainer):
         return type(unwrapped(trainer.optimizer)).__name__
     return arguments.optimizer_name(trainer.args)
 
@@ -297,7 +297,7 @@ def _optimizer_name(trainer: Trainer) -> str:
 def _name_optimizer(text: str, trainer: Trainer) -> str:
     """Replaces the line that the Trainer writes from AdamW's arguments, whatever the optimizer."""
     name = _optimizer_name(trainer)
-    if name not in ENTRIES and not lacks.optimizer_was_given(trainer):
+    if name not in ENTRIES and not omissions.optimizer_was_given(trainer):
         return text
     # optim_args may stand on a line of their own.
     return re.sub(r"^- optimizer: .*(\n(?!- )\S.*)*", f"- optimizer: {name}, see below", text, flags=re.MULTILINE)

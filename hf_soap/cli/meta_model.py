@@ -34,7 +34,7 @@ HEADS = (
 """Heads of ``AutoModelFor...`` in the order in which one is chosen: the whole model before a part of it."""
 
 
-class Blueprint(NamedTuple):
+class MetaModel(NamedTuple):
     """A model of which nothing is allocated, and how its class was chosen where nobody named one."""
 
     model: nn.Module
@@ -48,7 +48,7 @@ def model_without_weights(
     dtype: str = "float32",
     lora_r: int | None = None,
     lora_targets: str | None = None,
-) -> Blueprint:
+) -> MetaModel:
     """Builds a model on the meta device from its config.
 
     Args:
@@ -78,7 +78,7 @@ def model_without_weights(
     with torch.device("meta"):
         model, chosen = _built(config, model_class)
         model.to(kind)
-        return Blueprint(model if lora_r is None else _with_adapters(model, lora_r, lora_targets), chosen)
+        return MetaModel(model if lora_r is None else _with_adapters(model, lora_r, lora_targets), chosen)
 
 
 def _built(config: Any, wanted: str | None) -> tuple[nn.Module, str]:
