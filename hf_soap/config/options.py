@@ -330,9 +330,9 @@ def _pairs(text: str, config: type[OptimizerConfig]) -> Iterable[tuple[str, str]
                 raise ValueError(
                     f"betas wants two numbers, got {shown(raw)}; write betas=(0.95,0.95), or beta1= and beta2="
                 )
-            if lacking := {"beta1", "beta2"} - option_fields(config).keys():
+            if missing := {"beta1", "beta2"} - option_fields(config).keys():
                 raise ValueError(
-                    f"{config.name} got betas={shown(raw)}, wanted beta1 alone: it does not use {min(lacking)}; "
+                    f"{config.name} got betas={shown(raw)}, wanted beta1 alone: it does not use {min(missing)}; "
                     f"write beta1={betas[0]}"
                 )
             yield from zip(("beta1", "beta2"), betas, strict=True)
