@@ -140,7 +140,7 @@ def test_a_config_without_a_class_gets_the_whole_model(kind: str, expected: str,
     report = plan(tmp_path)
     assert report["model"] == expected
     assert report["chosen"].startswith("by AutoModel")
-    assert report["chosen"].endswith("since the config names no class; --model-class takes another")
+    assert report["chosen"].endswith("because the config names no class; use --model-class for another")
     assert sum(row["tensors"] for row in report["tensors"]) > 10
 
 
