@@ -1,13 +1,14 @@
-"""Measures on one GPU what a CPU cannot show, in stages that a cut leaves whole.
+"""Measures on one GPU what a CPU cannot show, in stages; an interruption loses only the stage that was running.
 
 python scripts/measure_gpu.py --minutes 25 --out gpu               # all stages, the most valuable first
 python scripts/measure_gpu.py --list                               # the stages and their budgets
 python scripts/measure_gpu.py --stages steps profile --minutes 8 --out gpu --peers wheels
 python scripts/measure_gpu.py --rehearse --out rehearsal           # tiny sizes on a CPU
 
-It needs a checkout, torch and transformers, and neither a network nor an installation: wheels of peers are read from
-the folder that --peers names. Every figure goes into OUT/gpu.json as soon as it is known; a stage that has ended there
-is not repeated. `python scripts/update_readme.py --gpu OUT/gpu.json` writes the tables of docs/benchmarks.md from it.
+It needs a checkout, torch and transformers, but no network and no installation: wheels of other packages are read
+from the folder given by --peers. Every figure is written to OUT/gpu.json as soon as it is known. A stage that is
+complete there is not repeated. `python scripts/update_readme.py --gpu OUT/gpu.json` writes the tables of
+docs/benchmarks.md from it.
 """
 
 from __future__ import annotations
@@ -62,13 +63,13 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Setup:
-    """What a stage works with.
+    """The environment of a stage.
 
     Attributes:
-        device: Where it runs.
+        device: The device.
         rehearse: Whether sizes are tiny.
-        deadline: When it will be cut, in seconds of :func:`time.monotonic`.
-        put: Takes the name of a figure and its value, and saves both.
+        deadline: When the stage will be stopped, in seconds of :func:`time.monotonic`.
+        put: Saves a figure, given its name and value.
         out: Folder for files.
     """
 
@@ -88,9 +89,9 @@ class Stage:
     """A part of the measurement.
 
     Attributes:
-        minutes: Its share of 25.
-        run: What it does.
-        purpose: One line on what it finds out.
+        minutes: Its share of 25 minutes.
+        run: The function that runs it.
+        purpose: One line on what it measures.
     """
 
     minutes: float
@@ -99,13 +100,13 @@ class Stage:
 
 
 class Report:
-    """The JSON file of all figures: replaced whole at each change, so that a cut never leaves half of one."""
+    """The JSON file of all figures. Each change replaces the file, so that an interruption leaves no half of one."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def read(self) -> dict[str, Any]:
-        """Returns what the file holds; nothing if there is none yet."""
+        """Returns the content of the file, which is empty if there is none yet."""
         return json.loads(self.path.read_text()) if self.path.exists() else {}
 
     def put(self, section: str, name: str, value: Any) -> None:
@@ -123,7 +124,7 @@ class Report:
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits for the device to finish what was queued."""
+    """Waits until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -143,7 +144,7 @@ def seconds(call: Callable[[], Any], device: torch.device, *, repeats: int = 5, 
 
 
 def free(device: torch.device) -> None:
-    """Gives back the memory of what was dropped."""
+    """Frees the memory of deleted objects."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
@@ -171,7 +172,7 @@ def run_tests(setup: Setup) -> None:
 
 
 def compare_kernels(setup: Setup) -> None:
-    """Times decompositions by size and number of matrices, and says which is the fastest that is accurate."""
+    """Times decompositions by size and number of matrices, and finds the fastest accurate one."""
     from hf_soap.linalg import eigenbases, inverse_roots
 
     sizes = [16, 32] if setup.rehearse else [64, 256, 768, 1024, 2048, 3072, 8192]
@@ -207,7 +208,7 @@ def compare_kernels(setup: Setup) -> None:
 
 
 def nearly_diagonal(batch: int, n: int, device: torch.device) -> Tensor:
-    """Factors as refreshes meet them, (batch, n, n): eigenvalues over six decades, off diagonal by a few percent."""
+    """Returns factors as in refreshes, (batch, n, n): eigenvalues over six decades, a few percent off the diagonal."""
     generator = torch.Generator(device).manual_seed(n)
     scales = torch.logspace(0, -3, n, device=device, dtype=torch.float64)
     noise = torch.randn(batch, n, 2 * n, device=device, generator=generator, dtype=torch.float64) * scales[:, None]
@@ -215,13 +216,13 @@ def nearly_diagonal(batch: int, n: int, device: torch.device) -> Tensor:
 
 
 def align(one: Tensor, other: Tensor) -> Tensor:
-    """Gives columns the signs that they have in another basis."""
+    """Gives columns the signs of those of another basis."""
     return one * (one * other).sum(-2, keepdim=True).sign()
 
 
 @contextmanager
 def outcome(found: dict[str, Any], name: str) -> Iterator[None]:
-    """Takes down an error in place of a figure."""
+    """Records an error instead of a figure."""
     try:
         yield
     except Exception as error:
@@ -235,7 +236,7 @@ def fastest(found: dict[str, Any], *, limit: float) -> str | None:
 
 
 def gpt(layers: int, width: int, vocab: int, positions: int) -> list[Shape]:
-    """Shapes of a GPT-2."""
+    """Returns the shapes of a GPT-2."""
     block: list[Shape] = [(width, 3 * width), (3 * width,), (width, width), (width,), (width, 4 * width), (4 * width,)]
     block += [(4 * width, width), (width,), (width,), (width,), (width,), (width,)]
     embeddings: list[Shape] = [(vocab, width), (positions, width)] if vocab else []
@@ -243,13 +244,13 @@ def gpt(layers: int, width: int, vocab: int, positions: int) -> list[Shape]:
 
 
 def llama(layers: int, width: int, key_width: int, hidden: int) -> list[Shape]:
-    """Shapes of the layers of a Llama."""
+    """Returns the shapes of the layers of a Llama."""
     matrices: list[Shape] = [(width, width), (key_width, width), (key_width, width), (width, width)]
     return layers * [*matrices, (hidden, width), (hidden, width), (width, hidden), (width,), (width,)]
 
 
 def models(setup: Setup) -> dict[str, list[Shape]]:
-    """The sets of shapes that bare steps are timed on."""
+    """Returns the sets of shapes for which bare steps are timed."""
     if setup.rehearse:
         return {"tiny": gpt(1, 16, 64, 16)}
     return {
@@ -260,7 +261,7 @@ def models(setup: Setup) -> dict[str, list[Shape]]:
 
 
 def contenders(frequencies: Sequence[int]) -> dict[str, Callable[[list[Parameter]], Any]]:
-    """Constructors by name: ours, torch's, and those peers that can be imported."""
+    """Returns constructors by name: ours, torch's, and those of other packages that can be imported."""
     from hf_soap import MARS, SOAP, Shampoo
 
     found: dict[str, Callable[[list[Parameter]], Any]] = {
@@ -291,7 +292,7 @@ def contenders(frequencies: Sequence[int]) -> dict[str, Callable[[list[Parameter
 
 
 def torch_muon(params: list[Parameter]) -> Any:
-    """Muon takes matrices only; the rest goes to AdamW."""
+    """Returns Muon for matrices and AdamW for the rest, as one optimizer."""
     matrices = [p for p in params if p.dim() == 2 and max(p.shape) < 20_000]
     chosen = set(matrices)
     rest = [p for p in params if p not in chosen]
@@ -308,7 +309,7 @@ def torch_muon(params: list[Parameter]) -> Any:
 
 
 def peer_constructors() -> dict[str, Callable[..., Any]]:
-    """The SOAPs of other packages that are there."""
+    """Returns the SOAP implementations of other packages that are installed."""
     found: dict[str, Callable[..., Any]] = {}
     try:
         import heavyball
@@ -327,7 +328,7 @@ def peer_constructors() -> dict[str, Callable[..., Any]]:
 
 
 def time_steps(setup: Setup) -> None:
-    """Times bare steps beside fused AdamW, Muon and the peers."""
+    """Times bare steps of ours, of fused AdamW, Muon and other packages."""
     frequencies = [1, 2] if setup.rehearse else [10, 1]
     for model, shapes in models(setup).items():
         for name, make in contenders(frequencies).items():
@@ -345,8 +346,8 @@ def time_one(make: Callable[..., Any], shapes: list[Shape], setup: Setup, *, per
     """Times one optimizer over whole periods of its refreshes.
 
     Returns:
-        Milliseconds a step until the device is done (``ms``), until the host has queued it (``host_ms``), of the
-        slowest step (``worst_ms``), of the first (``first_ms``), and the peak of bytes a parameter in a step.
+        Milliseconds per step until the device is done (``ms``), until the host has queued it (``host_ms``), of the
+        slowest step (``worst_ms``), and of the first (``first_ms``), and the peak of bytes per parameter in a step.
     """
     device = setup.device
     generator = torch.Generator(device).manual_seed(0)
@@ -391,7 +392,7 @@ def time_one(make: Callable[..., Any], shapes: list[Shape], setup: Setup, *, per
 
 
 def profile_step(setup: Setup) -> None:
-    """Counts launches and host waits of one step with and without a refresh, and says what the time went to."""
+    """Counts kernel launches and host waits of one step with and without a refresh, and lists the slowest kernels."""
     from hf_soap import MARS, SOAP, Shampoo
 
     model, shapes = next(iter(models(setup).items()))
@@ -415,7 +416,7 @@ def profile_step(setup: Setup) -> None:
         for kind, wanted in (("a step without a refresh", False), ("a step with a refresh", True)):
             if label == "MARS" and wanted:
                 continue
-            # SOAP's first step only seeds.
+            # SOAP's first step only initializes its state.
             last = 9 if label == "Shampoo" else 0
             while label != "MARS" and (int(optimizer.state[params[0]]["step"]) % 10 == last) != wanted:
                 step()
@@ -438,7 +439,7 @@ def profiled(step: Callable[[], None], device: torch.device) -> dict[str, Any]:
         wall = time.perf_counter() - start
     events = profiler.events() or []
     on_device = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
-    kernels = [event for event in on_device if not event.name.startswith("Optimizer.")]  # a range around all
+    kernels = [event for event in on_device if not event.name.startswith("Optimizer.")]  # a range around all kernels
     busy, end = 0.0, -math.inf
     for kernel in sorted(kernels, key=lambda event: event.time_range.start):
         busy += max(0.0, kernel.time_range.end - max(end, kernel.time_range.start))
@@ -460,7 +461,7 @@ def profiled(step: Callable[[], None], device: torch.device) -> dict[str, Any]:
 
 
 HOST_WAITS = {"cudaStreamSynchronize", "cudaEventSynchronize", "aten::item", "aten::_local_scalar_dense"}
-"""Calls for which the host waits for the device."""
+"""Calls in which the host waits for the device."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -484,7 +485,7 @@ RUNS: dict[str, dict[str, Any]] = {
     },
     "AdamW, lr 3e-3": {"optim": "adamw_torch_fused", "learning_rate": 3e-3, "adam_beta2": 0.95},
 }
-"""Arguments of the Trainer for each run that is trained to its end, the most valuable first."""
+"""Arguments of the Trainer for each complete run, the most important first."""
 
 POLICIES: dict[str, str | None] = {
     "AdamW (fused)": None,
@@ -498,11 +499,11 @@ POLICIES: dict[str, str | None] = {
     "SOAP f=10, tf32, overlap_refresh": "matmul_dtype=tf32,overlap_refresh=true",
     "AdamW (fused), again": None,
 }
-"""optim_args of each run that is only timed; None stands for AdamW."""
+"""optim_args of each run that is only timed; None is AdamW."""
 
 
 def time_training(setup: Setup) -> None:
-    """Times training steps of GPT-2 124M through the Trainer under each policy, without a wait inside a step."""
+    """Times training steps of GPT-2 124M with the Trainer under each policy, without synchronization inside a step."""
     from hf_soap.engine.nonfinite import ASYNC_DEVICES
 
     length, micro, accumulation = SIZES["tiny" if setup.rehearse else "full"]
@@ -538,11 +539,11 @@ def time_training(setup: Setup) -> None:
 
 
 SIZES = {"tiny": (32, 2, 1), "full": (1024, 32, 8)}
-"""Tokens of a sequence, sequences of a batch, and batches of a step."""
+"""Tokens per sequence, sequences per batch, and batches per step."""
 
 
 def train_gpt2(setup: Setup) -> None:
-    """Trains GPT-2 124M from scratch through the Trainer on the text that Python and its packages ship."""
+    """Trains GPT-2 124M from scratch with the Trainer, on the sources and documents of Python and its packages."""
     length, micro, accumulation = SIZES["tiny" if setup.rehearse else "full"]
     began = time.monotonic()
     blocks, vocab = corpus(
@@ -564,7 +565,7 @@ def train_gpt2(setup: Setup) -> None:
     run = functools.partial(train_once, setup, train, vocab=vocab, micro=micro, accumulation=accumulation)
     probe = run(None, RUNS["AdamW, lr 1.8e-3"], steps=2 if setup.rehearse else 5, timed_from=1)
     count = 2 if setup.rehearse else 4
-    # A tenth for what takes longer than AdamW, for evaluations and starts.
+    # A tenth of the time is for evaluations, for startup, and for optimizers that are slower than AdamW.
     steps = int(0.9 * setup.seconds_left / count / probe["seconds_per_step"])
     steps = 3 if setup.rehearse else max(40, min(steps, 400, len(train) // (micro * accumulation)))
     setup.put("length", {"steps": steps, "tokens a step": micro * accumulation * length})
@@ -579,7 +580,7 @@ def train_gpt2(setup: Setup) -> None:
 
 
 class Clock(TrainerCallback):
-    """Takes the time of all steps after the first ones, without evaluations, the device's queue included.
+    """Measures the time of all steps after the first ones, with the device's queue and without evaluations.
 
     Args:
         timed_from: The last step that is not timed.
@@ -623,7 +624,7 @@ def train_once(
     """Trains one model.
 
     Returns:
-        Seconds a step, with those of the evaluations where there are any, and losses by step.
+        Seconds per step, and the losses by step, with those of evaluations if there are any.
     """
 
     class Blocks(torch.utils.data.Dataset[dict[str, Tensor]]):
@@ -692,16 +693,16 @@ def train_once(
 
 
 def corpus(*, length: int, limit: int, vocab_size: int, sample: int) -> tuple[Tensor, int]:
-    """Reads the text of Python and its packages, and encodes it with a BPE that is trained on it.
+    """Reads the sources of Python and its packages, and encodes them with a BPE that is trained on them.
 
     Args:
         length: Tokens of a block.
-        limit: Bytes to read at most.
+        limit: Most bytes to read.
         vocab_size: Tokens of the BPE.
-        sample: Bytes that it is trained on.
+        sample: Bytes to train the BPE on.
 
     Returns:
-        The blocks, (blocks, length), int32, in a fixed order that mixes files, and the size of the vocabulary.
+        The blocks, (blocks, length), int32, in a fixed random order, and the size of the vocabulary.
     """
     from tokenizers import ByteLevelBPETokenizer
 
@@ -724,7 +725,7 @@ def corpus(*, length: int, limit: int, vocab_size: int, sample: int) -> tuple[Te
 
 
 def read_texts(limit: int) -> list[str]:
-    """Returns the sources and documents of Python and its packages, each once, in a fixed order that mixes packages."""
+    """Returns the sources and documents of Python and its packages, without duplicates, in a fixed random order."""
     folders = {sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")} | {
         str(Path(torch.__file__).parents[1])
     }
@@ -750,21 +751,21 @@ def read_texts(limit: int) -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The whole
+# All stages
 # ---------------------------------------------------------------------------------------------------------------------
 
 STAGES: dict[str, Stage] = {
     "tests": Stage(1.5, run_tests, "the tests that are marked cuda"),
-    "steps": Stage(5, time_steps, "bare steps beside fused AdamW, Muon and the peers"),
-    "timing": Stage(4.5, time_training, "training steps of GPT-2 124M under each policy, beside AdamW"),
+    "steps": Stage(5, time_steps, "bare steps, compared with fused AdamW, Muon and other packages"),
+    "timing": Stage(4.5, time_training, "training steps of GPT-2 124M under each policy, compared with AdamW"),
     "profile": Stage(1.5, profile_step, "launches, host waits and gaps of a step"),
     "kernels": Stage(2, compare_kernels, "QR, Cholesky-QR and eigh, Newton and eigh, by size and batch"),
-    "train": Stage(10.5, train_gpt2, "GPT-2 124M through the Trainer, to its end"),
+    "train": Stage(10.5, train_gpt2, "complete runs of GPT-2 124M with the Trainer"),
 }
 
 
 def describe(device: torch.device, *, rehearse: bool) -> dict[str, Any]:
-    """Says what was measured on, and when."""
+    """Describes the machine and the versions, with the date."""
 
     def output(*command: str) -> str:
         try:
@@ -797,7 +798,7 @@ def run_stage(name: str, args: argparse.Namespace) -> None:
     if args.peers:
         sys.path[:0] = [
             str(path) for path in sorted(args.peers.glob("*.whl"))
-        ]  # pure Python ones need no installation
+        ]  # pure Python wheels need no installation
     transformers_logging.set_verbosity_error()
     device = torch.device("cpu" if args.rehearse else "cuda")
     report = Report(args.out / "gpu.json")
@@ -812,7 +813,7 @@ def run_stage(name: str, args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Runs the stages one after another, each in a process of its own that ends with its budget."""
+    """Runs the stages one after another, each in a separate process that is stopped when its budget is spent."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=25, help="for all stages together")
     parser.add_argument("--out", type=Path, help="folder of gpu.json and the logs")
@@ -826,7 +827,7 @@ def main() -> None:
     if args.list:
         for name, stage in STAGES.items():
             print(f"{name:10} {stage.minutes:5.1f} min  {stage.purpose}")
-        print(f"{'together':10} {sum(stage.minutes for stage in STAGES.values()):5.1f} min")
+        print(f"{'total':10} {sum(stage.minutes for stage in STAGES.values()):5.1f} min")
         return
     if args.out is None:
         parser.error("wanted --out FOLDER for gpu.json and the logs, got none")
@@ -845,7 +846,7 @@ def main() -> None:
     while waiting:
         name = waiting[0]
         share = STAGES[name].minutes / sum(STAGES[one].minutes for one in waiting)
-        budget = share * (end - time.monotonic())  # what earlier stages left over goes to all later ones
+        budget = share * (end - time.monotonic())  # time that earlier stages did not use is shared by the later ones
         waiting.pop(0)
         report.put("status", name, "started")
         status = run_child(name, args, budget)
@@ -854,7 +855,7 @@ def main() -> None:
 
 
 def run_child(name: str, args: argparse.Namespace, budget: float) -> str:
-    """Runs a stage in a process that is stopped when its time is over; returns how it ended."""
+    """Runs a stage in a process that is stopped when its time is spent; returns how it ended."""
     command = [
         sys.executable,
         __file__,

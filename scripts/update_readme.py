@@ -1,4 +1,4 @@
-"""Writes the option tables of README.md anew from the schema.
+"""Rewrites the option tables of README.md from the configs.
 
 python scripts/update_readme.py
 """
@@ -16,7 +16,7 @@ MARKED = re.compile(r"(<!-- options (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def with_tables(text: str) -> str:
-    """Returns the README's text with the table of each marked optimizer as the schema has it now."""
+    """Returns the README's text with the present table of each marked optimizer."""
 
     def table(match: re.Match[str]) -> str:
         return f"{match[1]}{options.option_table(ENTRIES[match[2]].config)}\n{match[3]}"
