@@ -577,7 +577,7 @@ def test_the_trainer_of_transformers_leaves_a_recipe(hub: Hub, plain: Path) -> N
     assert card.text.count("## Recipe") == card.text.count("## Optimizer") == 1
     assert (recipe["rows"], recipe["optim"], recipe["learning_rate"]) == (32, "soap", 1e-2)
     assert "not_in_recipe" not in recipe["provenance"]
-    assert "hf-soap run plain.py --recipe recipe.yaml\n```\n\nrepeats this run, bit for bit" in card.text
+    assert "hf-soap run plain.py --recipe recipe.yaml\n```\n\nThis command repeats the run, bit for bit" in card.text
     assert "if plain.py takes these options" not in card.text
 
 

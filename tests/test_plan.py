@@ -208,7 +208,7 @@ def test_all_of_it_is_printed(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
     done = CliRunner().invoke(app, ["plan", str(tmp_path)], env={"COLUMNS": "160"})
     assert done.exit_code == 0, done.output
-    assert "ViTForImageClassification was chosen by AutoModelForImageClassification, since" in done.output
+    assert "ViTForImageClassification was chosen by AutoModelForImageClassification, because" in done.output
     for text in ("AdamW (adamw_torch_fused)", "32,768", "131,072", "524,288"):
         assert text in done.output
     done = CliRunner().invoke(app, ["plan", str(tmp_path), "--optim", "adamw_torch"], env={"COLUMNS": "160"})

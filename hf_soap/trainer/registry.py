@@ -76,7 +76,7 @@ def _ignored_defaults(args: TrainingArguments, config: options.OptimizerConfig) 
 
 
 def _learning_rate_advice(config: options.OptimizerConfig, model: nn.Module | None) -> str:
-    """Suggests a learning rate to start from, for the task that the model suggests."""
+    """Suggests a learning rate to start from, for fine-tuning or training as far as the model shows which."""
     published = "is published with" if config.lr_is_published else "is best started from"
     scratch = f"{config.name} {published} {config.lr:g} for training from scratch"
     # Lion's updates are signs; its paper uses a learning rate 3 to 10 times smaller than AdamW's.
@@ -84,7 +84,7 @@ def _learning_rate_advice(config: options.OptimizerConfig, model: nn.Module | No
     tuned = "a tenth to a third of AdamW's usual rate" if lion else "about AdamW's usual rate, up to a few times that"
     if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
         return f"for adapters start from {tuned}; {scratch}"
-    # Empty unless a model or its config was loaded from somewhere; the config of a new model may have been as well.
+    # Empty unless a model or its config was loaded from somewhere; a new model's config may be loaded too.
     if origin := getattr(getattr(model, "config", None), "_name_or_path", None):
         return f"to fine-tune {options.shown(str(origin))} start from {tuned}; {scratch}"
     return f"{scratch}; to fine-tune pretrained weights start from {tuned}"
