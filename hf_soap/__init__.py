@@ -1,6 +1,6 @@
 """SOAP, Shampoo and MARS for the Transformers Trainer.
 
-Importing this package makes ``TrainingArguments(optim="soap")`` valid; the optimizers also work on their own.
+Importing this package makes ``TrainingArguments(optim="soap")`` valid. The optimizers also work without a Trainer.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ patches.install()
 
 
 def __getattr__(name: str) -> Any:
-    # The Trainer takes seconds to import, and an optimizer alone does not need it.
+    # Importing the Trainer takes seconds, and an optimizer alone does not need it.
     if name in ("SoapTrainer", "SoapTrainerMixin"):
         try:
             from hf_soap.trainer import trainer

@@ -8,17 +8,17 @@ import sys
 if (
     __name__ == "__main__"
     and not sys.flags.safe_path
-    and globals() is vars(sys.modules["__main__"])  # under runpy, the first entry is that of the program around this
-    and sys.path[0] == os.getcwd()  # noqa: PTH109 - there may be a pathlib too
+    and globals() is vars(sys.modules["__main__"])  # under runpy, the first entry belongs to the calling program
+    and sys.path[0] == os.getcwd()  # noqa: PTH109 - the folder may contain a pathlib.py
 ):
-    # `python -m` puts the working folder there, where what lies beside a recipe would be taken for a library.
+    # `python -m` puts the working folder first on the path. Files next to a recipe would be imported as libraries.
     del sys.path[0]
 
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Annotated, Any
 
-# Also what a command needs only at its end, after hours of training.
+# Checked now, since a command needs some of these only at its end, after hours of training.
 if _missing := [name for name in ("jinja2", "rich", "tokenizers", "typer") if find_spec(name) is None]:
     _command = " ".join(["hf-soap", *(word for word in sys.argv[1:2] if not word.startswith("-"))])
     sys.exit(f"{_command} needs {' and '.join(_missing)}: pip install 'hf-soap[cli]'")
@@ -55,7 +55,7 @@ def common(
     """SOAP, Shampoo and MARS for the Hugging Face Trainer."""
 
 
-# Everything behind the program's name is the program's, --help included, but for --recipe.
+# All arguments after the program's name belong to the program, --help included; only --recipe is ours.
 app.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})(run)
 app.command()(compare)
 app.command()(options)
@@ -64,7 +64,7 @@ app.add_typer(recipe, name="recipe")
 
 
 def main() -> None:
-    """Parse the command line and carry it out.
+    """Parse the command line and run the command.
 
     Raises:
         SystemExit: With the exit status of the command, or of the program that ``run`` started.
@@ -75,7 +75,7 @@ def main() -> None:
     except SystemExit as end:
         if end.code or not launches:
             raise
-    # Here and not inside the command, where an EOFError of the program would read "Aborted!".
+    # Not inside the command, where typer would turn an EOFError of the program into "Aborted!".
     for launch in launches:
         try:
             launch()
@@ -86,7 +86,7 @@ def main() -> None:
 
 
 def _leave_process_group() -> None:
-    """Ends the communication that a program left open: gloo's threads sometimes abort a process that exits in it."""
+    """Ends a process group that a program left open: gloo's threads sometimes abort a process that exits with one."""
     distributed: Any = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()

@@ -1,4 +1,4 @@
-"""What the scripts on language models share: their arguments, and from text to a tokenizer and blocks of tokens."""
+"""Shared code of the scripts on language models: their arguments, tokenizers, and blocks of tokens."""
 
 import importlib.util
 import math
@@ -25,22 +25,26 @@ TOKENIZER_ROWS = 1_000_000  # a stream may have no end
 
 @dataclass
 class TextArguments(ModelArguments):
-    """Which model and which text; everything about training is in TrainingArguments."""
+    """Arguments for the model and the text; those for training are in TrainingArguments."""
 
-    tokenizer_name: str | None = option(None, "Tokenizer, where it is not the model's own.")
+    tokenizer_name: str | None = option(None, "Tokenizer, if it is not the model's own.")
     train_tokenizer_vocab: int | None = option(None, "Train a byte-level BPE of this size on the training text.")
     train_files: list[str] | None = option(
-        None, "Text files or glob patterns to train on; stdlib:*.py and package:torch/*.py are files of this Python."
+        None, "Text files or patterns to train on; stdlib:*.py and package:torch/*.py are files of this Python."
     )
     eval_files: list[str] | None = option(None, "Text files or glob patterns to evaluate on.")
     dataset_name: str | None = option(None, "A dataset for datasets.load_dataset, instead of files.")
-    dataset_config: str | None = option(None, "Its configuration.")
-    eval_split: str | None = option(None, "Its split to evaluate on.")
-    text_column: str = option("text", "Its column of text.")
+    dataset_config: str | None = option(None, "Configuration of the dataset.")
+    eval_split: str | None = option(None, "Split of the dataset to evaluate on.")
+    text_column: str = option("text", "Column of the dataset with the text.")
     block_size: int = option(512, "Tokens of one sequence.")
-    streaming: bool = option(False, "Read the text as training asks for it; needs --max_steps.")
-    eval_share: float = option(0.05, "Share of the blocks held out, from the end, where no text to evaluate is named.")
-    eval_blocks: int | None = option(None, "Evaluate on at most these; streaming holds out this many at the start.")
+    streaming: bool = option(False, "Read the text during training; needs --max_steps.")
+    eval_share: float = option(
+        0.05, "Share of the blocks to hold out, from the end, if no text for evaluation is given."
+    )
+    eval_blocks: int | None = option(
+        None, "Evaluate on at most this many blocks; streaming holds out this many at the start."
+    )
 
     def __post_init__(self) -> None:
         if (self.train_files is None) == (self.dataset_name is None):
@@ -63,13 +67,13 @@ class LanguageModelTrainer(SoapTrainer):
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         loss = output.metrics.get(f"{metric_key_prefix}_loss")
         if loss is not None:
-            # exp overflows a float from 710 on; a diverged run should report that, not crash.
+            # exp overflows from 710 on; a diverged run should report infinity, not crash.
             output.metrics[f"{metric_key_prefix}_perplexity"] = math.exp(loss) if loss < 700 else math.inf
         return output
 
 
 def expand(patterns: Iterable[str]) -> list[str]:
-    """Files that the patterns match, in sorted order."""
+    """Returns the files that the patterns match, in sorted order."""
     files: list[str] = []
     for pattern in patterns:
         matches = sorted(glob(locate(pattern), recursive=True))
@@ -80,26 +84,26 @@ def expand(patterns: Iterable[str]) -> list[str]:
 
 
 def locate(pattern: str) -> str:
-    """Puts the folders of this Python into ``stdlib:PATTERN`` and ``package:NAME/PATTERN``.
+    """Replaces ``stdlib:`` and ``package:NAME`` in a pattern by folders of this Python.
 
-    A recipe names no folder of a machine, but what Python itself and its packages ship is the same on many.
+    Recipes do not name folders of one machine, but the files of Python and its packages are the same on many.
     """
     place, _, below = pattern.partition(":")
     if place not in ("stdlib", "package"):
         return pattern
     if ".." in re.split(r"[/\\]", below):
-        raise ValueError(f"got {pattern!r}, wanted files below the folder; leave out the '..'")
+        raise ValueError(f"got {pattern!r}, wanted files below the folder; remove the '..'")
     if place == "stdlib":
         return f"{sysconfig.get_path('stdlib')}/{below}"
     name, _, below = below.partition("/")
     spec = importlib.util.find_spec(name) if name.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
-        raise ValueError(f"got {pattern!r}, wanted an installed package behind package:, as in package:torch/*.py")
+        raise ValueError(f"got {pattern!r}, wanted an installed package after package:, as in package:torch/*.py")
     return f"{spec.submodule_search_locations[0]}/{below}"
 
 
 def load_text(script: TextArguments, *, evaluation: bool = False) -> Any:
-    """The raw rows of text, or None where no text for evaluation is named."""
+    """Returns the raw rows of text, or None if there is no text for evaluation."""
     if script.dataset_name:
         split = script.eval_split if evaluation else "train"
         if split is None:
@@ -108,7 +112,7 @@ def load_text(script: TextArguments, *, evaluation: bool = False) -> Any:
     patterns = script.eval_files if evaluation else script.train_files
     if not patterns:
         return None
-    # Rows are lines, with their ends kept, so that packing restores the files as they were.
+    # Rows are lines with their line ends, so that packing restores the files exactly.
     return load_dataset(
         "text", data_files=expand(patterns), keep_linebreaks=True, split="train", streaming=script.streaming
     )
@@ -118,10 +122,10 @@ def train_tokenizer(texts: Iterator[str], *, vocab_size: int, folder: Path, name
     """Trains a byte-level BPE and saves it in ``folder``.
 
     Args:
-        texts: What to train on.
-        vocab_size: Size of the vocabulary, special tokens included.
-        folder: Where to save.
-        named: The special tokens by their name: what ends a text, and what the model needs beside.
+        texts: Texts to train on.
+        vocab_size: Size of the vocabulary, including special tokens.
+        folder: Folder to save to.
+        named: Special tokens by name: the end of text, and others that the model needs.
     """
     bpe = ByteLevelBPETokenizer()
     special = list(dict.fromkeys(named.values()))
@@ -132,14 +136,14 @@ def train_tokenizer(texts: Iterator[str], *, vocab_size: int, folder: Path, name
 def load_tokenizer(
     script: TextArguments, args: TrainingArguments, texts: Any, *, resuming: bool, **special: str
 ) -> Any:
-    """The tokenizer that is named, or one trained on the text by the first process and read by all.
+    """Loads the given tokenizer, or has the first process train one on the text.
 
     Args:
-        script: Which one.
-        args: Names the folder of a new one, and the processes.
-        texts: The rows to train a new one on.
-        resuming: A tokenizer that is there already is kept.
-        special: Special tokens of a new one by name, beside that which begins and ends a text.
+        script: The script's arguments.
+        args: The training arguments.
+        texts: The rows to train a new tokenizer on.
+        resuming: Whether to reuse a tokenizer in the output folder.
+        special: Special tokens of a new tokenizer by name, in addition to the one that begins and ends a text.
 
     Returns:
         The tokenizer.
@@ -160,13 +164,13 @@ def pack(dataset: Any, tokenizer: Any, *, column: str, block_size: int, document
 
     Args:
         dataset: Rows of text, in memory or streamed.
-        tokenizer: Makes token ids of them.
-        column: The column of text.
+        tokenizer: The tokenizer.
+        column: The column with the text.
         block_size: Tokens of one block.
-        documents: Rows are texts of their own and end with the end-of-text token; otherwise they are lines of a text.
+        documents: Whether each row is a separate text, which gets an end-of-text token; otherwise rows are lines.
 
     Returns:
-        A dataset of ``input_ids`` of block_size ids each. Tokens that fill no block are dropped.
+        A dataset of ``input_ids`` of block_size ids each. Tokens that do not fill a block are dropped.
     """
     end = [tokenizer.eos_token_id] if documents and tokenizer.eos_token_id is not None else []
 
@@ -176,14 +180,14 @@ def pack(dataset: Any, tokenizer: Any, *, column: str, block_size: int, document
         blocks = [ids[start : start + block_size] for start in range(0, len(ids) - block_size + 1, block_size)]
         return {"input_ids": blocks}
 
-    # A batch drops what fills no block at its end: batches of many lines, or of fewer but longer documents.
+    # The last tokens of a batch may be dropped, so batches are large: many lines, or fewer but longer documents.
     batch_size = 1_000 if documents else 20_000
     rows = dataset.select_columns([column])
     return rows.map(to_blocks, batched=True, batch_size=batch_size, remove_columns=[column])
 
 
 def load_blocks(script: TextArguments, args: TrainingArguments, train_text: Any, tokenizer: Any) -> tuple[Any, Any]:
-    """Datasets of blocks to train and to evaluate on; the latter may be None."""
+    """Returns datasets of blocks to train and to evaluate on; the latter may be None."""
     how = {"column": script.text_column, "block_size": script.block_size, "documents": script.dataset_name is not None}
     eval_text = load_text(script, evaluation=True)
     with args.main_process_first(desc="packing the text"):
@@ -203,8 +207,8 @@ def load_blocks(script: TextArguments, args: TrainingArguments, train_text: Any,
     for name, blocks in (("train", train), ("evaluate", held_out)):
         if blocks is not None and len(blocks) == 0:
             raise ValueError(
-                f"the text to {name} on fills no block of {script.block_size} tokens; use more text or a smaller "
-                "--block_size"
+                f"the text to {name} on does not fill a block of {script.block_size} tokens; use more text or "
+                "a smaller --block_size"
             )
     if held_out is not None and script.eval_blocks:
         held_out = held_out.select(range(min(script.eval_blocks, len(held_out))))
@@ -212,13 +216,13 @@ def load_blocks(script: TextArguments, args: TrainingArguments, train_text: Any,
 
 
 def load_model(script: TextArguments, auto: Any, config: Any, tokenizer: Any) -> Any:
-    """The model to train, which fits the tokenizer and the blocks.
+    """Returns the model to train, after checking that it fits the tokenizer and the blocks.
 
     Args:
-        script: Which one.
-        auto: The class of transformers that loads or makes it.
-        config: Of a model from scratch; None loads one.
-        tokenizer: Decides the vocabulary of a model from scratch.
+        script: The script's arguments.
+        auto: The class of transformers that loads or creates it.
+        config: The config of a model from scratch; None loads a model.
+        tokenizer: The tokenizer, which determines the vocabulary of a model from scratch.
 
     Returns:
         The model.

@@ -1,4 +1,4 @@
-"""What the training scripts share: their arguments, a new model's configuration, the run from start to model card."""
+"""Shared code of the training scripts: arguments, a new model's config, and the run from start to model card."""
 
 import difflib
 import logging
@@ -20,19 +20,19 @@ logger = logging.getLogger(__name__)
 
 
 def option(default: Any, help: str) -> Any:
-    """A field of a script's arguments with its help for the command line."""
+    """Declares an argument of a script, with its help."""
     return field(default=default, metadata={"help": help})
 
 
 @dataclass
 class ModelArguments:
-    """Which model; everything about training is in TrainingArguments."""
+    """Arguments for the model; those for training are in TrainingArguments."""
 
     model_name_or_path: str | None = option(None, "Model to fine-tune: a folder or a name on the Hub.")
     model_type: str | None = option(None, "Architecture to train from scratch, such as gpt2.")
     config_name: str | None = option(None, "Configuration to train from scratch: a folder or a name on the Hub.")
     config_overrides: str | None = option(None, "Changes to a new model's configuration: n_layer=4,n_embd=256,...")
-    dtype: str = option("float32", "Of the weights; with --bf16 they stay in it while the arithmetic is bfloat16.")
+    dtype: str = option("float32", "Dtype of the weights; with --bf16 they keep it, and arithmetic is in bfloat16.")
 
     def __post_init__(self) -> None:
         if sum(name is not None for name in (self.model_name_or_path, self.model_type, self.config_name)) != 1:
@@ -47,8 +47,8 @@ def parse(arguments: type[Any], argv: Sequence[str] | None) -> tuple[Any, Traini
 
     Args:
         arguments: The script's dataclass of arguments.
-        argv: What stands behind the script's name; None reads it from ``sys.argv``. A first argument that ends in
-            .yaml, .yml or .json names a file of defaults.
+        argv: The arguments after the script's name; None reads them from ``sys.argv``. If the first ends in .yaml,
+            .yml or .json, it is a file of defaults.
 
     Returns:
         The script's arguments and the Trainer's.
@@ -70,14 +70,14 @@ def parse(arguments: type[Any], argv: Sequence[str] | None) -> tuple[Any, Traini
                 raise ValueError(f"unknown argument {name!r} in {config}{hint}")
             if known[name].nargs == "+" and not isinstance(value, list):
                 defaults[name] = [value]
-        # argparse converts defaults that are strings, so that 1e-3, a string to YAML, becomes a number.
+        # argparse converts defaults that are text, so that 1e-3 becomes a number even if YAML reads it as text.
         parser.set_defaults(**defaults)
     script, training = parser.parse_args_into_dataclasses(args=argv)
     return script, training
 
 
 def start(args: TrainingArguments) -> Path | None:
-    """Sets up logging and the seed; returns the checkpoint to continue from, if the output folder holds one."""
+    """Sets up logging and the seed; returns the checkpoint to continue from, if the output folder has one."""
     logging.basicConfig(level=logging.INFO if args.process_index == 0 else logging.WARNING)
     set_seed(args.seed)
     if args.resume_from_checkpoint is not None:
@@ -86,12 +86,12 @@ def start(args: TrainingArguments) -> Path | None:
         return None
     checkpoint = last_complete_checkpoint(args.output_dir)
     if checkpoint is not None:
-        logger.info("continuing from %s; use another --output_dir to start anew", checkpoint)
+        logger.info("continuing from %s; use another --output_dir to start from scratch", checkpoint)
     return None if checkpoint is None else Path(checkpoint)
 
 
 def new_config(script: ModelArguments) -> Any:
-    """The configuration of a model from scratch."""
+    """Returns the config of a model from scratch."""
     if script.config_name:
         config = AutoConfig.from_pretrained(script.config_name)
     elif script.model_type in CONFIG_MAPPING:
@@ -105,15 +105,16 @@ def new_config(script: ModelArguments) -> Any:
 
 
 def fit(trainer: Trainer, checkpoint: Path | None) -> dict[str, float]:
-    """Trains, evaluates, saves, writes the model card.
+    """Trains, evaluates, saves, and writes the model card.
 
     Args:
-        trainer: Ready to train; it is evaluated at the end where it has anything to evaluate on.
+        trainer: The trainer; the model is evaluated at the end if it has data for that.
         checkpoint: The folder to continue from.
 
     Returns:
-        The metrics of both. Those of training say what the optimizer took: seconds in its step and in whole steps, by
-        the clock and of this process on the CPU, where others do not count, and bytes of state per trained parameter.
+        The metrics of training and evaluation. Those of training include the cost of the optimizer: seconds of its
+        steps and of whole steps, as wall time and as CPU time of this process, and bytes of state per trained
+        parameter.
     """
     clocks = {"seconds": Clock(), "cpu_seconds": Clock(now=time.process_time)}
     for clock in clocks.values():

@@ -1,11 +1,11 @@
-"""Shampoo whose roots are 1200 steps late: final loss beside synchronous roots, and the time it hides.
+"""Shampoo with roots that are 1200 steps late: final loss compared with synchronous roots, and the time saved.
 
 python scripts/bench_async.py            # 3000 steps, three runs interleaved
 python scripts/bench_async.py --steps 60 --frequency 20
 
-Trains one small GPT-2 on the sources of Python's standard library three times, in interleaved slices so that a slow
-moment of the machine hits all alike: with roots computed in place, in the background with a delay of a whole period,
-and never again after the first. Scalable Shampoo (arXiv:2002.09018) reports that delays up to 1200 steps do no harm.
+Trains one small GPT-2 on the sources of Python's standard library three times, in interleaved slices, so that a slow
+moment of the machine affects all three: with roots computed in place, in the background with a delay of a whole
+period, and only once. Scalable Shampoo (arXiv:2002.09018) reports that delays up to 1200 steps do no harm.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Run:
         self.optimizer = Shampoo(self.model.parameters(), **self.optimizer_options)
 
     def train(self, corpus: Corpus, first: int, last: int, *, steps: int, lr: float, batch_size: int) -> None:
-        """Steps first..last-1 on batches that depend on the step alone, with a cosine schedule."""
+        """Makes steps first..last-1 on batches that depend only on the step, with a cosine schedule."""
         for step in range(first, last):
             generator = torch.Generator().manual_seed(step)
             batch = corpus.train[torch.randint(len(corpus.train), (batch_size,), generator=generator)]

@@ -1,10 +1,10 @@
-"""Measures the modes of many ranks on this machine, and projects them on larger ones.
+"""Measures the modes for several ranks on this machine, and estimates their cost on more ranks.
 
     python scripts/bench_distributed.py                  # gloo processes on the CPU, then the projection
     python scripts/bench_distributed.py --no-measure     # the projection alone
 
-Processes on one machine share its cores: the step of three is no faster than that of one, and the times tell what
-the exchange costs, not what it saves. Bytes are what a rank hands to collectives, as counted at the calls.
+Processes on one machine share its cores: the step of three is no faster than that of one, and the times show the cost
+of communication, not its benefit. Bytes are those that a rank passes to collectives, counted at the calls.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ PROJECTED = {
 
 
 def make(shapes: list[Shape], mode: str, name: str) -> tuple[list[nn.Parameter], BlockOptimizer]:
-    """Returns parameters in the given mode, and the optimizer of them."""
+    """Returns parameters in the given mode, and their optimizer."""
     generator = torch.Generator().manual_seed(0)
     params = [nn.Parameter(torch.randn(shape, generator=generator) / 16) for shape in shapes]
     if mode in ("local", "owner"):
@@ -65,7 +65,7 @@ def make(shapes: list[Shape], mode: str, name: str) -> tuple[list[nn.Parameter],
 
 
 class Counter:
-    """Counts the bytes that this rank hands to the collectives of a step, those for itself left out."""
+    """Counts the bytes that this rank passes to the collectives of a step, except those for itself."""
 
     def __init__(self) -> None:
         self.bytes = 0
@@ -84,7 +84,7 @@ class Counter:
 
 
 def worker(rank: int, ranks: int, port: int, name: str, steps: int, rounds: int, results: Any) -> None:
-    """Measures all modes, in turns."""
+    """Measures all modes in turn."""
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=ranks)
@@ -104,7 +104,7 @@ def worker(rank: int, ranks: int, port: int, name: str, steps: int, rounds: int,
                 before, start = counter.bytes, time.perf_counter()
                 optimizer.step()
                 dist.barrier()
-                if number:  # the first round makes the state
+                if number:  # the first round allocates the state
                     times[mode].append(time.perf_counter() - start)
                     sent[mode] += counter.bytes - before
     mine = {
@@ -120,7 +120,7 @@ def worker(rank: int, ranks: int, port: int, name: str, steps: int, rounds: int,
 
 
 def measure(console: Console, name: str, ranks: int, steps: int, rounds: int) -> None:
-    """Prints what each mode takes on this machine."""
+    """Prints the cost of each mode on this machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -140,7 +140,7 @@ def measure(console: Console, name: str, ranks: int, steps: int, rounds: int) ->
 
 
 def project(console: Console, name: str) -> None:
-    """Prints what each mode takes of every rank on models and numbers of ranks that are not here."""
+    """Prints the estimated cost per rank of each mode, for large models and numbers of ranks."""
     table = Table(title=f"{name}, projected")
     for heading in ("model", "ranks", "mode", "state GiB / rank", "sent GiB / step and rank", "TFLOP / step and rank"):
         table.add_column(heading, justify="right" if "/" in heading or heading == "ranks" else "left")
@@ -156,8 +156,8 @@ def project(console: Console, name: str) -> None:
 
 def main(
     optimizer: Annotated[str, typer.Option(help="SOAP, Shampoo or MARS")] = "SOAP",
-    processes: Annotated[list[int] | None, typer.Option(help="numbers of them", show_default="2 3")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="a round; a multiple of the frequency of 10")] = 10,
+    processes: Annotated[list[int] | None, typer.Option(help="numbers of processes", show_default="2 3")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="steps per round; a multiple of the frequency of 10")] = 10,
     rounds: Annotated[int, typer.Option(min=1)] = 2,
     measured: Annotated[bool, typer.Option("--measure/--no-measure", help="on this machine")] = True,
 ) -> None:

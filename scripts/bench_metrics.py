@@ -1,11 +1,11 @@
-"""Times what diagnostics cost: the optimizers of the family with a profiler beside the same ones without.
+"""Measures the cost of diagnostics: each optimizer with a profiler, compared with the same one without.
 
-python scripts/bench_metrics.py                      # gpt256, an entry of the log every 50 steps
+python scripts/bench_metrics.py                      # gpt256, a log entry every 50 steps
 python scripts/bench_metrics.py --only SOAP "MARS adamw" --steps 40
 
-Both take every step in turn on the same gradients, now one first and now the other. The overhead is the median
-difference of the steps that are not logged, and that of the logged ones with the reading of the profiler, each as
-often as it comes in `--log-every` steps, over the mean step without a profiler.
+Both make each step on the same gradients, in alternating order. The overhead is the median additional time of a step
+that is not logged and of a step that is, including reading the profiler, weighted by their numbers in `--log-every`
+steps, relative to the mean step without a profiler.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from hf_soap.engine.profiling import StepProfiler
 from hf_soap.trainer.metrics import measurements
 
 DUE_EVERY = 4
-"""Of so many steps here one is measured, so that few steps show its price."""
+"""One in this many steps is measured here, so that few steps suffice to show its cost."""
 
 
 def measure(
@@ -34,8 +34,8 @@ def measure(
     """Times pairs of steps.
 
     Returns:
-        Seconds of the mean step without a profiler, and what one adds to a step and to one that is logged, medians;
-        None for an optimizer of another package.
+        Seconds of the mean step without a profiler, and the median seconds that a profiler adds to a step and to a
+        logged step. None for an optimizer of another package.
     """
     generator = torch.Generator(device).manual_seed(0)
     params = [[torch.nn.Parameter(torch.ones(shape, device=device)) for shape in shapes] for _ in "ab"]
@@ -55,11 +55,11 @@ def measure(
             pair[0].grad = torch.randn(pair[0].shape, device=device, generator=generator)
             pair[1].grad = pair[0].grad.clone()
         profiler.due = step % DUE_EVERY == 0
-        if step // DUE_EVERY % 2:  # not step % 2: those that are due would always be first
+        if step // DUE_EVERY % 2:  # not step % 2: the logged steps would always be first
             without, with_ = seconds(plain.step, device), seconds(step_and_read, device)
         else:
             with_, without = seconds(step_and_read, device), seconds(plain.step, device)
-        if step >= 0:  # the first steps make the state and warm up
+        if step >= 0:  # the first steps allocate the state and warm up
             times["plain"].append(without)
             times["due" if profiler.due else "on"].append(with_ - without)
     return statistics.mean(times["plain"]), statistics.median(times["on"]), statistics.median(times["due"])

@@ -1,9 +1,9 @@
-"""Times inverse roots by eigh and by coupled Newton over sizes and batches, and says where one overtakes the other.
+"""Times inverse roots by eigh and by coupled Newton for sizes and batches, and says where Newton is faster.
 
 python scripts/bench_roots.py
 python scripts/bench_roots.py --device cuda --sizes 256,1024,4096 --batches 1,16
 
-The matrices are factors of random gradients, with the condition number that the default ridge of 1e-6 leaves. Each
+The matrices are factors of random gradients; the default ridge of 1e-6 limits their condition number. Each
 cell is the median over interleaved rounds; the error is relative to a float64 eigh.
 """
 

@@ -1,13 +1,13 @@
-"""Times the bare optimizer step of the family beside fused AdamW and those peers that are installed.
+"""Times the bare optimizer step of this package, of fused AdamW, and of other packages that are installed.
 
 python scripts/bench_step.py                 # both sets of shapes
 python scripts/bench_step.py --shapes gpt256 --rounds 5 --device cuda
 python scripts/bench_step.py --shapes gpt256 --only "MARS adamw" "MARS lion" --rounds 30
 python scripts/bench_step.py --scaling       # how time and bytes of SOAP grow with width and layers
 
-Every round runs each optimizer for `--steps` steps with fresh random gradients, in turn, so that a slow moment of the
-machine hits all alike; medians over rounds are printed. The floor is the time of the matrix products that SOAP cannot
-do without, 2.5 units of 2mn(m+n) FLOP a step plus 6.67n³ per factor and refresh, at the machine's own float32 rate.
+Each round runs each optimizer for `--steps` steps with new random gradients, in turn, so that a slow moment of the
+machine affects all of them; medians over rounds are printed. The floor is the time of the matrix products that SOAP
+needs at least: 2.5 times 2mn(m+n) FLOP a step plus 6.67n³ per factor and refresh, at this machine's float32 rate.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ SHAPES: dict[str, list[Shape]] = {
 
 
 LIGHT = ("(fused)", "adamw", "lion")
-"""Last words of the names of those that keep no factors."""
+"""Last words of the names of optimizers without factors."""
 
 
 def optimizers(frequency: int) -> dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]]:
-    """Returns constructors by name: those of this package, torch's fused AdamW and the peers that are installed."""
+    """Returns constructors by name: of this package, torch's fused AdamW, and other packages that are installed."""
     found: dict[str, Callable[[list[Tensor]], Any]] = {
         "AdamW (fused)": lambda params: torch.optim.AdamW(params, lr=1e-4, fused=True),
         "SOAP": lambda params: SOAP(params, lr=1e-4, precondition_frequency=frequency),
@@ -97,7 +97,7 @@ def optimizers(frequency: int) -> dict[str, Callable[[list[Tensor]], torch.optim
 
 
 def floor_flop(shapes: list[Shape], frequency: int) -> float:
-    """Returns the operations of a step that SOAP cannot do without, averaged over refreshes."""
+    """Returns the operations that a step of SOAP needs at least, averaged over refreshes."""
     pairs = [shape for shape in shapes if len(shape) == 2]
     return sum(2.5 * 2 * m * n * (m + n) + 6.67 * (m**3 + n**3) / frequency for m, n in pairs)
 
@@ -109,7 +109,7 @@ def product_rate(device: torch.device) -> float:
 
 
 def seconds(call: Callable[[], Any], device: torch.device) -> float:
-    """Returns the wall time of one call, the device's queue included."""
+    """Returns the wall time of one call, including the device's queue."""
     synchronize(device)
     start = time.perf_counter()
     call()
@@ -118,13 +118,13 @@ def seconds(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Waits for the device to finish what was queued."""
+    """Waits until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Returns the bytes of all tensors that an optimizer keeps, nested ones too."""
+    """Returns the bytes of all tensors in an optimizer's state, including nested ones."""
 
     def tensors(value: Any) -> Iterator[Tensor]:
         if isinstance(value, Tensor):
@@ -176,7 +176,7 @@ def measure(
     numel = sum(p.numel() for p in next(iter(runs.values()))[0])
     result = {}
     for name, all_rounds in records.items():
-        measured = sorted(all_rounds[1:], key=sum)  # the first round makes the state and warms up
+        measured = sorted(all_rounds[1:], key=sum)  # the first round allocates the state and warms up
         median = measured[len(measured) // 2]
         result[name] = {
             "step_s": statistics.mean(median),
@@ -211,14 +211,14 @@ def scaling(widths: list[int], layers: list[int], *, frequency: int, device: tor
 
 
 def exponent(sizes: list[int], values: list[float]) -> float:
-    """Fits values to a power of the sizes."""
+    """Returns the exponent of the power of the sizes that fits the values best."""
     logs = torch.tensor([sizes, values], dtype=torch.float64).log()
     x, y = logs - logs.mean(1, keepdim=True)
     return float((x * y).sum() / (x * x).sum())
 
 
 def print_scaling(result: dict[str, Any], console: Console) -> None:
-    """Prints a table for each thing that grows."""
+    """Prints a table for each quantity that grows."""
     for name, found in result.items():
         table = Table(title=f"SOAP against {name}")
         for heading in (name, "ms/step", "floor ms", "× floor", "state MiB"):
@@ -233,18 +233,18 @@ def print_scaling(result: dict[str, Any], console: Console) -> None:
 
 
 def main() -> None:
-    """Prints one table per set of shapes and writes all figures as JSON if asked to."""
+    """Prints one table per set of shapes, and writes all figures as JSON if requested."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", choices=[*SHAPES, "all"], default="all")
     parser.add_argument("--scaling", action="store_true", help="measure growth with width and layers instead")
     parser.add_argument("--widths", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096])
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 4, 8, 16, 32, 48])
     parser.add_argument("--frequency", type=int, default=10, help="steps between two refreshes")
-    parser.add_argument("--steps", type=int, default=10, help="steps a round; a multiple of the frequency")
+    parser.add_argument("--steps", type=int, default=10, help="steps per round; a multiple of the frequency")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--only", nargs="+", default=[""], help="beginnings of names, beside AdamW's")
-    parser.add_argument("--json", type=Path, help="also write the figures there")
+    parser.add_argument("--only", nargs="+", default=[""], help="beginnings of names; AdamW is always included")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args()
     device = torch.device(args.device)
     console = Console()
@@ -260,7 +260,7 @@ def main() -> None:
         shapes = SHAPES[name]
         floor = floor_flop(shapes, args.frequency) / product_rate(device)
         chosen = optimizers(args.frequency, device)
-        if name == "lora":  # a factor on the longer side too would take gigabytes
+        if name == "lora":  # a factor on the longer side would take gigabytes
             chosen = {key: make for key, make in chosen.items() if "one side" in key or key.split()[-1] in LIGHT}
         only = ("AdamW", *args.only)
         chosen = {key: make for key, make in chosen.items() if key.startswith(only)}

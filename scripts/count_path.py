@@ -19,11 +19,10 @@ from typing import Any
 import torch
 from torch.nn import Parameter
 
+from hf_soap import SOAP
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "hf_soap"
-sys.path.insert(0, str(ROOT))
-
-from hf_soap import SOAP
 
 READING = (
     "rules/soap.py",
@@ -108,14 +107,15 @@ def main() -> None:
     lines = sum(len((PACKAGE / file).read_text(encoding="utf-8").splitlines()) for file in READING)
     print(f"what SOAP computes is in {lines} lines of {len(READING)} files: {', '.join(READING)}")
     print(f"{import_levels()} import levels")
-    print(f"Muon touches {', '.join(mentioning('Muon|MuonConfig', 'muon.py')) or touched_by_muon()} beside its own files")
+    print(f"Muon touches {', '.join(imports_muon())} beside its own files")
     print(f"the third-party rule touches {', '.join(mentioning('SPlus', '')) or 'no file'} of the package")
 
 
-def touched_by_muon() -> str:
-    """Returns the files of the package that name Muon or its config, but for its own."""
-    found = {*mentioning("Muon", "muon.py"), *mentioning("MuonConfig", "muon.py")}
-    return ", ".join(sorted(found))
+def imports_muon() -> list[str]:
+    """Returns the files of the package that name its class or config in code, but for its own."""
+    command = ["git", "grep", "-lwE", "import Muon|MuonConfig", "--", "hf_soap"]
+    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [path for path in said.split() if Path(path).name != "muon.py"]
 
 
 if __name__ == "__main__":

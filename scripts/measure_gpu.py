@@ -222,7 +222,7 @@ def align(one: Tensor, other: Tensor) -> Tensor:
 
 @contextmanager
 def outcome(found: dict[str, Any], name: str) -> Iterator[None]:
-    """Takes down an error in place of a figure."""
+    """Records an error in place of a figure."""
     try:
         yield
     except Exception as error:

@@ -1,13 +1,13 @@
-"""Runs a recipe with several optimizers and learning rates, and writes what came out into the recipe and its card.
+"""Runs a recipe with several optimizers and learning rates, and writes the results into the recipe and its card.
 
     python scripts/measure_recipe.py scripts/run_clm.py model_cards/small-lm-pretraining.yaml \
         --lr adamw_torch_fused=1e-3,2e-3,4e-3 --lr soap=5e-3,1e-2,2e-2
 
-A run is what `hf-soap run SCRIPT --recipe RECIPE --optim NAME --learning_rate LR --seed SEED` does.
-Its output folder is outputs/measured/RECIPE/NAME-LR-SEED; one that is there already is read and not repeated. Of each
-optimizer the learning rate with the lowest held-out loss at the first seed is run with the other seeds too. The
-results go into the recipe's provenance, the table of them and the metadata into the card of the same name, the curves
-into a picture.
+A run does what `hf-soap run SCRIPT --recipe RECIPE --optim NAME --learning_rate LR --seed SEED` does.
+Its output folder is outputs/measured/RECIPE/NAME-LR-SEED; if that exists, it is read and the run is not repeated. For
+each optimizer, the learning rate with the lowest held-out loss at the first seed is run with the other seeds too. The
+results are written into the recipe's provenance, their table and the metadata into the card of the same name, and the
+curves into a picture.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _RESULTS = re.compile(r"(?<=<!-- results -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 @dataclass(frozen=True)
 class Run:
-    """One run: what it was given beside the recipe, and the folder that it left."""
+    """One run: its settings in addition to the recipe, and its output folder."""
 
     optim: str
     learning_rate: float
@@ -41,23 +41,23 @@ class Run:
     folder: Path
 
     def measured(self) -> dict[str, float]:
-        """Returns the metrics at the end."""
+        """Returns the final metrics."""
         found: dict[str, float] = json.loads((self.folder / "all_results.json").read_text())
         return found
 
     def curve(self) -> list[tuple[int, float]]:
-        """Returns steps and held-out losses along the way."""
+        """Returns the steps of the evaluations and their held-out losses."""
         history = json.loads((self.folder / "trainer_state.json").read_text())["log_history"]
         return [(entry["step"], entry["eval_loss"]) for entry in history if "eval_loss" in entry]
 
 
 def final_loss(run: Run) -> float:
-    """Returns the held-out loss at the end."""
+    """Returns the final held-out loss."""
     return run.measured()["eval_loss"]
 
 
 def run_once(script: Path, recipe: Path, optim: str, learning_rate: float, seed: int) -> Run:
-    """Does one run in this process, unless its folder is there."""
+    """Makes one run in this process, unless its results exist."""
     folder = OUTPUTS / recipe.stem / f"{optim}-{learning_rate:g}-{seed}"
     if not (folder / "all_results.json").exists():
         options = {"optim": optim, "learning_rate": learning_rate, "seed": seed, "output_dir": folder}
@@ -69,14 +69,14 @@ def run_once(script: Path, recipe: Path, optim: str, learning_rate: float, seed:
 
 
 def row(runs: list[Run], tried: list[Run]) -> dict[str, Any]:
-    """Boils the runs of one optimizer down to plain values.
+    """Summarizes the runs of one optimizer.
 
     Args:
-        runs: Those at the best learning rate, one per seed.
-        tried: All those at the first seed.
+        runs: The runs at the best learning rate, one per seed.
+        tried: All runs at the first seed.
 
     Returns:
-        What the recipe keeps of them. Seconds are those of the first seed.
+        Plain values for the recipe. Seconds are those of the first seed.
     """
     measured = [run.measured() for run in runs]
     first = measured[0]
@@ -116,7 +116,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def environment(ran: dict[str, Any]) -> str:
-    """Returns where and when the results were measured, as a line."""
+    """Returns a line that says where and when the results were measured."""
     hardware = ran["hardware"]
     threads = f", {hardware['threads']} of {hardware['cores']} cores" if "threads" in hardware else ""
     packages = ", ".join(f"{name} {version}" for name, version in ran["packages"].items())
@@ -124,10 +124,10 @@ def environment(ran: dict[str, Any]) -> str:
 
 
 def filled(card: str, recipe: recipes.Recipe) -> str:
-    """Puts the results of a recipe's provenance into a card: the table, and the metadata of the recipe's own run.
+    """Writes the results in a recipe's provenance into a card: the table, and the metadata of the recipe's own run.
 
     Args:
-        card: Markdown with a header and the marks around the table.
+        card: Markdown with metadata and with the marks around the table.
         recipe: The recipe.
 
     Returns:
@@ -151,7 +151,7 @@ def filled(card: str, recipe: recipes.Recipe) -> str:
 
 
 def draw(path: Path, best: list[Run]) -> None:
-    """Draws held-out loss over steps, one line an optimizer."""
+    """Draws held-out loss over steps, with a line for each optimizer."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.5), layout="constrained")
@@ -168,10 +168,10 @@ def draw(path: Path, best: list[Run]) -> None:
 def main(
     script: Annotated[Path, typer.Argument(exists=True)],
     recipe: Annotated[Path, typer.Argument(exists=True)],
-    lr: Annotated[list[str], typer.Option(help="NAME=LR,LR,...: an optimizer and the rates to try.")],
-    seeds: Annotated[str, typer.Option(help="The first is for the choice of the rate.")] = "0,1",
+    lr: Annotated[list[str], typer.Option(help="NAME=LR,LR,...: an optimizer and the learning rates to try.")],
+    seeds: Annotated[str, typer.Option(help="The first seed chooses the learning rate.")] = "0,1",
 ) -> None:
-    """Run all, then write recipe, picture and card."""
+    """Make all runs, then write recipe, picture and card."""
     first, *others = map(int, seeds.split(","))
     tried: defaultdict[str, list[Run]] = defaultdict(list)
     for name, _, rates in (each.partition("=") for each in lr):

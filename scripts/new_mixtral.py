@@ -15,7 +15,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--width", type=int, default=64, help="size of the hidden states")
     parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--experts", type=int, default=4, help="experts a layer, two of which see each token")
+    parser.add_argument("--experts", type=int, default=4, help="experts per layer, two of which process each token")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)

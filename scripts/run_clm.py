@@ -1,6 +1,6 @@
 """Pretrains or fine-tunes a causal language model with the Hugging Face Trainer and any optimizer it knows.
 
-From scratch on local text, with SOAP and a tokenizer trained on the spot:
+From scratch on local text, with SOAP and a tokenizer that is trained on the same text:
 
     python scripts/run_clm.py --train_files 'books/*.txt' --train_tokenizer_vocab 4096 --block_size 256 \
         --model_type gpt2 --config_overrides n_layer=6,n_head=6,n_embd=384 \
@@ -14,7 +14,7 @@ All arguments may come from a .yaml or .json file of argument names, given first
 
     python scripts/run_clm.py recipe.yaml --seed 2
 
-A run whose output folder holds a checkpoint continues from it. It leaves a model card and a recipe there.
+If the output folder has a checkpoint, the run continues from it. It writes a model card and a recipe there.
 """
 
 import logging
@@ -31,15 +31,17 @@ logger = logging.getLogger("run_clm")
 
 @dataclass
 class ScriptArguments(TextArguments):
-    """Which model, which text, and whether to train adapters; everything about training is in TrainingArguments."""
+    """Arguments for the model, the text and adapters; those for training are in TrainingArguments."""
 
     lora_r: int = option(0, "Rank of LoRA; 0 trains all weights.")
     lora_alpha: int = option(16, "LoRA scales its update by lora_alpha / lora_r.")
-    lora_target_modules: list[str] | None = option(None, "Modules that LoRA adapts, or all-linear; model's default.")
+    lora_target_modules: list[str] | None = option(
+        None, "Modules that LoRA adapts, or all-linear; by default peft's choice."
+    )
 
 
 def build_model(script: ScriptArguments, tokenizer: Any) -> Any:
-    """The model to train: loaded or new, with adapters where LoRA is asked for."""
+    """Returns the model to train: loaded or new, with adapters if LoRA is requested."""
     config = None if script.model_name_or_path else new_config(script)
     model = load_model(script, AutoModelForCausalLM, config, tokenizer)
     if script.lora_r > 0:
@@ -54,13 +56,13 @@ def build_model(script: ScriptArguments, tokenizer: Any) -> Any:
 
 
 def collate(blocks: list[dict[str, Any]]) -> dict[str, Any]:
-    """A batch whose labels are its tokens; the model shifts them."""
+    """Returns a batch whose labels are its tokens; the model shifts them."""
     batch: dict[str, Any] = default_data_collator(blocks)
     return batch | {"labels": batch["input_ids"].clone()}
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
-    """Trains, evaluates, saves, writes the model card; returns the metrics of both."""
+    """Trains, evaluates, saves and writes the model card; returns the metrics of training and evaluation."""
     script, args = parse(ScriptArguments, argv)
     checkpoint = start(args)
     text = load_text(script)

@@ -1,4 +1,4 @@
-"""Trains a classifier of pictures with the Hugging Face Trainer and any optimizer it knows.
+"""Trains an image classifier with the Hugging Face Trainer and any optimizer it knows.
 
 From scratch on the handwritten digits that scikit-learn ships:
 
@@ -6,8 +6,8 @@ From scratch on the handwritten digits that scikit-learn ships:
         --config_overrides image_size=8,patch_size=2,num_channels=1,hidden_size=64,num_attention_heads=4 \
         --optim soap --learning_rate 3e-3 --output_dir outputs/digits
 
-``--dataset_name`` may as well be a folder with one folder of pictures per class, or a dataset of the Hub. Arguments
-from a file, continued runs and what is left in the output folder are as with run_clm.py.
+``--dataset_name`` may also be a folder with one folder of pictures per class, or a dataset on the Hub. For arguments
+from a file, continued runs and the content of the output folder, see run_clm.py.
 """
 
 import logging
@@ -27,18 +27,18 @@ logger = logging.getLogger("run_image_classification")
 
 @dataclass
 class ScriptArguments(ModelArguments):
-    """Which model and which pictures; everything about training is in TrainingArguments."""
+    """Arguments for the model and the pictures; those for training are in TrainingArguments."""
 
     dataset_name: str = option("digits", "digits, a folder of folders of pictures, or a name for load_dataset.")
-    dataset_config: str | None = option(None, "Its configuration.")
-    image_column: str = option("image", "Its column of pictures.")
-    label_column: str = option("label", "Its column of labels, a ClassLabel.")
-    eval_split: str | None = option(None, "Its split to evaluate on.")
-    eval_share: float = option(0.2, "Share of the pictures held out, at random, where no split is named.")
+    dataset_config: str | None = option(None, "Configuration of the dataset.")
+    image_column: str = option("image", "Column of the dataset with the pictures.")
+    label_column: str = option("label", "Column of the dataset with the labels, a ClassLabel.")
+    eval_split: str | None = option(None, "Split of the dataset to evaluate on.")
+    eval_share: float = option(0.2, "Share of the pictures to hold out, at random, if no split is given.")
 
 
 def load_digits() -> Dataset:
-    """The 1797 handwritten digits of scikit-learn, 8 × 8 pixels in 17 shades."""
+    """Returns the 1797 handwritten digits of scikit-learn, 8 × 8 pixels in 17 shades of gray."""
     from sklearn import datasets
 
     digits = datasets.load_digits()
@@ -47,7 +47,7 @@ def load_digits() -> Dataset:
 
 
 def load_pictures(script: ScriptArguments) -> tuple[Dataset, Dataset]:
-    """Datasets of pictures to train and to evaluate on; what is held out depends on no seed."""
+    """Returns datasets of pictures to train and to evaluate on; the split does not depend on the seed."""
     if script.dataset_name == "digits":
         train = load_digits()
     else:
@@ -59,7 +59,7 @@ def load_pictures(script: ScriptArguments) -> tuple[Dataset, Dataset]:
 
 
 def to_pixels(pictures: Dataset, script: ScriptArguments, config: Any) -> Dataset:
-    """Makes float32 pixels in [-1, 1] of pictures, in the size and the number of channels that the model takes."""
+    """Converts pictures to float32 pixels in [-1, 1], with the model's size and number of channels."""
     mode = "L" if config.num_channels == 1 else "RGB"
 
     def convert(batch: dict[str, list[Any]]) -> dict[str, Any]:
@@ -72,14 +72,14 @@ def to_pixels(pictures: Dataset, script: ScriptArguments, config: Any) -> Datase
 
 
 def accuracy(predicted: EvalPrediction) -> dict[str, float]:
-    """The share of pictures whose class was found."""
+    """Returns the share of pictures that were classified correctly."""
     return {"accuracy": float((predicted.predictions.argmax(-1) == predicted.label_ids).mean())}
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
-    """Trains, evaluates, saves, writes the model card; returns the metrics of both."""
+    """Trains, evaluates, saves and writes the model card; returns the metrics of training and evaluation."""
     script, args = parse(ScriptArguments, argv)
-    args.remove_unused_columns = False  # pictures become pixels only when a batch is made of them
+    args.remove_unused_columns = False  # pictures are converted to pixels only when they enter a batch
     checkpoint = start(args)
     train, held_out = load_pictures(script)
     classes = train.features[script.label_column].names

@@ -4,8 +4,8 @@
         --model_type bert --config_overrides hidden_size=256,num_hidden_layers=4,num_attention_heads=4 \
         --optim soap --learning_rate 3e-3 --output_dir outputs/encoder
 
-Arguments from a file, continued runs and what is left in the output folder are as with run_clm.py. What is masked of
-the text to evaluate on is drawn once, so that its losses can be compared between steps, runs and optimizers.
+For arguments from a file, continued runs and the content of the output folder, see run_clm.py. The masks of the text
+for evaluation are drawn once, so that losses can be compared between steps, runs and optimizers.
 """
 
 import logging
@@ -25,13 +25,13 @@ SPECIAL = {"mask_token": "[MASK]", "pad_token": "[PAD]"}
 
 @dataclass
 class ScriptArguments(TextArguments):
-    """Which model, which text, and what of it is masked; everything about training is in TrainingArguments."""
+    """Arguments for the model, the text and its masks; those for training are in TrainingArguments."""
 
-    mlm_probability: float = option(0.15, "Share of the tokens that are to be predicted.")
+    mlm_probability: float = option(0.15, "Share of the tokens to predict.")
 
 
 class Masking:
-    """Masks blocks that have no labels yet, anew each time."""
+    """Masks blocks that have no labels yet, with new draws each time."""
 
     def __init__(self, tokenizer: Any, share: float) -> None:
         self.mask = DataCollatorForLanguageModeling(tokenizer, mlm_probability=share)
@@ -41,7 +41,7 @@ class Masking:
         return batch
 
     def once(self, held_out: Any) -> Any:
-        """Masks a dataset for good, with the same draws in every run."""
+        """Masks a dataset once, with the same draws in every run."""
 
         def mask(batch: dict[str, list[list[int]]]) -> dict[str, list[list[int]]]:
             with torch.random.fork_rng(devices=[]):
@@ -53,7 +53,7 @@ class Masking:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
-    """Trains, evaluates, saves, writes the model card; returns the metrics of both."""
+    """Trains, evaluates, saves and writes the model card; returns the metrics of training and evaluation."""
     script, args = parse(ScriptArguments, argv)
     checkpoint = start(args)
     text = load_text(script)

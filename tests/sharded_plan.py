@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from hf_soap import SoapConfig
-from hf_soap.cli.blueprint import model_without_weights, trainer_groups
+from hf_soap.cli.meta_model import model_without_weights, trainer_groups
 from hf_soap.planning import plan
 from hf_soap.trainer import preflight
 
@@ -23,8 +23,8 @@ def plans_are_what_ranks_keep(names: list[str] | None = None) -> None:
     count, rank = dist.get_world_size(), dist.get_rank()
     for name in names or MODELS:
         folder = save_config(name, Path(os.environ["SHARED_FOLDER"]) / f"{name}-{rank}")
-        blueprint = model_without_weights(folder).model
-        run = plan.Run(blueprint, trainer_groups(blueprint), ranks=count, sharded=True)
+        empty = model_without_weights(folder).model
+        run = plan.Run(empty, trainer_groups(empty), ranks=count, sharded=True)
         for mode in ("local", "owner"):
             config = SoapConfig(shard_mode=mode)
             sharded: Any = model(name)

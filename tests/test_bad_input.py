@@ -217,7 +217,7 @@ def test_parameters_of_other_shapes_in_their_place_are_refused() -> None:
     flat = Parameter(torch.ones(20))
     flat.grad = torch.ones(20)
     optimizer.param_groups[0]["params"] = [flat]
-    with pytest.raises(ValueError, match=r"shape \(20,\) in the place of one of shape \(4, 4\).*use FSDP2"):
+    with pytest.raises(ValueError, match=r"shape \(20,\) in place of one of shape \(4, 4\).*use FSDP2"):
         optimizer.step()
 
 

@@ -136,7 +136,7 @@ def test_the_newest_whole_checkpoint_is_resumed(
     want = torch.load(whole / "checkpoint-4" / "optimizer.pt", weights_only=True)
     with flipped(copied / "checkpoint-4" / "optimizer.pt", 0.5, 3), caplog.at_level(logging.INFO, "hf_soap"):
         resumed = run(copied, cls, resume=True, log_level="info")
-    assert "checkpoint-4 is incomplete and is passed over: optimizer.pt is not what was written" in caplog.text
+    assert "checkpoint-4 is incomplete and is skipped: optimizer.pt is damaged or changed" in caplog.text
     assert f"Resuming from {copied / 'checkpoint-2'}, the newest complete checkpoint" in caplog.text
     assert_same(resumed.optimizer.optimizer.state_dict(), want)
 
@@ -157,7 +157,7 @@ def test_a_named_checkpoint_that_was_never_finished_is_refused(copied: Path) -> 
         run(copied, resume=str(folder))
     (folder / "trainer_state.json").write_text("{}")
     (folder / "checkpoint-is-incomplete.txt").touch()
-    with pytest.raises(ValueError, match=r"ended while it was saved; resume from .*checkpoint-2, or"):
+    with pytest.raises(ValueError, match=r"ended while it was being saved; resume from .*checkpoint-2, or"):
         run(copied, resume=str(folder))
 
 
@@ -275,7 +275,7 @@ def test_shards_of_several_ranks(tmp_path: Path) -> None:
             assert find_problem(last).startswith(f"{name.partition('/')[0]}")
     with flipped(last / "optimizer_0" / "__1_0.distcp", 0.5, 6):
         assert_same(sharded.to_the_end(), want)
-    assert "checkpoint-6 is incomplete and is passed over: optimizer_0/__1_0.distcp is not what" in sharded.log()
+    assert "checkpoint-6 is incomplete and is skipped: optimizer_0/__1_0.distcp is damaged or changed" in sharded.log()
 
 
 @pytest.mark.parametrize("name", ENTRIES)

@@ -136,7 +136,7 @@ def test_compare_goes_on_without_matplotlib(text, tmp_path, monkeypatch):
         (["soap", "--model", "absent", "--lr", "1"], "got the model 'absent'"),
         (["soap", "--model", "gpt2"], "--lr soap=1e-3"),
         (["soap", "--steps", "0"], "must be >= 1, got 0"),
-        (["soap", "--steps", "5", "--steps", "6"], "give it once"),
+        (["soap", "--steps", "5", "--steps", "6"], "remove one of them"),
         (["soap:precondition_frequenzy=5"], "precondition_frequency"),
         (["soap", "--data", "absent"], "got absent; check the path"),
         (["soap", "--schedule", "absent"], "is not a valid SchedulerType"),
@@ -291,7 +291,7 @@ def test_a_later_call_makes_only_the_runs_that_are_missing(text: Path, tmp_path:
         file.write(damage)  # what a process leaves that is killed while it writes
     result = run_compare("adamw", "soap", "--lr-sweep", 2, "--seeds", "0,3", *shared)
     assert result.exit_code == 0, result.output
-    assert "holds runs of this code on this text: 1." in " ".join(result.output.split())
+    assert "has runs of this code on this text: 1." in " ".join(result.output.split())
     assert log.read_text().startswith(first)
     runs = [json.loads(line) for line in log.read_text().splitlines() if line.endswith("}")]
     assert len(runs) == 1 + 2 * 3 - 1, "of AdamW one rate was there, and each has two rates and a second seed"

@@ -44,7 +44,7 @@ def test_a_run_that_is_killed_ends_like_one_that_is_not(name: str, tmp_path: Pat
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_that_is_killed_twenty_times_ends_like_one_that_is_not(name: str, tmp_path: Path) -> None:
     run = dies_and_goes_on(name, tmp_path, kills=20, steps=LONG[name])
-    assert "is incomplete and is passed over" in run.log()  # some of the kills came while it saved
+    assert "is incomplete and is skipped" in run.log()  # some of the kills came while it saved
 
 
 needs_saving_on_sigterm = pytest.mark.skipif(
@@ -60,7 +60,7 @@ def is_terminated_and_goes_on(name: str, folder: Path, *, times: int, steps: int
     reached = [run.terminated(rng) for _ in range(times)]
     assert reached[0] > 0, reached
     assert all(before < after < steps for before, after in pairwise(reached)), reached
-    assert "passed over" not in run.log()
+    assert "is skipped" not in run.log()
     assert_same(run.to_the_end(), undisturbed)
 
 

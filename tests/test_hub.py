@@ -178,7 +178,7 @@ def test_adapters_made_in_python_are_options_of_our_script(targets: Any, tmp_pat
     card, recipe = card_of(trainer)
     recipes.check(recipe, source="the recipe")
     assert (recipe["lora_r"], recipe["lora_alpha"]) == (4, 12)
-    assert "bit for bit" not in card.text.partition("The recipe does not hold")[0].partition("## Recipe")[2]
+    assert "bit for bit" not in card.text.partition("The recipe does not contain")[0].partition("## Recipe")[2]
     assert "- the model, a GPT2LMHeadModel, with its weights before training\n" in card.text
 
     tiny.gpt2().save_pretrained(tmp_path / "model")
@@ -284,12 +284,12 @@ def test_a_card_names_what_was_given_in_python(tmp_path: Path) -> None:
         "the model, a GPT2LMHeadModel, with its weights before training",
         "the training data",
         "the data collator, collate",
-        "the optimizer, which was made by the program, of the class SOAP: optim and optim_args did not count",
+        "the optimizer, a SOAP that the program created: optim and optim_args had no effect",
         "compute_loss_func, third_of_loss",
         "the callback Nothing",
-        "the class HalfLoss, which has its own compute_loss",
+        "the class HalfLoss, which defines compute_loss",
     ]
-    assert "`SOAP`, made by the program and not by `optim`" in card.text
+    assert "`SOAP`, created by the program and not by `optim`" in card.text
     assert "- optimizer: SOAP, see below" in card.text
     assert "It does not repeat this run by itself" in card.text
 
@@ -306,7 +306,7 @@ def test_a_card_names_no_more_than_was_given(tmp_path: Path) -> None:
         "the training data",
         "the evaluation data",
     ]
-    assert "made by the program" not in card.text
+    assert "created by the program" not in card.text
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -493,7 +493,7 @@ def test_push_pull_and_diff(hub: Hub, tmp_path: Path) -> None:
     said = [output for _, output in results]
     assert said[0].strip().endswith(f"/user/model/commit/{first}")
     assert hub.files("user/new")["recipe.yaml"] == text.encode(), "comments and all"
-    assert "hub_token: refused, since it is a secret" in said[2]
+    assert "hub_token: refused, because it is a secret" in said[2]
     assert "did you mean learning_rate?" in said[3]
     assert "user/bad" not in hub.repositories
     assert (tmp_path / "got" / "recipe.yaml").read_text() == text
@@ -577,7 +577,7 @@ def test_the_trainer_of_transformers_leaves_a_recipe(hub: Hub, plain: Path) -> N
     assert card.text.count("## Recipe") == card.text.count("## Optimizer") == 1
     assert (recipe["rows"], recipe["optim"], recipe["learning_rate"]) == (32, "soap", 1e-2)
     assert "not_in_recipe" not in recipe["provenance"]
-    assert "hf-soap run plain.py --recipe recipe.yaml\n```\n\nrepeats this run, bit for bit" in card.text
+    assert "hf-soap run plain.py --recipe recipe.yaml\n```\n\nThis command repeats the run, bit for bit" in card.text
     assert "if plain.py takes these options" not in card.text
 
 
@@ -611,12 +611,12 @@ def test_no_card_is_worth_a_run(hub: Hub, plain: Path) -> None:
     """Neither one that cannot be written, nor one that somebody else has written."""
     (plain / "first" / "recipe.yaml").mkdir(parents=True)
     said = run_plain(hub, plain, *QUICK.split(), "--output_dir", "first", "--card")
-    assert said.count("could not be written, and training goes on without: IsADirectoryError") == 2
+    assert said.count("could not be written; training continues without it: IsADirectoryError") == 2
     (plain / "second").mkdir()
     (plain / "second" / "README.md").write_text("# Mine\n")
     said = run_plain(hub, plain, *QUICK.split(), "--output_dir", "second")
     assert (plain / "second" / "README.md").read_text() == "# Mine\n"
-    assert "was not written by a Trainer and stays as it is" in said
+    assert "was not written by a Trainer and is not changed" in said
     assert recipes.read((plain / "second" / "recipe.yaml").read_bytes(), source="it")["optim"] == "soap"
 
 
@@ -641,10 +641,10 @@ def test_one_rank_writes(hub: Hub, plain: Path) -> None:
     said = run_plain(hub, plain, *QUICK.split(), "--output_dir", "out", launcher=launcher)
     assert said.count("was not written by a Trainer") == 1
     recipe = recipes.read((plain / "out" / "recipe.yaml").read_bytes(), source="it")
-    assert recipe["provenance"]["not_in_recipe"] == ["that 2 processes trained together"]
+    assert recipe["provenance"]["not_in_recipe"] == ["the number of processes, 2"]
     run_plain(hub, plain, *QUICK.split(), "--output_dir", "two", launcher=launcher)
     card, _ = card_in(plain / "two")
-    assert "\n- that 2 processes trained together\n" in card.text
+    assert "\n- the number of processes, 2\n" in card.text
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")

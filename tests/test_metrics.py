@@ -414,8 +414,8 @@ def test_the_callback_serves_an_optimizer_made_by_hand(tmp_path: Path) -> None:
 def test_the_callback_says_when_it_has_nothing_to_measure(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     trainer = run(tmp_path, optim="adamw_torch", optim_args=None, callbacks=[SoapMetricsCallback(every=2)])
     assert entries(trainer) == []
-    assert caplog.text.count("SoapMetricsCallback got AdamW, wanted an optimizer of hf_soap") == 1
-    with pytest.raises(ValueError, match=r"every must be >= 1, got 0; leave the callback out to log nothing"):
+    assert caplog.text.count("SoapMetricsCallback got AdamW, wanted a Trainer with an optimizer of hf_soap") == 1
+    with pytest.raises(ValueError, match=r"every must be >= 1, got 0; omit the callback to log nothing"):
         SoapMetricsCallback(every=0)
 
 

@@ -218,7 +218,7 @@ def test_a_pruned_parameter_keeps_the_overrides_of_its_place() -> None:
     copied = copy.deepcopy(optimizer)
     copied.param_groups[0]["params"] = []
     copied.param_groups[0]["params"] = [ones(2, 2), ones(2, 2)]
-    with pytest.raises(ValueError, match="overrides of param group 0 hold 1 mappings, wanted one for each of its 2"):
+    with pytest.raises(ValueError, match="overrides of param group 0 has 1 mappings, wanted one for each of its 2"):
         copied.step()
 
 

@@ -50,7 +50,7 @@ def clear() -> None:
         for undo in reversed(undone):
             undo()
     patches._undo.clear()
-    patches._left_out.clear()
+    patches._skipped.clear()
     patches._reported.clear()
 
 
@@ -112,7 +112,7 @@ def assert_trains(folder: Path, *, by_name: bool, saves: bool = False) -> None:
 
 @pytest.mark.parametrize("change", [remove, call_otherwise])
 @pytest.mark.parametrize(("patch", "target"), TARGETS)
-def test_what_does_not_fit_is_left_out_and_a_run_trains(
+def test_what_does_not_fit_is_skipped_and_a_run_trains(
     untouched: pytest.LogCaptureFixture,
     change: Callable[[Target], Callable[[], None]],
     patch: Patch,
@@ -130,7 +130,7 @@ def test_what_does_not_fit_is_left_out_and_a_run_trains(
     for each in PATCHES:
         paths = [one.path for one in each.targets]
         lacks = target.path in paths or any(path.startswith(f"{target.path}.") for path in paths)
-        assert (f"{each.what}, since " in warning) == (each.without in warning) == lacks
+        assert (f"{each.what}, because " in warning) == (each.without in warning) == lacks
     for one in patch.targets:
         assert inspect.getattr_static(one.owner(), one.name) is unextended[one.path]
     assert_trains(tmp_path, by_name=patch is not NAMES, saves="checksums" in patch.what)
@@ -141,7 +141,7 @@ def test_what_does_not_fit_is_left_out_and_a_run_trains(
     assert len(warnings(untouched)) == 1
 
 
-def test_one_warning_names_all_that_is_left_out(untouched: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+def test_one_warning_names_all_that_is_skipped(untouched: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     concerned = [patch for patch in PATCHES if exists(patch) and not patch.by_command]
     repairs = [remove(patch.targets[-1]) for patch in concerned]
     try:
@@ -158,7 +158,7 @@ def test_one_warning_names_all_that_is_left_out(untouched: pytest.LogCaptureFixt
 def test_all_fits_this_version(untouched: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     extend()
     assert not warnings(untouched)
-    assert not patches._left_out
+    assert not patches._skipped
     assert_trains(tmp_path, by_name=True, saves=True)
 
 
@@ -197,7 +197,7 @@ def test_an_error_while_replacing_leaves_that_out_alone(
     monkeypatch.setattr(Names, "replace_in", failing)
     extend()
     (warning,) = warnings(untouched)
-    assert "names of optimizers, since RuntimeError: enumerations are final now" in warning
+    assert "names of optimizers, because RuntimeError: enumerations are final now" in warning
     assert_trains(tmp_path, by_name=False)
 
 
@@ -289,6 +289,6 @@ def test_an_import_of_the_arguments_alone_gets_one_warning_of_all() -> None:
     done = subprocess.run(command, capture_output=True, check=False, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["soap"]
-    assert done.stderr.count("is not as this version of hf_soap knows it") == 1
+    assert done.stderr.count("differs from the versions that this hf_soap supports") == 1
     assert "TrainingArguments.set_optimizer" in done.stderr
     assert "Trainer._save_rng_state" in done.stderr

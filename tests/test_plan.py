@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 
 from hf_soap import MARS, SOAP, Shampoo, SoapConfig, SoapTrainer
 from hf_soap.__main__ import app
-from hf_soap.cli.blueprint import model_without_weights, trainer_groups
+from hf_soap.cli.meta_model import model_without_weights, trainer_groups
 from hf_soap.engine.optimizer import BlockOptimizer
 from hf_soap.planning import plan as planning
 from hf_soap.trainer import preflight
@@ -140,7 +140,7 @@ def test_a_config_without_a_class_gets_the_whole_model(kind: str, expected: str,
     report = plan(tmp_path)
     assert report["model"] == expected
     assert report["chosen"].startswith("by AutoModel")
-    assert report["chosen"].endswith("since the config names no class; --model-class takes another")
+    assert report["chosen"].endswith("because the config names no class; use --model-class for another")
     assert sum(row["tensors"] for row in report["tensors"]) > 10
 
 
@@ -208,7 +208,7 @@ def test_all_of_it_is_printed(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
     done = CliRunner().invoke(app, ["plan", str(tmp_path)], env={"COLUMNS": "160"})
     assert done.exit_code == 0, done.output
-    assert "ViTForImageClassification was chosen by AutoModelForImageClassification, since" in done.output
+    assert "ViTForImageClassification was chosen by AutoModelForImageClassification, because" in done.output
     for text in ("AdamW (adamw_torch_fused)", "32,768", "131,072", "524,288"):
         assert text in done.output
     done = CliRunner().invoke(app, ["plan", str(tmp_path), "--optim", "adamw_torch"], env={"COLUMNS": "160"})
@@ -275,8 +275,8 @@ def test_a_suggestion_fits(tmp_path: Path) -> None:
 
 
 def test_the_fewest_changes_come_first_and_of_them_the_quickest(tmp_path: Path) -> None:
-    blueprint = model_without_weights(save_config("llama", tmp_path)).model
-    run = planning.Run(blueprint, trainer_groups(blueprint))
+    empty = model_without_weights(save_config("llama", tmp_path)).model
+    run = planning.Run(empty, trainer_groups(empty))
     whole, half, least = (run.cost(SoapConfig(**options)).state for options in ({}, HALF, LEAST))
 
     def texts(limit: float) -> list[str]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_soap.optimizers.names import ENTRIES
+from hf_soap.optimizers.names import OURS
 
 ROOT = Path(__file__).parent.parent
 
@@ -15,4 +15,4 @@ def test_every_name_and_its_learning_rate_is_listed(page: str) -> None:
     names = (ROOT / page).read_text(encoding="utf-8").partition("\n## Names\n")[2].partition("\n## ")[0]
     rows = re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|.*\| ([\de.-]+) \|$", names, flags=re.MULTILINE)
     listed = {name: float(lr) for names, lr in rows for name in re.findall(r"`(\w+)`", names)}
-    assert listed == {name: entry.config.lr for name, entry in ENTRIES.items()}
+    assert listed == {config.name: config.lr for configs in OURS.values() for config in configs}

@@ -165,7 +165,7 @@ def test_pull_keeps_what_is_there(tmp_path: Path) -> None:
     (folder / "recipe.yaml").write_text("seed: 1")
     status, output = invoke("pull", str(card), str(folder))
     assert status == 2
-    assert "with another recipe.yaml in it" in output
+    assert "which has a different recipe.yaml" in output
     assert (folder / "recipe.yaml").read_text() == "seed: 1"
     assert invoke("pull", str(card), str(folder), "--overwrite")[0] == 0
     assert read((folder / "recipe.yaml").read_text()) == read(VALID)

@@ -127,7 +127,7 @@ def test_yaml_that_is_refused(text: str | bytes, message: str) -> None:
             (f"{key}: x", "a secret")
             for key in ("token", "hub_token", "HF_TOKEN", "use_auth_token", "azure_key", "my_pw")
         ),
-        *((f"{key}: true", "code of somebody else") for key in ("trust_remote_code", "custom_code", "auto_map")),
+        *((f"{key}: true", "third-party code") for key in ("trust_remote_code", "custom_code", "auto_map")),
         *(
             (f"{key}: x", "one machine or account")
             for key in ("push_to_hub", "hub_model_id", "deepspeed", "resume_from_checkpoint", "trackio_space_id")
@@ -159,9 +159,9 @@ def test_yaml_that_is_refused(text: str | bytes, message: str) -> None:
         ("seed: .nan", "wanted a number between"),
         ("seed: 1e999", "wanted a number between"),
         ("provenance: {results: {loss: .nan}}", "wanted a finite number"),
-        ("seed:", "got null, wanted a value; leave the key out"),
+        ("seed:", "got null, wanted a value; omit the key"),
         ("train_files: []", "got an empty list"),
-        ("train_files: [a, --push_to_hub]", "takes for an option"),
+        ("train_files: [a, --push_to_hub]", "would read as an option"),
         ("seed: {a: 1}", "got a nested value"),
         ("train_files: [[a]]", "got a nested value"),
         (r'run_name: "a\nb"', "printable characters"),
@@ -302,7 +302,7 @@ def test_options_of_the_program_join_the_recipe(
         "eval_share": -1.0,
     }
     assert left_out == ["validation_file"]
-    assert "left out of the recipe: validation_file: got '/mine.txt', wanted a path below" in caplog.text
+    assert "omitted from the recipe: validation_file: got '/mine.txt', wanted a path below" in caplog.text
 
 
 def test_options_in_a_file_are_options_of_the_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -318,7 +318,7 @@ def test_options_in_a_file_are_options_of_the_program(tmp_path: Path, monkeypatc
     for arguments in (["data.json", "--seed", "3"], ["--seed", "3", "-x"], ["--seed", "3", "--", "data.json"]):
         given, lacking = recipes.options_of_launch(recipes.Launch("train.py", tuple(arguments)), args)
         assert given["seed"] == 3
-        assert lacking == ["arguments of the program that are no options with a long name"]
+        assert lacking == ["arguments of the program that are not options with a long name"]
 
 
 def test_a_script_of_a_package_is_started_by_its_module(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,8 +33,8 @@ def test_files_of_this_python() -> None:
 @pytest.mark.parametrize(
     ("pattern", "message"),
     [
-        ("stdlib:../../*", "leave out the '..'"),
-        (r"package:torch/..\..\*", "leave out the '..'"),
+        ("stdlib:../../*", "remove the '..'"),
+        (r"package:torch/..\..\*", "remove the '..'"),
         ("package:no_such_package/*", "wanted an installed package"),
         ("package:json.decoder/*", "wanted an installed package"),
         ("package:abc", "wanted an installed package"),

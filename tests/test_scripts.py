@@ -182,7 +182,7 @@ def test_arguments_from_a_file(run_clm: ModuleType, tmp_path: Path) -> None:
         ({"model_type": "gpt-2"}, "unknown model_type 'gpt-2'; use 'gpt2'"),
         ({"train_tokenizer_vocab": None}, "needs a tokenizer, got none; use --train_tokenizer_vocab"),
         ({"block_size": 65}, "block_size must be <= 64, the positions of the model, got 65"),
-        ({"block_size": 10**6}, "fills no block of 1000000 tokens; use more text or a smaller --block_size"),
+        ({"block_size": 10**6}, "does not fill a block of 1000000 tokens; use more text or a smaller --block_size"),
     ],
 )
 def test_errors_name_the_remedy(

@@ -162,7 +162,7 @@ def test_a_damaged_checkpoint_is_noticed(
     assert damage.split()[-1].split(".")[0] in find_problem(tmp_path / "checkpoint-8").replace(" weights", "")
     assert last_complete_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
     (message,) = caplog.messages
-    assert f"{tmp_path / 'checkpoint-8'} is incomplete and is passed over" in message
+    assert f"{tmp_path / 'checkpoint-8'} is incomplete and is skipped" in message
 
 
 def test_a_damaged_index_of_shards_is_noticed(two_checkpoints: Path, tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_soap_trainer_resumes_from_the_last_whole_checkpoint(
     whole = torch.load(two_checkpoints / "checkpoint-8" / "optimizer.pt", weights_only=True)
     damaged(tmp_path / "checkpoint-8", "cut optimizer.pt")
     resumed = run(tmp_path, cls=SoapTrainer, resume=True, save_strategy="steps")
-    assert "checkpoint-8 is incomplete and is passed over: optimizer.pt is cut off" in caplog.text
+    assert "checkpoint-8 is incomplete and is skipped: optimizer.pt is cut off" in caplog.text
     assert_same(plain(resumed).state_dict(), whole)
 
 

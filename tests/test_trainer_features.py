@@ -213,7 +213,7 @@ def test_optim_target_modules_are_answered(tmp_path: Path, caplog: pytest.LogCap
     caplog.set_level(logging.WARNING, "hf_soap")
     ours = recorded(tmp_path, **OURS, optim_target_modules=["c_attn", "features-of-this-test"])
     assert_replayable(*ours, precondition_frequency=2)
-    assert "optim_target_modules=['c_attn', 'features-of-this-test'] is for GaLore and its relatives" in caplog.text
+    assert "optim_target_modules=['c_attn', 'features-of-this-test'] is for GaLore and similar" in caplog.text
 
 
 # ---------------------------------------------------------------------------------------------------------------------

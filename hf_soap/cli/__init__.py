@@ -1,4 +1,4 @@
-"""The commands of ``hf-soap``, one thin file each.
+"""The commands of ``hf-soap``, one thin module for each.
 
-May import every other folder.
+May import all other folders.
 """

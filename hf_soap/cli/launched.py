@@ -1,4 +1,4 @@
-"""What ``hf-soap run`` does in the process of the program that it starts."""
+"""The part of ``hf-soap run`` that runs in the process of the started program."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ logger = logging.getLogger(__name__)
 
 
 def start(argv: Sequence[str], *, module: bool = False) -> None:
-    """Takes down the program's command line, and has every Trainer that trains in this process write its recipe.
+    """Records the program's command line, and makes every Trainer that trains in this process write its recipe.
 
     Args:
-        argv: As ``sys.argv``.
-        module: Whether the first is the name of a module, for ``-m``.
+        argv: The command line, like ``sys.argv``.
+        module: Whether its first item is the name of a module, for ``-m``.
     """
     recipes.remember(argv, module=module)
     if _follow not in patches.BEFORE_TRAINING:
@@ -26,7 +26,7 @@ def start(argv: Sequence[str], *, module: bool = False) -> None:
 
 def _follow(trainer: Any) -> None:
     try:
-        from hf_soap.hub import cards  # here: it takes transformers, and most processes of a launcher train nothing
+        from hf_soap.hub import cards  # here: it imports transformers, and most processes of a launcher do not train
 
         patches.extend_cards(type(trainer))
         cards.follow(trainer)

@@ -1,4 +1,4 @@
-"""``hf-soap options``: what ``optim_args`` may say for an optimizer."""
+"""``hf-soap options``: the ``optim_args`` of an optimizer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from rich.markdown import Markdown
 
 def options(
     optimizer: Annotated[str, typer.Argument(help="A name for TrainingArguments(optim=...).")] = "soap",
-    markdown: Annotated[bool, typer.Option(help="Print Markdown as it stands, for a README.")] = False,
+    markdown: Annotated[bool, typer.Option(help="Print the Markdown source.")] = False,
 ) -> None:
     """Print the options of an optimizer: type, default and meaning."""
     from hf_soap.config import options as schema

@@ -22,46 +22,49 @@ GIB = 2**30
 def plan(
     model: Annotated[str, typer.Argument(help="A config.json, a folder with one, or the name of a model on the Hub.")],
     optim: Annotated[
-        str, typer.Option(help="A name for TrainingArguments(optim=...), one of ours or adamw_torch(_fused).")
+        str, typer.Option(help="A name for TrainingArguments(optim=...): one of ours, or adamw_torch(_fused).")
     ] = "soap",
-    optim_args: Annotated[str, typer.Option(help="As TrainingArguments(optim_args=...) takes them.")] = "",
+    optim_args: Annotated[str, typer.Option(help="Options, as for TrainingArguments(optim_args=...).")] = "",
     fsdp: Annotated[int, typer.Option(min=1, help="Ranks over which FSDP2 shards the model.")] = 1,
-    ddp: Annotated[int, typer.Option(min=1, help="Ranks with the whole model each.")] = 1,
-    shard_mode: Annotated[Literal["local", "owner"] | None, typer.Option(help="In place of the option's.")] = None,
+    ddp: Annotated[int, typer.Option(min=1, help="Ranks that each hold the whole model.")] = 1,
+    shard_mode: Annotated[
+        Literal["local", "owner"] | None, typer.Option(help="Overrides the option of that name.")
+    ] = None,
     lora_r: Annotated[int | None, typer.Option(min=1, help="Train LoRA adapters of this rank.")] = None,
     lora_targets: Annotated[
-        str | None, typer.Option(help="Layers with adapters: a regex, or all-linear.", show_default="peft's choice")
+        str | None, typer.Option(help="Layers with adapters: a regex, or all-linear.", show_default="peft's default")
     ] = None,
     batch_tokens: Annotated[
         int | None,
         typer.Option(
             min=1,
-            help="Tokens in a step, of all ranks together; patches or frames where there is no text. One number is "
-            "shown alone.",
-            show_default=f"{', '.join(map(str, BATCHES))}; limits go by the second",
+            help="Tokens in a step, over all ranks; count patches or frames if there is no text. Shows the overhead "
+            "at this number only.",
+            show_default=f"{', '.join(map(str, BATCHES))}; limits apply to the second",
         ),
     ] = None,
     gpu_memory: Annotated[
-        float | None, typer.Option(min=0, help="GiB on each rank: suggests settings if this is too little.")
+        float | None, typer.Option(min=0, help="GiB on each rank. Suggests settings if this is not enough.")
     ] = None,
     max_overhead: Annotated[
-        float | None, typer.Option(min=0, help="Percent of forward and backward: suggests settings if it takes more.")
+        float | None,
+        typer.Option(min=0, help="Percent of forward and backward. Suggests settings if preconditioning takes more."),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Of the weights: float32 also for bf16=True.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="Dtype of the weights: float32 also for bf16=True.")] = "float32",
     model_class: Annotated[
         str | None,
-        typer.Option(help="A class of transformers.", show_default="what the config names, else by its type"),
+        typer.Option(help="A class of transformers.", show_default="the class in the config, or one by its type"),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
-    """Say what an optimizer will do to each tensor of a model, and what memory and work that takes beside AdamW.
+    """Show how an optimizer treats each tensor of a model, and the memory and work it needs compared with AdamW.
 
-    The overhead of preconditioning is the smaller the more tokens there are in a step, hence several numbers of them.
-    Nothing is allocated and no weights are read. Activations and buffers of communication are not counted.
+    The more tokens there are in a step, the smaller is the overhead of preconditioning. It is shown for several.
+    Nothing is allocated and no weights are read. Activations and communication buffers are not counted.
     """
     from transformers.utils import logging
 
-    from hf_soap.cli.blueprint import model_without_weights, trainer_groups
+    from hf_soap.cli.meta_model import model_without_weights, trainer_groups
     from hf_soap.planning import plan as planning
 
     logging.set_verbosity_error()
@@ -93,7 +96,7 @@ def _config(optim: str, optim_args: str, shard_mode: str | None) -> OptimizerCon
     if optim in planning.ADAMW:
         if optim_args or shard_mode:
             raise typer.BadParameter(
-                f"got options for {optim}, wanted none: --optim-args and --shard-mode are of ours"
+                f"got options for {optim}, wanted none: --optim-args and --shard-mode are for our optimizers"
             )
         return planning.AdamW(optim)
     if optim not in ENTRIES:
@@ -126,7 +129,7 @@ def _show(console: Console, report: Report, memory: float | None, chosen: str) -
         console.print(f"{report.model} was chosen {chosen}")
     console.print(_routing(report.tensors, owners="owner" in report.mode and report.ranks > 1))
     console.print(_figures(report, memory))
-    console.print(_beside_adamw(report))
+    console.print(_compared_with_adamw(report))
     console.print(_work(report))
     if report.fits is False:
         console.print(_suggestions(report))
@@ -134,7 +137,7 @@ def _show(console: Console, report: Report, memory: float | None, chosen: str) -
 
 def _routing(rows: list[Row], *, owners: bool) -> Table:
     names = ("tensors", "shape", "rule", "factors of", "decay", "factors", "state")
-    caption = "state of tensors by owner is that of all owners together, other state that of each rank"
+    caption = "the state of tensors with owners is the total over ranks; other state is that of each rank"
     table = Table(*names, caption=caption if owners else None)
     table.columns[0].overflow = "fold"
     for column in table.columns[4:]:
@@ -154,32 +157,32 @@ def _routing(rows: list[Row], *, owners: bool) -> Table:
 
 def _figures(report: Report, memory: float | None) -> Table:
     asked, cost = report.asked, report.asked.cost
-    table = Table("of each rank, at most", "")
+    table = Table("on each rank, at most", "")
     table.columns[1].justify = "right"
     table.add_row("weights", _size(report.weights))
     table.add_row("gradients", _size(report.gradients))
     table.add_row("optimizer: factors, bases, roots", _size(cost.factors))
     table.add_row("optimizer: other state", _size(cost.state - cost.factors))
-    table.add_row("optimizer: temporaries of a step, about", _size(cost.temporaries))
-    table.add_row("together", _size(asked.memory))
+    table.add_row("optimizer: temporaries of a step, estimated", _size(cost.temporaries))
+    table.add_row("total", _size(asked.memory))
     if memory is not None:
         table.add_row("left for activations", _size(memory - asked.memory))
     table.add_row("sent by the optimizer in a step", _size(cost.sent))
     return table
 
 
-def _beside_adamw(report: Report) -> Table:
+def _compared_with_adamw(report: Report) -> Table:
     rows = {report.optim: report.asked}
     if report.optim not in ADAMW:
         rows[f"AdamW ({ADAMW[0]})"] = report.adamw
-    table = Table("optimizer", "state", "temporaries", "together")
+    table = Table("optimizer", "state", "temporaries", "total")
     for name, setting in rows.items():
         table.add_row(name, _size(setting.cost.state), _size(setting.cost.temporaries), _size(setting.memory))
     return _right(table)
 
 
 def _work(report: Report) -> Table:
-    table = Table("tokens in a step, of all ranks", "forward and backward", "preconditioning", "overhead")
+    table = Table("tokens in a step, over all ranks", "forward and backward", "preconditioning", "overhead")
     for batch in report.batches:
         work = f"{report.asked.cost.work / 1e12:,.2f} TFLOP"
         table.add_row(f"{batch.tokens:,}", f"{batch.model_work / 1e12:,.2f} TFLOP", work, f"{batch.overhead:.1%}")
@@ -195,11 +198,11 @@ def _right(table: Table) -> Table:
 def _suggestions(report: Report) -> Table | str:
     if not report.suggestions:
         return (
-            "This does not fit, nor does any setting that was tried. Use more ranks under FSDP2 (--fsdp), LoRA "
+            "This does not fit, and no setting that was tried does. Use more ranks under FSDP2 (--fsdp), LoRA "
             "(--lora-r) or bfloat16 weights (--dtype)."
         )
     overhead = f"overhead at {report.tokens:,} tokens"
-    table = Table("optim_args", "state", "together", overhead, title="This does not fit; these settings do")
+    table = Table("optim_args", "state", "total", overhead, title="This does not fit; these settings do")
     table.columns[0].overflow = "fold"
     for found in report.suggestions:
         table.add_row(found.optim_args, _size(found.cost.state), _size(found.memory), f"{found.overhead:.1%}")

@@ -21,14 +21,14 @@ app = typer.Typer(
 )
 
 Source = Annotated[
-    str, typer.Argument(help="A file, an output folder, or a repository of the Hub, user/name[@revision].")
+    str, typer.Argument(help="A file, an output folder, or a repository on the Hub: user/name[@revision].")
 ]
-AllowKey = Annotated[list[str] | None, typer.Option(help="A key that is an option of your own script.")]
+AllowKey = Annotated[list[str] | None, typer.Option(help="A key to accept, which is an option of your script.")]
 
 
 @contextmanager
 def refusals() -> Iterator[None]:
-    """Turn what the library refuses into an error of the command line."""
+    """Turn a ValueError of the library into an error of the command line."""
     try:
         yield
     except ValueError as error:
@@ -44,12 +44,12 @@ def show(source: Source) -> None:
     if console.is_terminal:
         console.print(Syntax(text.rstrip("\n"), "yaml", background_color="default", word_wrap=True))
     else:
-        typer.echo(text, nl=False)  # a file is not to have its lines wrapped
+        typer.echo(text, nl=False)  # do not wrap lines in a file
 
 
 @app.command()
 def validate(source: Source, allow_key: AllowKey = None) -> None:
-    """Say what is wrong with a recipe: unsafe content, unknown keys, wrong types, values out of range."""
+    """Check a recipe for unsafe content, unknown keys, wrong types and values out of range."""
     with refusals():
         recipe = exchange.load(source)
         recipes.check(recipe, source=source, allowed=allow_key or ())
@@ -58,7 +58,7 @@ def validate(source: Source, allow_key: AllowKey = None) -> None:
 
 @app.command()
 def diff(one: Source, other: Source) -> None:
-    """Compare two recipes key by key; the status is 1 if they differ."""
+    """Compare two recipes key by key. The exit status is 1 if they differ."""
     with refusals():
         rows = recipes.differences(exchange.load(one), exchange.load(other))
     if not rows:
@@ -74,12 +74,12 @@ def diff(one: Source, other: Source) -> None:
 @app.command()
 def push(
     source: Source,
-    repo: Annotated[str, typer.Argument(help="user/name; made where there is none.")],
-    private: Annotated[bool | None, typer.Option("--private/--public", help="Of a new repository.")] = None,
-    message: Annotated[str | None, typer.Option(help="Of the commit.")] = None,
+    repo: Annotated[str, typer.Argument(help="user/name; created if there is none.")],
+    private: Annotated[bool | None, typer.Option("--private/--public", help="Visibility of a new repository.")] = None,
+    message: Annotated[str | None, typer.Option(help="Message of the commit.")] = None,
     allow_key: AllowKey = None,
 ) -> None:
-    """Upload a recipe to a repository as recipe.yaml; its model card stays as it is."""
+    """Upload a recipe to a repository as recipe.yaml; its model card is not changed."""
     with refusals():
         recipes.check(exchange.load(source), source=source, allowed=allow_key or ())
         typer.echo(exchange.push(source, repo, private=private, message=message))
@@ -88,10 +88,10 @@ def push(
 @app.command()
 def pull(
     source: Source,
-    folder: Annotated[Path, typer.Argument(help="Gets recipe.yaml.")] = Path(),
-    overwrite: Annotated[bool, typer.Option(help="Replace another recipe.yaml there.")] = False,
+    folder: Annotated[Path, typer.Argument(help="The folder for recipe.yaml.")] = Path(),
+    overwrite: Annotated[bool, typer.Option(help="Replace a different recipe.yaml in the folder.")] = False,
 ) -> None:
-    """Download a recipe from a repository, or out of its model card."""
+    """Download a recipe from a repository, or from its model card."""
     with refusals():
         typer.echo(exchange.pull(source, folder, overwrite=overwrite))
 

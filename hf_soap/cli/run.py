@@ -1,4 +1,4 @@
-"""``hf-soap run``: start a program that nobody edited, with the optimizers registered."""
+"""``hf-soap run``: starts an unmodified program with the optimizers registered."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hf_soap.cli.recipe import refusals
 from hf_soap.hub import exchange, recipes
 
 CHILDREN = Path(__file__).parent / "children"
-"""Holds the sitecustomize.py that registers the optimizers in the Python processes that a program starts."""
+"""Folder of the sitecustomize.py that registers the optimizers in the Python processes that a program starts."""
 
 Launch = Callable[[], object]
 
@@ -33,17 +33,17 @@ def run(
     ],
     recipe: Annotated[
         str | None,
-        typer.Option(help="A file or a repository of the Hub; none leaves a --recipe behind to the program."),
+        typer.Option(help="A file, or a repository on the Hub; none leaves a later --recipe to the program."),
     ] = None,
     allow_key: Annotated[
-        list[str] | None, typer.Option(help="A key of the recipe that is an option of your own script.")
+        list[str] | None, typer.Option(help="A key of the recipe to accept, which is an option of your script.")
     ] = None,
 ) -> None:
-    """Run an unedited training program with soap, shampoo and mars among the optimizers it knows.
+    """Run an unmodified training program to which soap, shampoo and mars are available as optimizers.
 
-    SCRIPT.py is a file, COMMAND an installed Python command, MODULE what `python -m` takes. What follows goes to the
-    program as it stands, but for --recipe: the recipe's keys become options of the program, in front of those that
-    you give, which win. Python processes that the program starts know the optimizers too.
+    SCRIPT.py is a file, COMMAND is an installed Python command, and MODULE is a module for `python -m`. The program
+    gets all further arguments unchanged, except --recipe: the keys of the recipe become options of the program. Your
+    own options override them. The optimizers are also available in Python processes that the program starts.
 
     ```
     hf-soap run run_clm.py --optim soap ...
@@ -75,15 +75,15 @@ def prepare(program: list[str]) -> Launch:
     name, *arguments = program
     if name == "-m":
         if not arguments:
-            raise typer.BadParameter("got -m alone, wanted a module behind it; for example -m trl.scripts.sft")
+            raise typer.BadParameter("got -m alone, wanted a module after it; for example -m trl.scripts.sft")
         return _prepare_module(*arguments)
     if name.startswith("-"):
         raise typer.BadParameter(
             f"got the option {name} before the program, wanted a script, a command or -m MODULE first; "
-            "options of the program go behind its name"
+            "options of the program go after its name"
         )
     sys.argv = program
-    # First, since a file of that name in the working folder is not what `trl sft` starts either.
+    # Before files: `trl sft` does not start a file of that name in the working folder either.
     if command := _installed_command(name):
         return partial(_run_command, command)
     if Path(name).exists():
@@ -96,18 +96,19 @@ def prepare(program: list[str]) -> Launch:
 
 
 def with_recipe(program: list[str], source: str | None, allowed: Iterable[str]) -> list[str]:
-    """Put the keys of a recipe in front of the program's options.
+    """Insert the keys of a recipe before the program's options.
 
     Args:
-        program: As for :func:`prepare`; ``--recipe`` may be among the arguments, up to a bare ``--``.
-        source: A recipe named before the program; ``none`` leaves every ``--recipe`` to the program.
-        allowed: Keys to let pass that only the program knows.
+        program: See :func:`prepare`; ``--recipe`` may be among the arguments, up to a bare ``--``.
+        source: A recipe that was named before the program; ``none`` leaves every ``--recipe`` to the program.
+        allowed: Keys to accept that only the program knows.
 
     Returns:
-        The program, its leading positional arguments, the options of the recipe that its own do not name, the rest.
+        The program, its leading positional arguments, the options of the recipe that the command line does not set,
+        and the remaining arguments.
 
     Raises:
-        typer.BadParameter: If the recipe cannot be read or is refused, or there are two.
+        typer.BadParameter: If the recipe cannot be read or is refused, or if there are two.
     """
     head = 2 if program[0] == "-m" else 1
     arguments = program[head:]
@@ -119,32 +120,32 @@ def with_recipe(program: list[str], source: str | None, allowed: Iterable[str]) 
         recipe = exchange.load(source)
         recipes.check(recipe, source=source, allowed=allowed)
     given = recipes.from_arguments(arguments)
-    kept = {key: value for key, value in recipe.items() if not {key, f"no_{key}"} & given.keys()}
+    used = {key: value for key, value in recipe.items() if not {key, f"no_{key}"} & given.keys()}
     if os.environ.get("RANK", "0") == "0":
-        typer.echo(f"{source}: {shlex.join(recipes.to_arguments(kept))}", err=True)
-        for key in [key for key in recipe if key not in kept]:
+        typer.echo(f"{source}: {shlex.join(recipes.to_arguments(used))}", err=True)
+        for key in [key for key in recipe if key not in used]:
             typer.echo(f"{source}: {key} is {given.get(key, False)!r} instead of {recipe[key]!r}", err=True)
     positional = next((i for i, argument in enumerate(arguments) if argument.startswith("-")), len(arguments))
-    return [*program[:head], *arguments[:positional], *recipes.to_arguments(kept), *arguments[positional:]]
+    return [*program[:head], *arguments[:positional], *recipes.to_arguments(used), *arguments[positional:]]
 
 
 def _take_recipe(arguments: list[str]) -> tuple[str | None, list[str]]:
-    """Takes ``--recipe SOURCE`` or ``--recipe=SOURCE`` out of a program's arguments."""
+    """Removes ``--recipe SOURCE`` or ``--recipe=SOURCE`` from a program's arguments, and returns both."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
     places = [i for i in range(end) if arguments[i] == "--recipe" or arguments[i].startswith("--recipe=")]
     if not places:
         return None, arguments
     first, *more = places
     _, equals, source = arguments[first].partition("=")
-    behind = first + 1
-    if not equals and behind < end:
-        source, behind = arguments[behind], behind + 1
+    after = first + 1
+    if not equals and after < end:
+        source, after = arguments[after], after + 1
     if more or not source or source.startswith("-"):
         raise typer.BadParameter(
-            f"got {'--recipe twice' if more else '--recipe alone'}, wanted one file or repository behind it; "
+            f"got {'--recipe twice' if more else '--recipe alone'}, wanted one file or repository after it; "
             "if it is an option of the program, put --recipe none before the program"
         )
-    return source, arguments[:first] + arguments[behind:]
+    return source, arguments[:first] + arguments[after:]
 
 
 def _prepare_module(name: str, *arguments: str) -> Launch:
@@ -152,7 +153,7 @@ def _prepare_module(name: str, *arguments: str) -> Launch:
     _put_on_path(Path.cwd())
     if _is_runnable(name):
         return partial(runpy.run_module, name, run_name="__main__", alter_sys=True)
-    # TRL is a package without __main__ whose command line is a console script of the same name.
+    # TRL has no __main__; its command line is a console script of the same name.
     if command := _installed_command(name):
         return partial(_run_command, command)
     raise typer.BadParameter(
@@ -162,7 +163,7 @@ def _prepare_module(name: str, *arguments: str) -> Launch:
 
 
 def _put_on_path(folder: Path) -> None:
-    """Does what Python does for a script or a module, unless it was told not to."""
+    """Puts a folder first on the path, as Python does for a script or a module unless in safe-path mode."""
     if not sys.flags.safe_path:
         sys.path.insert(0, str(folder))
 
@@ -175,7 +176,7 @@ def _is_runnable(name: str) -> bool:
     except ModuleNotFoundError as error:
         if error.name and f"{name}.".startswith(f"{error.name}."):
             return False
-        # The parent package is there, but something that it imports is not: that is the message to show.
+        # The parent package exists, but one of its imports does not: this error is the one to show.
         raise
     return spec is not None
 
@@ -189,6 +190,6 @@ def _run_command(command: EntryPoint) -> None:
 
 
 def _register_in_children() -> None:
-    # A launcher such as accelerate's, which TRL's command line goes through, trains in a process of its own.
+    # Launchers such as accelerate's, which TRL's command line uses, train in separate processes.
     inherited = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = f"{CHILDREN}{os.pathsep}{inherited}" if inherited else str(CHILDREN)

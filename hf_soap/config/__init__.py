@@ -1,4 +1,4 @@
-"""Settings: the options of every optimizer, how they are checked and read, and which hold for a parameter.
+"""Settings: the options of each optimizer, their checks, how they are read, and which of them apply to a parameter.
 
 May import ``linalg`` and ``distributed``.
 """

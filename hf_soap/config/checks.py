@@ -1,4 +1,4 @@
-"""Checks of settings that every optimizer has."""
+"""Checks of the settings that all optimizers share."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from hf_soap.config import configs, options
 
 CONFIGS = (configs.SoapConfig, configs.ShampooConfig, configs.MarsSoapConfig)
 FAMILY_OPTIONS = {name for config in CONFIGS for name in options.option_fields(config)} | options.ELSEWHERE.keys()
-"""Options of any optimizer of the family."""
+"""Options of any optimizer of this package."""
 
 CHANGING = ("amsgrad", "nesterov")
-"""Settings of torch's optimizers that change what an update is; others, such as foreach, only say how it is made."""
+"""Settings of torch's optimizers that change the update; others, such as foreach, only change how it is computed."""
 
 
 SYNONYMS = {
@@ -27,13 +27,13 @@ SYNONYMS = {
     "epsilon": "eps",
     "frequency": "precondition_frequency",
 }
-"""What other optimizers, or users, call a setting."""
+"""Other names of our settings, from other optimizers or from habit."""
 
 
 def check_group_keys(group: Mapping[str, Any], settings: Collection[str]) -> None:
-    """Refuses keys of a param group that are meant as settings and would be passed over.
+    """Refuses keys of a param group that look like a setting but would be ignored.
 
-    Any other name may be there: words of the user's own, and what schedulers write, such as ``initial_lr``.
+    All other names are allowed: a user's own keys, and keys that schedulers write, such as ``initial_lr``.
 
     Args:
         group: The param group.
@@ -47,35 +47,36 @@ def check_group_keys(group: Mapping[str, Any], settings: Collection[str]) -> Non
         if key in settings or key in ("params", "param_names") or not isinstance(key, str):
             continue
         meant = _meant(key, settings)
-        # exact or kl may be somebody's own; normalize_grads where there is none hardly is.
+        # exact or kl may be a user's own key; normalize_grads hardly can be.
         if meant or (key in FAMILY_OPTIONS and "_" in key) or (key in CHANGING and value):
             remedy = f"write {meant}; " if key in SYNONYMS else f"did you mean {meant}? " if meant else ""
             raise ValueError(
                 f"got {options.shown(key)} in a param group, wanted a setting that a group may have: {remedy}"
-                f"They are {', '.join(settings)}."
+                f"The settings are {', '.join(settings)}."
             )
 
 
 def _meant(key: str, settings: Collection[str]) -> str | None:
-    """Returns the setting that a key of another name is meant for, or None if it says something else."""
+    """Returns the setting that a key probably means, or None if it means something else."""
     if SYNONYMS.get(key) in settings:
         return SYNONYMS[key]
-    plain = key.lower().replace("-", "_")
-    for is_meant in (_is_slip, _is_shortened, _has_alike_words):
-        if found := [name for name in settings if plain == name or is_meant(plain, name)]:
+    normalized = key.lower().replace("-", "_")
+    for is_meant in (_is_slip, _is_shortened, _has_similar_words):
+        if found := [name for name in settings if normalized == name or is_meant(normalized, name)]:
             return found[0]
     return None
 
 
 def _is_slip(key: str, name: str) -> bool:
-    """Whether one letter is left out, doubled or exchanged with the next, or, in a long name, another or too many.
+    """Whether a key has one typing error: a letter is missing, doubled or swapped with the next.
 
-    A digit says something: beta3 is not betas. Single letters are anybody's.
+    In a long name, a wrong letter or an additional one counts too. Digits carry meaning: beta3 is not betas. Single
+    letters are never typing errors.
     """
     if len(key) < 2:
         return False
-    start = _shared(key, name)
-    end = _shared(key[start:][::-1], name[start:][::-1])
+    start = _common_prefix(key, name)
+    end = _common_prefix(key[start:][::-1], name[start:][::-1])
     wrong, right = key[start : len(key) - end], name[start : len(name) - end]
     if len(wrong) + len(right) == 1:
         return not wrong or wrong == key[start - 1 : start] or (len(name) > 7 and not wrong.isdigit())
@@ -84,8 +85,8 @@ def _is_slip(key: str, name: str) -> bool:
     return len(wrong) == 2 and wrong == right[::-1]
 
 
-def _shared(one: str, other: str) -> int:
-    """Returns how many characters two words begin with alike."""
+def _common_prefix(one: str, other: str) -> int:
+    """Returns the length of the common prefix of two words."""
     same = [a == b for a, b in zip(one, other, strict=False)]
     return [*same, False].index(False)
 
@@ -94,20 +95,20 @@ def _is_shortened(key: str, name: str) -> bool:
     return "_" in key and name.startswith(key)
 
 
-def _has_alike_words(key: str, name: str) -> bool:
-    """Whether each word of a name of several is there, shortened or misspelt as it may be."""
+def _has_similar_words(key: str, name: str) -> bool:
+    """Whether two names of several words match word by word, allowing for short forms and typing errors."""
     words, others = key.split("_"), name.split("_")
-    return len(words) == len(others) > 1 and all(map(_is_alike, words, others))
+    return len(words) == len(others) > 1 and all(map(_is_similar, words, others))
 
 
-def _is_alike(word: str, other: str) -> bool:
+def _is_similar(word: str, other: str) -> bool:
     shorter, longer = sorted((word, other), key=len)
     begins = len(shorter) > 2 and longer.startswith(shorter)
     return word == other or begins or (len(shorter) > 2 and _is_slip(word, other))
 
 
 def check_learning_rate(lr: Any) -> None:
-    """Checks a learning rate: a number >= 0, or a tensor of one element.
+    """Checks a learning rate, which must be a number >= 0 or a tensor of one element.
 
     Raises:
         ValueError: If it is anything else.
@@ -143,7 +144,7 @@ def check_pair(name: str, value: Any) -> tuple[Any, Any]:
 
 
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
-    """Checks a setting that must be one of a few words.
+    """Checks a setting that must be one of the given words.
 
     Raises:
         ValueError: If it is not.

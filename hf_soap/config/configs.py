@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from hf_soap.config.options import AT_LEAST_1, DECAY_RATE, NON_NEGATIVE, POSITIVE, OptimizerConfig, option
 
-OVERLAP_REFRESH = "On a GPU, refresh beside the next forward and backward pass."
+OVERLAP_REFRESH = "On a GPU, refresh during the next forward and backward pass."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,32 +15,32 @@ class CommonOptions(OptimizerConfig):
     """Options that every optimizer of the family has; a config of another one inherits them."""
 
     nonfinite: Literal["skip", "off"] = option(
-        "skip", "`skip` leaves out the whole step when a gradient holds NaN or Inf; `off` does not look."
+        "skip", "`skip` skips the whole step when a gradient holds NaN or Inf; `off` does not check."
     )
     max_skipped_in_a_row: int = option(
         100,
-        "Raise an error when this many steps in a row were skipped; 0 never does.",
+        "Raise an error after this many skipped steps in a row; 0 never raises one.",
         NON_NEGATIVE,
-        remedy="use 0 to go on for ever",
+        remedy="use 0 to go on without a limit",
     )
     shard_mode: Literal["local", "owner"] = option(
         "local",
-        "With several ranks: `local` preconditions each rank's part of a matrix, `owner` whole matrices on one rank "
-        "each, equal to one process.",
+        "With several ranks: `local` preconditions each rank's part of a matrix; `owner` preconditions whole "
+        "matrices, each on one rank, which gives the result of one process.",
     )
     state_dtype: Literal["float32", "bfloat16"] = option(
         "float32",
-        "What state is kept in between steps; arithmetic stays float32. Rounded at random, repeatably.",
+        "Dtype of the stored state; arithmetic stays float32. Rounding is stochastic and repeatable.",
     )
     stacked_matrices: bool = option(
-        True, "Treat a 3-D tensor whose first dimension is the shortest (a mixture's experts) as a stack of matrices."
+        True, "Treat a 3-D tensor whose first dimension is the shortest (experts of a mixture) as a stack of matrices."
     )
     adam_modules: str | None = option(
-        None, "Regex on parameter names: what matches is updated by Adam, with no factors.", trainer_only=True
+        None, "Regex on parameter names: matching parameters are updated by Adam, without factors.", trainer_only=True
     )
     log_every: int = option(
         0,
-        "Write diagnostics of the optimizer to the log of the Trainer at every such step; 0 never.",
+        "Write the optimizer's diagnostics to the Trainer's log every this many steps; 0 never does.",
         NON_NEGATIVE,
         trainer_only=True,
     )
@@ -50,50 +50,50 @@ class CommonOptions(OptimizerConfig):
 class FactorOptions(CommonOptions):
     """Options of optimizers that keep a factor a side."""
 
-    shampoo_beta: float | None = option(None, "Decay rate of the Kronecker factors; `none` takes beta2.", DECAY_RATE)
+    shampoo_beta: float | None = option(None, "Decay rate of the Kronecker factors; `none` uses beta2.", DECAY_RATE)
     precondition_frequency: int = option(
         10, "Updates between two refreshes of the preconditioner.", AT_LEAST_1, remedy="use 1 to refresh at every step"
     )
     max_precond_dim: int = option(
         10000,
-        "A longer side keeps an identity basis and no factor.",
+        "A side longer than this gets no factor; its basis stays the identity.",
         NON_NEGATIVE,
         remedy="use 0 to factor no side at all, which is Adam",
     )
     max_aspect_ratio: float | None = option(
         8.0,
-        "A flatter matrix gets a factor on its short side only; `none` sets no limit.",
+        "A matrix with a larger ratio of its sides gets a factor on its short side only; `none` sets no limit.",
         POSITIVE,
         remedy="use none for no limit",
     )
     merge_dims: bool = option(
-        False, "Merge small neighbouring dimensions of tensors with more than two (convolutions)."
+        False, "Merge small neighbouring dimensions of tensors that have more than two (convolutions)."
     )
-    precondition_1d: bool = option(False, "Factor vectors too, instead of updating them by Adam.")
+    precondition_1d: bool = option(False, "Give vectors a factor too, instead of updating them by Adam.")
     stagger: bool = option(
-        False, "Tensor i refreshes i updates earlier, so that refreshes do not all fall on the same step."
+        False, "Tensor number i refreshes i updates earlier, so that refreshes do not all fall on the same step."
     )
     one_sided: bool = option(False, "Factor only the shorter side of each matrix: less memory and time.")
     block_size: int | None = option(
-        None, "Cut longer sides into blocks of at most this size, each with its own factors.", AT_LEAST_1
+        None, "Split longer sides into blocks of at most this size, each with its own factors.", AT_LEAST_1
     )
-    pack_factors: bool = option(False, "Keep one triangle of each symmetric matrix: exact, and slightly slower.")
+    pack_factors: bool = option(False, "Store one triangle of each symmetric matrix: exact, and slightly slower.")
     distributed_refresh: bool | None = option(
         None, "Split refreshes among ranks with equal weights and gradients; `none` does so under the Trainer's DDP."
     )
     one_sided_modules: str | None = option(
-        None, "Regex on parameter names: what matches gets a factor on the shorter side only.", trainer_only=True
+        None, "Regex on parameter names: matching parameters get a factor on the shorter side only.", trainer_only=True
     )
     lora_sides: Literal["rank", "both", "none"] = option(
         "rank",
-        "Sides of LoRA matrices that get a factor: the rank's, both, or none, which is Adam.",
+        "Sides of LoRA matrices that get a factor: the rank side, both, or none, which is Adam.",
         trainer_only=True,
     )
 
 
 @dataclass(frozen=True, kw_only=True)
 class AuxiliaryOptions(OptimizerConfig):
-    """Options of optimizers that leave vectors, and what else is not a matrix, to AdamW with rates of its own."""
+    """Options of optimizers that leave vectors and other non-matrix parameters to AdamW, with separate rates."""
 
     lr_1d: float | None = option(
         None, "Learning rate of what is updated by AdamW, which follows the schedule; `none` takes lr.", POSITIVE
@@ -124,11 +124,11 @@ class SoapConfig(FactorOptions):
         False, "Divide each tensor's update by its root mean square; helps at frequencies near 100, hurts near 10."
     )
     correct_bias: bool = option(True, "Adam's bias correction.")
-    factorized: bool = option(False, "Keep the second moment of a matrix as a product of row and column means.")
+    factorized: bool = option(False, "Store the second moment of a matrix as a product of row and column means.")
     kl: bool = option(False, "KL-SOAP: whiten the gradient by the other factors before it enters a factor.")
-    include_current: bool = option(False, "Let the current gradient into the basis before it is rotated, not after.")
+    include_current: bool = option(False, "Let the current gradient enter the basis before it is rotated, not after.")
     refresh_tol: float = option(
-        0.0, "Skip the refresh of a basis whose factor is off diagonal by at most this share.", NON_NEGATIVE
+        0.0, "Skip the refresh of a basis if at most this share of its factor is off the diagonal.", NON_NEGATIVE
     )
     matmul_dtype: Literal["float32", "tf32", "bfloat16"] = option(
         "float32", "Arithmetic of the rotations of gradient and direction; factors and bases stay exact."
@@ -154,7 +154,7 @@ class ShampooConfig(FactorOptions):
     lr: ClassVar[float] = 1e-3
     lr_is_published: ClassVar[bool] = False
 
-    beta1: float = option(0.9, "Decay rate of the gradient's moving average; 0 takes the gradient itself.", DECAY_RATE)
+    beta1: float = option(0.9, "Decay rate of the gradient's moving average; 0 uses the gradient itself.", DECAY_RATE)
     beta2: float = option(0.95, "Decay rate of the grafted rule's second moment.", DECAY_RATE)
     eps: float = option(
         1e-8,
@@ -162,28 +162,28 @@ class ShampooConfig(FactorOptions):
         NON_NEGATIVE,
     )
     exponent: float | None = option(
-        None, "Power of each factor; `none` takes -1/(2k) for k axes, -1/2 with kl.", (lambda x: x < 0, "< 0")
+        None, "Power of each factor; `none` uses -1/(2k) for k axes, -1/2 with kl.", (lambda x: x < 0, "< 0")
     )
-    statistics: Literal["ema", "sum"] = option("ema", "Average the factors, or sum them up as the original does.")
+    statistics: Literal["ema", "sum"] = option("ema", "Average the factors, or sum them as the original does.")
     graft: Literal["adam", "adagrad", "rmsprop", "sgd"] | None = option(
-        "adam", "Rule whose step length each tensor gets; `none` for Shampoo's own."
+        "adam", "Rule whose step length each tensor takes; `none` keeps Shampoo's own."
     )
     root_method: Literal["eigh", "newton"] = option("eigh", "How inverse roots are computed.")
     ridge: float = option(1e-6, "Added to each factor, relative to its largest eigenvalue.", NON_NEGATIVE)
     start_step: int | None = option(
         None,
-        "First update with preconditioning; `none` takes precondition_frequency, or 1 without grafting.",
+        "First update with preconditioning; `none` uses precondition_frequency, or 1 without grafting.",
         NON_NEGATIVE,
     )
-    asynchronous: bool = option(False, "Compute roots in the background and go on with the old ones meanwhile.")
+    asynchronous: bool = option(False, "Compute roots in the background and use the old ones meanwhile.")
     delay: int | None = option(
         None,
-        "Use background roots exactly this many updates after their snapshot; `none` as soon as they are done.",
+        "Use background roots exactly this many updates after their snapshot; `none`: as soon as they are done.",
         NON_NEGATIVE,
     )
-    momentum: float = option(0.0, "Heavy ball on the direction.", DECAY_RATE)
+    momentum: float = option(0.0, "Heavy-ball momentum on the direction.", DECAY_RATE)
     correct_bias: bool = option(True, "Debias the moving averages.")
-    kl: bool = option(False, "KL-Shampoo: whiten the gradient by the other factors; wants `graft=none`.")
+    kl: bool = option(False, "KL-Shampoo: whiten the gradient by the other factors; needs `graft=none`.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,7 +192,7 @@ class KlShampooConfig(ShampooConfig):
 
     name: ClassVar[str] = "kl_shampoo"
 
-    graft: Literal["adam", "adagrad", "rmsprop", "sgd"] | None = option(None, "Nothing can be grafted.")
+    graft: Literal["adam", "adagrad", "rmsprop", "sgd"] | None = option(None, "KL-Shampoo cannot be grafted.")
     kl: bool = option(True, "Whiten the gradient by the other factors before it enters a factor.")
 
 
@@ -211,18 +211,20 @@ class MarsConfig(AuxiliaryOptions, CommonOptions):
     )
     gamma: float = option(0.025, "Strength of the variance reduction; 0 turns it off.", NON_NEGATIVE)
     exact: bool = option(
-        False, "Take the previous gradient on the current minibatch: two backward passes a step; needs SoapTrainer."
+        False, "Compute the previous gradient on the current minibatch: two backward passes a step; needs SoapTrainer."
     )
-    optimize_1d: bool = option(False, "Correct vectors (all but matrices) too, instead of updating them by AdamW.")
+    optimize_1d: bool = option(
+        False, "Correct vectors (everything but matrices) too, instead of updating them by AdamW."
+    )
 
     def constructor_kwargs(self) -> dict[str, Any]:
-        """Returns the keyword arguments for the optimizer's constructor, the variant among them."""
+        """Returns the keyword arguments for the optimizer's constructor, including the variant."""
         return {"variant": self.variant, **super().constructor_kwargs()}
 
 
 @dataclass(frozen=True, kw_only=True)
 class MarsAdamWConfig(MarsConfig):
-    """Options of MARS-AdamW under its full name."""
+    """Options of MARS-AdamW, under its full name."""
 
     name: ClassVar[str] = "mars_adamw"
 
@@ -259,7 +261,7 @@ class MarsMConfig(MarsConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class MarsSoapConfig(MarsConfig, FactorOptions):
-    """Options of MARS in front of SOAP."""
+    """Options of MARS with SOAP: the corrected gradient goes to SOAP."""
 
     name: ClassVar[str] = "mars_soap"
     lr_is_published: ClassVar[bool] = False

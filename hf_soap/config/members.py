@@ -1,4 +1,4 @@
-"""The parameters of an optimizer, each with the settings that hold for it."""
+"""The parameters of an optimizer, each with the settings that apply to it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OF_GROUPS = {
     "variant",
     *("foreach", "fused", "differentiable"),
 }
-"""Settings that all parameters of a group share: they are read for the group, or for the whole step."""
+"""Settings that are read once for a group or for the whole step, so that all parameters of a group share them."""
 
 Groups = Sequence[dict[str, Any]]
 
@@ -29,13 +29,13 @@ class Member:
     """A parameter of an optimizer.
 
     Attributes:
-        place: Its place among all parameters of the optimizer, frozen ones counted: thawing one must move no other's
-            refreshes and background work.
+        place: Its position among all parameters of the optimizer. Frozen ones count, so that unfreezing one does not
+            move the refreshes and the background work of the others.
         number: Number of its param group.
         param: The parameter.
-        settings: The group's settings with those of the parameter in their place. The learning rate and all that a
-            scheduler may change at each step are read from the group instead.
-        name: What errors call it.
+        settings: The group's settings, overridden by those of the parameter. The learning rate, and all else that a
+            scheduler may change at each step, is read from the group instead.
+        name: Its name in error messages.
     """
 
     place: int
@@ -46,19 +46,19 @@ class Member:
 
 
 class Roster:
-    """The parameters of an optimizer, as long as groups, parameters and settings stay what they are.
+    """The parameters of an optimizer, valid while groups, parameters and settings do not change.
 
     Attributes:
         members: All parameters.
-        trained: Those that are trained.
+        trained: The parameters that require gradients.
     """
 
     def __init__(self, groups: Groups, names: Sequence[str]) -> None:
         """Reads the groups.
 
         Args:
-            groups: Param groups whose overrides are in order.
-            names: Settings that decide how a parameter is stepped.
+            groups: Param groups; the overrides of each are in the order of its parameters.
+            names: The settings that decide how a parameter is updated.
         """
         self._names = names
         self._seen = [self._read(group) for group in groups]
@@ -66,11 +66,11 @@ class Roster:
         self.trained = [member for member in self.members if member.param.requires_grad]
 
     def fits(self, groups: Groups) -> bool:
-        """Whether nothing has changed in the groups."""
+        """Whether the groups have not changed since."""
         return len(groups) == len(self._seen) and all(map(self._same, groups, self._seen))
 
     def same_parameters(self, other: Roster) -> bool:
-        """Whether another roster has the same trained parameters in the same groups and places."""
+        """Whether another roster has the same trained parameters, in the same groups and positions."""
         pairs = zip(self.trained, other.trained, strict=False)
         return len(self.trained) == len(other.trained) and all(
             a.param is b.param and (a.place, a.number) == (b.place, b.number) for a, b in pairs
@@ -78,7 +78,7 @@ class Roster:
 
     def same_settings(self, other: Roster) -> bool:
         """Whether another roster was read from the same parameters and settings."""
-        return len(self._seen) == len(other._seen) and all(map(_alike, self._seen, other._seen))
+        return len(self._seen) == len(other._seen) and all(map(_is_same, self._seen, other._seen))
 
     def _read(self, group: Mapping[str, Any]) -> Seen:
         params = list(group["params"])
@@ -88,14 +88,14 @@ class Roster:
         return params, [param.requires_grad for param in params], settings, overrides
 
     def _same(self, group: Mapping[str, Any], seen: Seen) -> bool:
-        return _alike(self._read(group), seen)
+        return _is_same(self._read(group), seen)
 
 
 Seen = tuple[list[Tensor], list[bool], list[Any], list[dict[str, Any]]]
-"""What a group held: parameters, whether each is trained, settings, and what differs for each parameter."""
+"""Contents of a group: parameters, whether each is trained, settings, and the overrides of each parameter."""
 
 
-def _alike(one: Seen, other: Seen) -> bool:
+def _is_same(one: Seen, other: Seen) -> bool:
     same = len(one[0]) == len(other[0]) and all(a is b for a, b in zip(one[0], other[0], strict=True))
     return same and one[1:] == other[1:]
 
@@ -114,10 +114,10 @@ def _members(groups: Groups) -> Iterator[Member]:
 
 
 class Registered:
-    """What the groups held when they were last looked at: shapes, and the settings of each parameter.
+    """The shapes and settings of all parameters, as they were at the last check.
 
-    Parameters may be replaced by others at any time: by shards of them (accelerate under FSDP2), by those of another
-    block (block-wise training), by pruned ones. Only flat vectors in the place of matrices are refused.
+    Parameters may be replaced at any time: by their shards (accelerate under FSDP2), by those of another block
+    (block-wise training), by pruned ones. Only flat vectors in place of matrices are refused.
     """
 
     def __init__(self) -> None:
@@ -127,19 +127,19 @@ class Registered:
         self._last: list[list[dict[str, Any]]] = []
 
     def add(self, group: dict[str, Any]) -> None:
-        """Takes note of a new group, whose overrides are in order."""
+        """Records a new group, whose overrides are in the order of its parameters."""
         self._shapes.append([param.shape for param in group["params"]])
         self._last.append([])
         self._remember(len(self._shapes) - 1, group)
 
     def update(self, groups: Groups) -> None:
-        """Takes note of replaced parameters, and puts the overrides of each group in their order.
+        """Records replaced parameters, and sorts the overrides of each group to match them.
 
         Args:
-            groups: The param groups; their overrides may be changed.
+            groups: The param groups; their overrides may be modified.
 
         Raises:
-            ValueError: If a parameter is a flat vector that DeepSpeed or FSDP1 has put in the place of others.
+            ValueError: If DeepSpeed or FSDP1 has replaced parameters by a flat vector.
         """
         del self._shapes[len(groups) :], self._last[len(groups) :]
         for number, group in enumerate(groups):
@@ -152,18 +152,20 @@ class Registered:
             before = self._shapes[number]
             if shapes != before:
                 self._refuse_flat_vectors(shapes, before)
-                if group.get(OVERRIDES) and group[OVERRIDES] == self._last[number]:  # nobody gave others with them
+                if (
+                    group.get(OVERRIDES) and group[OVERRIDES] == self._last[number]
+                ):  # the overrides were not replaced too
                     group[OVERRIDES] = self._in_order(group)
                 self._shapes[number] = shapes
             if len(group.get(OVERRIDES) or shapes) != len(shapes):
                 raise ValueError(
-                    f"{OVERRIDES} of param group {number} hold {len(group[OVERRIDES])} mappings, wanted one for each "
-                    f"of its {len(shapes)} parameters; give them together with the parameters"
+                    f"{OVERRIDES} of param group {number} has {len(group[OVERRIDES])} mappings, wanted one for each "
+                    f"of its {len(shapes)} parameters; set both at the same time"
                 )
             self._remember(number, group)
 
     def _in_order(self, group: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Returns the overrides of each parameter; one that was not seen before has those of its place."""
+        """Returns the overrides of each parameter; a new parameter takes those of its position."""
         params, by_place = group["params"], group[OVERRIDES]
         place_counts = len(params) == len(by_place)
         return [
@@ -183,15 +185,15 @@ class Registered:
         if had_matrices and flat and all(len(shape) == 1 for shape in now):
             want = next(shape for shape in before if len(shape) > 1)
             raise ValueError(
-                f"got a parameter of shape {tuple(flat[0])} in the place of one of shape {tuple(want)}, wanted "
-                "matrices or shards of them: DeepSpeed and FSDP1 put flat vectors there, on which the optimizer could "
-                "only be Adam; use FSDP2 (fully_shard) or DDP. If these vectors are parameters of the model, give "
-                "them to add_param_group, or make the optimizer anew"
+                f"got a parameter of shape {tuple(flat[0])} in place of one of shape {tuple(want)}, wanted matrices "
+                "or shards of them: DeepSpeed and FSDP1 replace matrices by flat vectors, on which the optimizer can "
+                "only be Adam; use FSDP2 (fully_shard) or DDP. If these vectors are parameters of the model, pass "
+                "them to add_param_group, or create a new optimizer"
             )
 
 
 def check_overrides(group: Mapping[str, Any], settings: Collection[str]) -> None:
-    """Checks that a group's overrides name settings, a mapping for each parameter.
+    """Checks that a group's overrides are one mapping of settings for each parameter.
 
     Args:
         group: The param group.
@@ -212,6 +214,6 @@ def check_overrides(group: Mapping[str, Any], settings: Collection[str]) -> None
     unknown = sorted({str(key) for own in overrides for key in own} - {*of_parameters})
     if unknown:
         raise ValueError(
-            f"{OVERRIDES} of a param group got {', '.join(unknown)}, wanted settings that parameters of a group may "
-            f"have of their own: {', '.join(of_parameters)}; give a parameter a group for the others"
+            f"{OVERRIDES} of a param group got {', '.join(unknown)}, wanted settings that may differ between the "
+            f"parameters of a group: {', '.join(of_parameters)}; for other settings, use a separate group"
         )

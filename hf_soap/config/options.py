@@ -1,4 +1,4 @@
-"""What an option is: its type, default, range and help, how it is checked, and how ``optim_args`` is read.
+"""Options: type, default, range and help of each, their checks, and the parser of ``optim_args``.
 
 The tables of the documentation, the checks of the constructors and the errors for a mistyped option are all made from
 here.
@@ -35,8 +35,8 @@ def option(
         default: The published default.
         help: One line for the tables.
         check: Predicate and its wording; ``None`` as a value is never checked.
-        remedy: What to use instead, appended to the error.
-        trainer_only: Read by the registry, no argument of the optimizer's constructor.
+        remedy: What to do instead; it is appended to the error.
+        trainer_only: Whether only the Trainer reads it; the optimizer's constructor has no such argument.
 
     Returns:
         A dataclass field.
@@ -47,7 +47,7 @@ def option(
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Options of one optimizer, checked when it is made. Made from ``optim_args`` or written out in Python.
+    """Options of one optimizer, checked when the config is created, from ``optim_args`` or in Python.
 
     Raises:
         ValueError: If a value has the wrong type or is out of range.
@@ -55,9 +55,9 @@ class OptimizerConfig:
 
     name: ClassVar[str]
     lr: ClassVar[float]
-    """Learning rate to start from, for the warning about a forgotten one; the Trainer's ``learning_rate`` decides."""
+    """Learning rate to suggest where none was set; training uses the Trainer's ``learning_rate``."""
     lr_is_published: ClassVar[bool] = True
-    """Whether the paper or its code gives that learning rate; otherwise it is ours."""
+    """Whether that learning rate comes from the paper or its code; otherwise it is ours."""
     adam_embeddings: ClassVar[bool] = False
     """Whether embeddings and the output head are updated by Adam."""
 
@@ -68,7 +68,7 @@ class OptimizerConfig:
         """Returns the options that differ from their defaults as text for ``TrainingArguments(optim_args=...)``.
 
         Args:
-            always: Options to write even where they have their defaults.
+            always: Options to write even if they have their defaults.
         """
         values = {f.name: getattr(self, f.name) for f in fields(self)}
         written = [f.name for f in fields(self) if values[f.name] != f.default or f.name in always]
@@ -86,18 +86,18 @@ class OptimizerConfig:
 ConfigT = TypeVar("ConfigT", bound=OptimizerConfig)
 
 OptimArgs = str | Mapping[str, Any] | Sequence[str] | None
-"""What ``optim_args`` may be: text from Python or a command line, a mapping or a list from YAML or JSON."""
+"""Types of ``optim_args``: text from Python or a command line, or a mapping or a list from YAML or JSON."""
 
 
 def check_values(config: type[OptimizerConfig], values: Mapping[str, Any]) -> None:
     """Checks names, types and ranges of options.
 
     Args:
-        config: Whose options they are.
-        values: Option name to value.
+        config: The config that declares the options.
+        values: Values by option name.
 
     Raises:
-        ValueError: On the first option that is unknown, of the wrong type or out of range, with the remedy.
+        ValueError: If an option is unknown, has the wrong type or is out of range; it names the first and the remedy.
     """
     known = option_fields(config)
     hints = typing.get_type_hints(config)
@@ -114,7 +114,11 @@ def check_values(config: type[OptimizerConfig], values: Mapping[str, Any]) -> No
         if key.endswith("_modules") and value is not None:
             try:
                 re.compile(value)
-            except (re.error, OverflowError, RecursionError) as error:  # a{99999999999}, and a thousand parentheses
+            except (
+                re.error,
+                OverflowError,
+                RecursionError,
+            ) as error:  # such as a{99999999999} or a thousand parentheses
                 raise ValueError(f"{key} must be a regular expression, got {shown(value)}: {error}") from error
 
 
@@ -124,38 +128,38 @@ def parse_optim_args(given: OptimArgs, config: type[ConfigT], defaults: Mapping[
     Args:
         given: ``key=value`` pairs split by commas; commas inside brackets belong to the value, so that
             ``betas=(0.9,0.95)`` and regular expressions with groups can be written. A value may be quoted. A mapping
-            or a list of pairs, as YAML and JSON have them, is read as :func:`as_text` says.
-        config: Whose options to read.
+            or a list of pairs, from YAML or JSON, is converted by :func:`as_text`.
+        config: The config that declares the options.
         defaults: Values for options that are not given, instead of the published ones.
 
     Returns:
         The checked config.
 
     Raises:
-        ValueError: If it cannot be read, or names an unknown option, twice the same, a wrong type or a value out of
-            range.
+        ValueError: If the text cannot be read, an option is unknown or given twice, or a value has the wrong type or
+            is out of range.
     """
     hints = typing.get_type_hints(config)
     values: dict[str, Any] = {}
     for key, raw in _pairs(as_text(given) or "", config):
         if key in values:
-            raise ValueError(f"optim_args names {key} twice, wanted it once; remove one of them")
+            raise ValueError(f"optim_args got {key} twice, wanted it once; remove one of them")
         values[key] = _from_text(key, raw, hints[key])
     return config(**{**(defaults or {}), **values})
 
 
 def as_text(given: Any) -> str | None:
-    """Writes ``optim_args`` as the text that the Trainer and the command line know.
+    """Converts ``optim_args`` to the text that the Trainer and the command line use.
 
     Args:
-        given: Text, which is returned as it stands; a mapping of options to numbers, text, true, false or none; or a
-            list of texts of the form ``key=value``. ``betas`` of a mapping may be a list of two numbers.
+        given: Text, which is returned unchanged; a mapping of options to numbers, text, true, false or none; or a
+            list of texts of the form ``key=value``. In a mapping, ``betas`` may be a list of two numbers.
 
     Returns:
-        The text, or None where there are no options.
+        The text, or None if there are no options.
 
     Raises:
-        ValueError: If it is something else.
+        ValueError: If it has another type.
     """
     if given is None or isinstance(given, str):
         return given
@@ -186,7 +190,7 @@ def _value_of(key: str, value: Any) -> str:
 
 
 def _listed(entry: Any) -> list[str]:
-    """Returns the pairs of one entry of a list, each so that it ends where the entry does."""
+    """Returns the pairs of one entry of a list; brackets that stay open in it do not reach into the next."""
     if not isinstance(entry, str):
         raise ValueError(f"optim_args wants key=value as entries of a list, got {shown(entry)}; for example eps=1e-8")
     pairs = [[part.strip() for part in item.partition("=")] for item in _split(entry)]
@@ -194,15 +198,15 @@ def _listed(entry: Any) -> list[str]:
 
 
 def _whole(raw: str) -> str:
-    """Puts a value in quotes where an open bracket or a comma would join it to the next option or cut it."""
+    """Quotes a value if a bracket or a comma in it would change where the value ends."""
     return raw if not raw or _split(f"k={raw},k") == [f"k={raw}", "k"] else repr(raw)
 
 
 def patterns(text: str) -> list[str]:
-    """Returns the regular expressions in ``optim_args``, whichever optimizer that is for.
+    """Returns the regular expressions in ``optim_args`` of any optimizer.
 
     Raises:
-        ValueError: If one stands in quotes that cannot be read.
+        ValueError: If a quoted one cannot be read.
     """
     pairs = [[part.strip() for part in item.partition("=")] for item in _split(text)]
     return [_from_text(key, raw, str) for key, _, raw in pairs if key.endswith("_modules")]
@@ -220,17 +224,17 @@ def option_table(config: type[OptimizerConfig]) -> str:
 
 
 def nearest(name: str, choices: Collection[str]) -> str:
-    """Returns ``did you mean X? `` for the closest of ``choices``, or nothing if none is close."""
+    """Returns ``did you mean X? `` for the closest of ``choices``, or an empty string if none is close."""
     longer = [choice for choice in choices if name and choice.startswith(name)]
     match = longer or difflib.get_close_matches(name, list(choices), n=1, cutoff=0.5)
     return f"did you mean {match[0]}? " if match else ""
 
 
 def shown(value: Any) -> str:
-    """Returns ``repr(value)`` for an error, cut where it would fill the screen."""
+    """Returns ``repr(value)`` for an error message, shortened if it is long."""
     try:
         text = repr(value)
-    except ValueError:  # a whole number of more digits than Python writes
+    except ValueError:  # an integer with more digits than Python converts
         return f"a number of {value.bit_length()} bits"
     return text if len(text) <= 200 else f"{text[:100]}... ({len(text)} characters)"
 
@@ -240,7 +244,7 @@ def option_fields(config: type[OptimizerConfig]) -> dict[str, Field[Any]]:
 
 
 def _own_first(config: type[OptimizerConfig]) -> dict[str, Field[Any]]:
-    """Returns the options in the order of the config, its own before those it shares, which are set less often."""
+    """Returns the options: first those of the config itself, then those that it shares, which are set less often."""
     known = option_fields(config)
     listed = [key for cls in config.__mro__ for key in vars(cls).get("__annotations__", {}) if key in known]
     return {key: known[key] for key in dict.fromkeys(listed)}
@@ -254,13 +258,13 @@ def _unknown(config: type[OptimizerConfig], key: str) -> str:
 
 
 def near_options(name: str, choices: Collection[str]) -> list[str]:
-    """Returns up to three options that a name may be meant for, the most likely first.
+    """Returns up to three options that a name may stand for, the most likely first.
 
     Words are compared one by one, so that ``freq`` and ``precond_freq`` find ``precondition_frequency``.
 
     Args:
-        name: What is no option.
-        choices: The options there are.
+        name: The unknown name.
+        choices: The known options.
     """
     words = [word for word in re.split(r"[\W_]+", name.lower()) if word]
 
@@ -276,7 +280,7 @@ def near_options(name: str, choices: Collection[str]) -> list[str]:
 
 
 def _likeness(word: str, whole: str) -> float:
-    """Returns 1 for the same word, a little less for its beginning or a slip of the pen, 0 for another word."""
+    """Returns 1 for the same word, slightly less for its beginning or a typing error, and 0 for another word."""
     if word in (whole, whole.rstrip("0123456789")):
         return 1.0
     begins = len(word) > 1 and whole.startswith(word)
@@ -297,11 +301,11 @@ DTYPES = {
     "float8_e5m2": "bfloat16",
     "fp8": "bfloat16",
 }
-"""Usual names of what an option calls otherwise, or of what comes nearest to it."""
+"""Common names of dtypes, with the dtype that an option takes for each, or the nearest to it."""
 
 
 def _meant(value: Any, hint: Any) -> str:
-    """Words which of the values of an option is meant, where it takes named ones."""
+    """Returns a hint at the value that was probably meant, for an option that takes named values."""
     named = [part for part in _alternatives(hint) if typing.get_origin(part) is Literal]
     choices = [choice for part in named for choice in typing.get_args(part)]
     text = str(value).lower().removeprefix("torch.")
@@ -328,14 +332,16 @@ def _pairs(text: str, config: type[OptimizerConfig]) -> Iterable[tuple[str, str]
                 raise ValueError(
                     f"betas wants two numbers, got {shown(raw)}; write betas=(0.95,0.95), or beta1= and beta2="
                 )
-            if lacking := {"beta1", "beta2"} - option_fields(config).keys():
+            if missing := {"beta1", "beta2"} - option_fields(config).keys():
                 raise ValueError(
-                    f"{config.name} got betas={shown(raw)}, wanted beta1 alone: it reads no {min(lacking)}; "
+                    f"{config.name} got betas={shown(raw)}, wanted beta1 alone: it does not use {min(missing)}; "
                     f"write beta1={betas[0]}"
                 )
             yield from zip(("beta1", "beta2"), betas, strict=True)
         elif key in ELSEWHERE:
-            raise ValueError(f"{key} is no option of optim_args; set it as TrainingArguments({ELSEWHERE[key]}=...)")
+            raise ValueError(
+                f"{key} is not an option of optim_args; set it as TrainingArguments({ELSEWHERE[key]}=...)"
+            )
         elif key not in option_fields(config):
             raise ValueError(_unknown(config, key))
         else:
@@ -349,13 +355,13 @@ ELSEWHERE = {
     "decay": "weight_decay",
     "weight_decay": "weight_decay",
 }
-"""What users look for among the options and the Trainer has an argument for."""
+"""Settings that users look for in ``optim_args`` but that are arguments of the Trainer."""
 
 CLOSING = {"(": ")", "[": "]", "{": "}"}
 
 
 def _split(text: str) -> list[str]:
-    """Splits at the commas that stand outside brackets and quotes; empty items are dropped."""
+    """Splits at commas outside brackets and quotes; empty items are dropped."""
     items, closing, quote, escaped = [""], "", "", False
     for char in text:
         if escaped:
@@ -365,7 +371,7 @@ def _split(text: str) -> list[str]:
         elif quote:
             quote = "" if char == quote else quote
         elif char in "'\"" and items[-1].strip().endswith("=") and items[-1].count("=") == 1:
-            quote = char  # only at the start of a value: elsewhere it belongs to a regular expression
+            quote = char  # only at the start of a value: elsewhere it is part of a regular expression
         elif char == closing[-1:]:
             closing = closing[:-1]
         elif closing[-1:] != "]" and char in CLOSING:  # within [...] other brackets are characters
@@ -383,7 +389,7 @@ def _from_text(key: str, raw: str, hint: Any) -> Any:
         return None
     kind = next(arg for arg in args if arg is not type(None))
     if raw == "false" and "off" in typing.get_args(kind):
-        return "off"  # which YAML reads as false
+        return "off"  # YAML reads off as false
     if typing.get_origin(kind) is Literal or kind is str:
         return _unquoted(key, raw) if len(raw) > 1 and raw[0] == raw[-1] and raw[0] in "'\"" else raw
     if kind is bool:
@@ -399,14 +405,16 @@ def _from_text(key: str, raw: str, hint: Any) -> Any:
 
 
 def _unquoted(key: str, raw: str) -> str:
-    """Reads a value in quotes as Python does, if it is one piece of text."""
+    """Reads a quoted value as a Python string literal."""
     try:
         if re.fullmatch(r"(['\"])(?:(?!\1)[^\\]|\\.)*\1", raw, re.DOTALL):
-            with warnings.catch_warnings(action="ignore"):  # of \d, which a regular expression may have
+            with warnings.catch_warnings(
+                action="ignore"
+            ):  # about escapes such as \d, which regular expressions contain
                 return str(ast.literal_eval(raw))
     except (SyntaxError, ValueError) as error:
         raise ValueError(f"{key} got {shown(raw)}, wanted text in quotes that Python can read: {error}") from None
-    raise ValueError(f"{key} got {shown(raw)}, wanted one text in quotes; write a quote within it as \\' or \\\"")
+    raise ValueError(f"{key} got {shown(raw)}, wanted one quoted text; escape a quote in it as \\' or \\\"")
 
 
 def _alternatives(hint: Any) -> tuple[Any, ...]:
@@ -416,15 +424,15 @@ def _alternatives(hint: Any) -> tuple[Any, ...]:
 
 def _to_text(value: Any) -> str:
     if isinstance(value, str):
-        plain = _split(f"k={value},k") == [f"k={value}", "k"] and value.lower() not in ("", "none", "null")
-        return value if plain and value == value.strip() and value[0] not in "'\"" else repr(value)
+        unquoted = _split(f"k={value},k") == [f"k={value}", "k"] and value.lower() not in ("", "none", "null")
+        return value if unquoted and value == value.strip() and value[0] not in "'\"" else repr(value)
     return str(value).lower() if value is None or isinstance(value, bool) else str(value)
 
 
 def _is_finite(value: float) -> bool:
     try:
         return math.isfinite(value)
-    except OverflowError:  # a whole number that no float holds
+    except OverflowError:  # an integer beyond the range of floats
         return False
 
 

@@ -1,4 +1,4 @@
-"""Several ranks: a rank's part of a sharded parameter, and which rank owns which whole matrix.
+"""Training on several ranks: a rank's shard of a parameter, and which rank owns which matrix.
 
 May import ``linalg``.
 """

@@ -1,8 +1,8 @@
-"""Parameters that are sharded over ranks: what the others need to know of DTensors and process groups.
+"""Sharded parameters: all that the package uses of DTensors and process groups.
 
-Each rank works on its own shard as if that were a tensor. A shard's state is saved as a DTensor: state that has the
-tensor's own coordinates as one of the tensor's shape, all other state with a leading dimension for every dimension of
-the mesh, in which each rank owns one place.
+Each rank treats its shard as a tensor of its own. The state of a shard is saved as a DTensor. State in the tensor's
+coordinates gets the tensor's shape. All other state gets a leading dimension for each dimension of the mesh, in which
+each rank has one index.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Shard:
-    """Where a rank's part of a tensor lies.
+    """The position of a rank's part in a tensor.
 
     Attributes:
         whole: Shape of the whole tensor.
         offset: Index of the part's first entry in the whole tensor.
-        size: Shape of the part; some ranks may have none of it.
-        largest: Shape of the largest part that any rank has, by which all ranks plan alike.
+        size: Shape of the part; it is empty on some ranks.
+        largest: Shape of the largest part of any rank. All ranks plan by it, so that they decide alike.
     """
 
     whole: tuple[int, ...]
@@ -39,7 +39,7 @@ class Shard:
 
     @property
     def numel(self) -> int:
-        """Entries of the part."""
+        """Number of entries of the part."""
         return math.prod(self.size)
 
     def of(self, tensor: Tensor) -> Tensor:
@@ -53,14 +53,16 @@ PLAIN = (Tensor, torch.nn.Parameter)
 
 def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
     """Whether a tensor is a DTensor, replicated ones included."""
-    if type(tensor) in PLAIN:  # asked several times a parameter and step
+    if type(tensor) in PLAIN:  # called several times for each parameter and step
         return False
-    dtensor = sys.modules.get("torch.distributed.tensor")  # not loaded: no DTensor exists, and loading takes 0.6 s
+    dtensor = sys.modules.get(
+        "torch.distributed.tensor"
+    )  # if it is not loaded, no DTensor exists; loading it takes 0.6 s
     return dtensor is not None and isinstance(tensor, dtensor.DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Returns this rank's part of a tensor, which shares its memory; a plain tensor itself."""
+    """Returns this rank's part of a tensor as a view; a plain tensor is returned itself."""
     if not is_sharded(tensor):
         return tensor
     with torch.no_grad():
@@ -74,14 +76,14 @@ def local_grad(param: Tensor) -> Tensor | None:
 
 
 def settle_gradient_(param: Tensor) -> None:
-    """Cuts a parameter's gradient as the parameter is cut: tensor parallelism may leave sums to be made."""
+    """Gives a gradient the placements of its parameter: tensor parallelism may leave partial sums."""
     grad = param.grad
     if grad is not None and is_sharded(param) and is_sharded(grad) and grad.placements != param.placements:
         param.grad = grad.redistribute(placements=param.placements)
 
 
 def shard_of(param: Tensor) -> Shard:
-    """Says where this rank's part of a parameter lies; the part of a plain tensor is all of it."""
+    """Returns the position of this rank's part of a parameter; for a plain tensor, that is all of it."""
     whole = tuple(param.shape)
     if not is_sharded(param):
         return Shard(whole, (0,) * len(whole), whole, whole)
@@ -96,7 +98,7 @@ def shard_of(param: Tensor) -> Shard:
 
 
 def shards_of_ranks(params: Sequence[Tensor]) -> list[list[Shard]]:
-    """Asks all ranks for their parts: for each parameter a shard of every rank. All ranks must call this."""
+    """Gathers the shards of all ranks, as one list for each parameter. All ranks must call this."""
     own = [shard_of(param) for param in params]
     gathered: list[list[Shard]] = [[] for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather_object(gathered, own)
@@ -104,33 +106,33 @@ def shards_of_ranks(params: Sequence[Tensor]) -> list[list[Shard]]:
 
 
 def is_cut(placement: Placement) -> TypeGuard[Any]:
-    """Whether a placement gives each rank of its mesh dimension another part."""
-    return hasattr(placement, "dim")  # Shard and _StridedShard; is_shard() misses the second in torch 2.6
+    """Whether a placement splits the tensor among the ranks of its mesh dimension."""
+    return hasattr(placement, "dim")  # Shard and _StridedShard; in torch 2.6, is_shard() is false for the second
 
 
 def check_placements(param: Tensor) -> None:
     """Refuses a sharded parameter whose parts are not plain slices of it.
 
     Raises:
-        ValueError: If a placement is neither a shard nor a replica, or FSDP1 or ZeRO-3 made a flat vector of it.
+        ValueError: If a placement is neither Shard nor Replicate, or FSDP1 or ZeRO-3 flattened the parameter.
     """
     for sign, maker in (("_fsdp_flattened", "FSDP1"), ("_is_flat_param", "FSDP1"), ("ds_id", "DeepSpeed ZeRO-3")):
         if getattr(param, sign, False) is not False:
             raise ValueError(
                 f"got a parameter of shape {tuple(param.shape)} that {maker} flattened, wanted a tensor or a DTensor: "
-                "on flat vectors the optimizer could only be Adam; use FSDP2 (fully_shard) or DDP"
+                "on flat vectors the optimizer can only be Adam; use FSDP2 (fully_shard) or DDP"
             )
     if is_sharded(param):
         odd = [str(p) for p in param.placements if not (is_cut(p) or p.is_replicate())]
         if odd:
             raise ValueError(
                 f"got a parameter of shape {tuple(param.shape)} with the placement {odd[0]}, "
-                "wanted Shard or Replicate; redistribute the parameter before the optimizer is made"
+                "wanted Shard or Replicate; redistribute the parameter before the optimizer is created"
             )
 
 
 def stack_sizes(param: Tensor) -> tuple[int, ...]:
-    """Leading dimensions of state that every rank has a place of its own in; none where there is one part only."""
+    """Returns the leading dimensions of state that differs between ranks; none if there is only one part."""
     if not is_sharded(param):
         return ()
     pairs = zip(param.device_mesh.shape, param.placements, strict=True)
@@ -139,14 +141,14 @@ def stack_sizes(param: Tensor) -> tuple[int, ...]:
 
 
 def to_stack(param: Tensor, value: Tensor) -> Tensor:
-    """Gives a rank's state its place beside that of the other ranks.
+    """Stacks the state of all ranks as one DTensor, without communication.
 
     Args:
-        param: The parameter that it belongs to.
+        param: The parameter that the state belongs to.
         value: State of this rank, of the same shape on every rank.
 
     Returns:
-        For a plain parameter the value itself; else a DTensor of shape (*stack_sizes, *value.shape).
+        The value itself for a plain parameter; otherwise a DTensor of shape (*stack_sizes, *value.shape).
     """
     if not is_sharded(param):
         return value
@@ -161,47 +163,50 @@ def to_stack(param: Tensor, value: Tensor) -> Tensor:
 
 
 def to_whole(param: Tensor, value: Tensor) -> Tensor:
-    """Wraps state in a parameter's own coordinates, of the shape of this rank's part, as the parameter is wrapped."""
+    """Wraps state of the shape of this rank's part as a DTensor with the parameter's placements."""
     if not is_sharded(param):
         return value
     return _wrap(value, param, param.placements, tuple(param.shape))
 
 
 def gathered(value: Tensor) -> Tensor:
-    """Returns the whole of a DTensor, for which all ranks must call this; a plain tensor itself."""
+    """Returns the full tensor of a DTensor; all ranks must call this. A plain tensor is returned itself."""
     if not is_sharded(value):
         return value
-    # What was offloaded lies where NCCL cannot reach it.
+    # NCCL cannot reach offloaded tensors.
     near: Any = value.to(value.device_mesh.device_type)
     whole: Tensor = near.full_tensor()
     return whole
 
 
 def place_in_stack(param: Tensor) -> tuple[int, ...]:
-    """Index of this rank in the leading dimensions that :func:`to_stack` adds."""
+    """Returns this rank's index in the leading dimensions that :func:`to_stack` adds."""
     if not is_sharded(param) or not stack_sizes(param):
         return ()
     coordinate = param.device_mesh.get_coordinate()
     if coordinate is None:
-        raise RuntimeError(f"this rank is not in the mesh of a parameter of shape {tuple(param.shape)}, but steps it")
+        raise RuntimeError(
+            f"got a rank outside the mesh of a parameter of shape {tuple(param.shape)}, wanted one of its ranks; "
+            "give the optimizer only parameters of this rank's meshes"
+        )
     pairs = zip(coordinate, param.placements, strict=True)
     return tuple(place if is_cut(placement) else 0 for place, placement in pairs)
 
 
 def ranks() -> int:
-    """Number of processes that train together."""
+    """Returns the number of processes that train together."""
     dist = torch.distributed
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Number of this process among those that train together."""
+    """Returns the rank of this process."""
     dist = torch.distributed
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def from_all(value: Any) -> list[Any]:
-    """Returns what each rank has, a small object that pickles; all ranks must call this."""
+    """Gathers a small object that can be pickled from each rank; all ranks must call this."""
     if ranks() == 1:
         return [value]
     values: list[Any] = [None] * ranks()
@@ -210,13 +215,13 @@ def from_all(value: Any) -> list[Any]:
 
 
 def raise_together(error: Exception | None) -> None:
-    """Raises on every rank what one of them has found; all ranks must call this.
+    """Raises the error of any rank on all ranks; all ranks must call this.
 
     Args:
-        error: What this rank found.
+        error: This rank's error, if there is one.
 
     Raises:
-        ValueError: If any rank found an error; it names the first such rank.
+        ValueError: If any rank has an error; it names the first such rank.
     """
     if ranks() == 1 and error is not None:
         raise error
@@ -226,17 +231,17 @@ def raise_together(error: Exception | None) -> None:
 
 
 def wire_device(param: Tensor) -> torch.device:
-    """Returns the device whose tensors the ranks of a parameter exchange; offloaded parts lie on another."""
+    """Returns the device on which the ranks of a parameter communicate; offloaded parts are on another."""
     if not is_sharded(param) or param.device_mesh.device_type == "cpu":
         return local(param).device
     return torch.device(param.device_mesh.device_type, torch.get_device_module().current_device())
 
 
 def agree(fine: bool, params: Sequence[Tensor]) -> bool:
-    """Says whether all ranks that share sharded parameters are fine; the one collective of a step.
+    """Returns whether a condition holds on all ranks that share sharded parameters; the one collective of a step.
 
     Args:
-        fine: What this rank found.
+        fine: Whether it holds on this rank.
         params: All parameters; every rank of their meshes must call this at the same time.
     """
     sharded = [param for param in params if is_sharded(param)]
@@ -256,11 +261,11 @@ def agree(fine: bool, params: Sequence[Tensor]) -> bool:
 
 
 def summed(numbers: Sequence[float], param: Tensor) -> list[float]:
-    """Adds up numbers over all ranks, which all must call this with as many.
+    """Sums numbers over all ranks, all of which must call this with equally many.
 
     Args:
-        numbers: Those of this rank.
-        param: Any parameter, which says what devices the ranks exchange tensors of.
+        numbers: This rank's numbers.
+        param: Any parameter; the ranks communicate on its device.
     """
     if ranks() == 1:
         return list(numbers)
@@ -274,7 +279,7 @@ def _wrap(value: Tensor, param: DTensor, placements: Sequence[Placement], shape:
     from torch.distributed.tensor import DTensor
 
     stride = tuple(math.prod(shape[i + 1 :]) for i in range(len(shape)))
-    # Uneven parts do not tell the whole shape, which from_local would otherwise guess from this rank's.
+    # With uneven parts, from_local cannot infer the whole shape from this rank's part.
     wrapped: Tensor = DTensor.from_local(
         value, param.device_mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
     )
@@ -282,17 +287,17 @@ def _wrap(value: Tensor, param: DTensor, placements: Sequence[Placement], shape:
 
 
 class ReplicaGroup:
-    """Ranks that hold equal state, as under DDP, and split decompositions among them."""
+    """Ranks with equal state, as under DDP, which split decompositions among them."""
 
     def share(
         self, compute: Callable[[Tensor], tuple[Tensor, ...]], batch: Tensor, *, turn: int
     ) -> tuple[Tensor, ...]:
-        """Computes each matrix on one rank and gives the results to all: bit for bit what each alone would get.
+        """Decomposes each matrix on one rank and sends the results to all, equal bit for bit to decomposing all.
 
         Args:
-            compute: Works on each matrix of a batch (..., n, n) by itself, also on a batch of none.
+            compute: Decomposes a batch (..., n, n), each matrix independently; it must accept an empty batch.
             batch: (blocks, n, n), the same on every rank.
-            turn: The rank that takes the first share, modulo their number; the others follow in turn.
+            turn: The rank that takes the first share, modulo the number of ranks; the others follow in order.
 
         Returns:
             What ``compute`` returns for the whole batch.

@@ -1,7 +1,7 @@
-"""Whole-matrix preconditioning by several ranks: each matrix has an owner, who gets its gradient and says where to go.
+"""Whole-matrix preconditioning on several ranks: each matrix has an owner, which computes its direction.
 
-Two exchanges a step: gradients go to the owners, directions come back. Both are cut into rounds, so that the next
-round's gradients travel while this round's matrices are computed.
+A step has two exchanges: gradients go to the owners, and directions come back. Both are split into rounds, so that the
+gradients of the next round are sent while the directions of this one are computed.
 """
 
 from __future__ import annotations
@@ -18,25 +18,26 @@ from torch import Tensor
 from hf_soap.distributed.dtensor import Shard, is_sharded, local, local_grad, shards_of_ranks, wire_device
 
 ROUND_BYTES = 128 * 2**20
-"""Gradients that are exchanged at once."""
+"""Bytes of gradients that are exchanged at once."""
 
 SEEDED, UPDATED = 1, 2
-"""What happened to a tensor: its state was made from the gradient, or there is a direction to follow."""
+"""The outcome for a tensor: its state was initialized from the gradient, or there is a direction to apply."""
 
 Outcome = tuple[int, Tensor | None]
-"""What happened, and the direction of the part at hand."""
+"""The outcome, and the direction of the local part."""
 
 
 def assign(loads: Sequence[tuple[float, float]], ranks: int, known: Sequence[int | None] | None = None) -> list[int]:
-    """Gives each matrix an owner, so that neither the work nor the memory of any rank stands out.
+    """Assigns an owner to each matrix, so that work and memory are balanced over ranks.
 
     Args:
         loads: (work, memory) of each matrix, in any units.
         ranks: Number of ranks.
-        known: Owners that are settled, because they hold the state.
+        known: Owners that must not change, because they hold the state.
 
     Returns:
-        The owner of each: largest first, to the rank that then has the least of what it has most of.
+        The owner of each matrix. The largest is assigned first; each goes to the rank whose larger share, of work or
+        of memory, is then the smallest.
     """
     totals = [max(sum(load[kind] for load in loads), 1e-30) for kind in (0, 1)]
     shares = [(work / totals[0], memory / totals[1]) for work, memory in loads]
@@ -60,31 +61,31 @@ def assign(loads: Sequence[tuple[float, float]], ranks: int, known: Sequence[int
 
 @dataclass
 class Exchange:
-    """A collective that is under way."""
+    """A collective in progress."""
 
     works: list[dist.Work]
     received: dict[torch.dtype, list[Tensor]]
     buffers: list[Tensor]
 
     def readers(self) -> dict[torch.dtype, list[_Reader]]:
-        """Waits, and returns what came by dtype and sender."""
+        """Waits for the collective, and returns what was received, by dtype and sender."""
         for work in self.works:
             work.wait()
         return {dtype: [_Reader(part) for part in parts] for dtype, parts in self.received.items()}
 
 
 class Ownership:
-    """Who owns which parameter, and how gradients and directions travel.
+    """Which rank owns which parameter, and the exchange of gradients and directions.
 
     Args:
         params: Whole or sharded parameters, the same in the same order on every rank.
         loads: (work, memory) of each.
-        dtypes: What the state of each is computed in.
+        dtypes: The dtype in which the state of each is computed.
         among: All trainable parameters, owned or not.
-        known: Owners from before, who hold the state.
+        known: Previous owners, which hold the state.
 
     Raises:
-        ValueError: If a parameter is sharded over other ranks than all.
+        ValueError: If a parameter is not sharded over all ranks, or some parameters are sharded and others are not.
     """
 
     def __init__(
@@ -105,23 +106,23 @@ class Ownership:
                 )
         if len({is_sharded(param) for param in params}) > 1:
             raise ValueError(
-                "shard_mode='owner' got sharded parameters beside whole ones, wanted one kind: nobody says whether "
-                "the gradients of whole ones are summed over ranks; shard all of them, or use shard_mode='local'"
+                "shard_mode='owner' got both sharded and whole parameters, wanted one kind: it is not known whether "
+                "the gradients of the whole ones are summed over ranks; shard all of them, or use shard_mode='local'"
             )
         self._among = list(among)
-        settled = [known.get(param) for param in params]
-        self.owner = dict(zip(params, assign(loads, self.ranks, settled), strict=True))
+        previous = [known.get(param) for param in params]
+        self.owner = dict(zip(params, assign(loads, self.ranks, previous), strict=True))
         self._dtype = dict(zip(params, dtypes, strict=True))
         self.rounds = list(_rounds(params, self.ranks))
 
     @cached_property
     def _parts(self) -> dict[Tensor, list[Shard]]:
-        # Not at once: who owns what is known without asking the other ranks.
+        # Lazy: the owners are known without communication.
         params = list(self.owner)
         return dict(zip(params, shards_of_ranks(params), strict=True))
 
     def fits(self, among: Sequence[Tensor]) -> bool:
-        """Whether these are the trainable parameters that it was made for."""
+        """Whether these are the trainable parameters that it was created for."""
         return len(among) == len(self._among) and all(a is b for a, b in zip(among, self._among, strict=True))
 
     def owns_exactly(self, params: Sequence[Tensor]) -> bool:
@@ -133,7 +134,7 @@ class Ownership:
         return self.owner[param] == self.rank
 
     def start_gradients(self, params: Sequence[Tensor]) -> Exchange:
-        """Sends the parts of the gradients that this rank has to their owners; all ranks call this for the same."""
+        """Sends this rank's parts of gradients to their owners; all ranks must call this for the same parameters."""
         outgoing: list[dict[torch.dtype, list[Tensor]]] = [{} for _ in range(self.ranks)]
         sizes: list[dict[torch.dtype, int]] = [{} for _ in range(self.ranks)]
         for param in params:
@@ -150,7 +151,7 @@ class Ownership:
         return self._start(params, outgoing, sizes)
 
     def finish_gradients(self, params: Sequence[Tensor], exchange: Exchange) -> dict[Tensor, Tensor]:
-        """Returns the whole gradients of the parameters that this rank owns, those that have one."""
+        """Returns the whole gradients of the parameters that this rank owns, without those that have none."""
         readers = exchange.readers()
         grads, flags = {}, []
         for param in params:
@@ -164,7 +165,7 @@ class Ownership:
                 here.append(reader.take(1))
                 shard.of(grads[param]).copy_(reader.take(shard.numel).view(shard.size))
             flags.append(torch.cat(here).amax())
-        present = torch.stack(flags).tolist() if flags else []  # one wait for the device, not one a parameter
+        present = torch.stack(flags).tolist() if flags else []  # one host synchronization, not one per parameter
         return {param: grad for (param, grad), there in zip(grads.items(), present, strict=True) if there}
 
     def start_directions(self, params: Sequence[Tensor], outcomes: Mapping[Tensor, Outcome]) -> Exchange:
@@ -185,7 +186,7 @@ class Ownership:
         return self._start(params, outgoing, sizes)
 
     def finish_directions(self, params: Sequence[Tensor], exchange: Exchange) -> dict[Tensor, Outcome]:
-        """Returns what happened to each parameter and this rank's part of its direction."""
+        """Returns the outcome for each parameter and this rank's part of its direction."""
         readers = exchange.readers()
         flags, parts = [], []
         for param in params:
@@ -196,7 +197,7 @@ class Ownership:
         return {p: (int(flag), part) for p, flag, part in zip(params, happened, parts, strict=True)}
 
     def _senders(self, param: Tensor) -> list[int]:
-        """One rank for every part of a parameter: the owner where it has the part, else the first that has."""
+        """Returns a sender for each part of a parameter: its owner if it has the part, else the first rank with it."""
         owner, chosen = self.owner[param], dict[tuple[int, ...], int]()
         for rank, shard in enumerate(self._parts[param]):
             if shard.numel and (shard.offset not in chosen or rank == owner):
@@ -220,13 +221,13 @@ class Ownership:
             inbound = torch.empty(sum(expected), dtype=dtype, device=device)
             work = dist.all_to_all_single(inbound, outbound, expected, splits, async_op=True)
             exchange.works.append(work)
-            exchange.buffers.append(outbound)  # lives until the exchange is over
+            exchange.buffers.append(outbound)  # must live until the exchange is finished
             exchange.received[dtype] = list(inbound.split(expected))
         return exchange
 
 
 class _Reader:
-    """Takes one piece after another off a flat tensor."""
+    """Reads a flat tensor piece by piece."""
 
     def __init__(self, flat: Tensor) -> None:
         self.flat, self.place = flat, 0
@@ -250,13 +251,13 @@ def _rounds(params: Iterable[Tensor], ranks: int) -> Iterator[list[Tensor]]:
 
 
 def spread_rows(value: Tensor | None, like: Tensor, owner: int, param: Tensor) -> Tensor:
-    """Cuts state that its owner holds into one part for each rank, for a checkpoint that any ranks can load.
+    """Splits an owner's state into one part for each rank, for a checkpoint that any number of ranks can load.
 
     Args:
-        value: The state on its owner, None elsewhere.
+        value: The state on its owner; None on other ranks.
         like: A tensor of its shape and dtype.
         owner: The owner's rank.
-        param: The sharded parameter that it belongs to; all ranks call this for the same.
+        param: The sharded parameter that the state belongs to; all ranks must call this for the same parameter.
 
     Returns:
         A DTensor of the state's shape on the parameter's mesh, cut along its first dimension of more than one entry.
@@ -295,18 +296,18 @@ def spread_rows(value: Tensor | None, like: Tensor, owner: int, param: Tensor) -
 
 
 def _first_of_many(like: Tensor) -> int:
-    # Parts along it are contiguous. torch 2.11 distributes others wrongly when a FULL state dict is loaded.
+    # Parts along this dimension are contiguous. torch 2.11 distributes others wrongly when it loads a FULL state dict.
     return next((dim for dim, size in enumerate(like.shape) if size > 1), 0)
 
 
 def _chunk(size: int, ranks: int, rank: int) -> tuple[int, int]:
-    """The rows that DTensor gives a rank."""
+    """Returns the rows that DTensor gives a rank, as first and end."""
     each = -(-size // ranks)
     return min(rank * each, size), min((rank + 1) * each, size)
 
 
 def _last_coordinates(param: Tensor) -> list[int]:
-    """For each rank its place along the last dimension of a parameter's mesh."""
+    """Returns each rank's index along the last dimension of a parameter's mesh."""
     assert is_sharded(param)
     places = {int(r): index[-1] for index, r in _enumerate(param.device_mesh.mesh)}
     return [places[rank] for rank in sorted(places)]
@@ -318,7 +319,7 @@ def _enumerate(mesh: Tensor) -> Iterator[tuple[tuple[int, ...], Tensor]]:
 
 
 def send_to_first(value: Tensor | None, like: Tensor, owner: int, device: torch.device) -> Tensor | None:
-    """Brings state from its owner to rank 0; returns it there, on the CPU, and None elsewhere."""
+    """Sends state from its owner to rank 0, and returns it there, on the CPU; returns None on other ranks."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
     outbound = torch.empty(0, dtype=like.dtype, device=device) if value is None else value.to(device).flatten()
     inbound = torch.empty(like.numel() if rank == 0 else 0, dtype=like.dtype, device=device)

@@ -1,4 +1,4 @@
-"""Recipes and model cards: the settings of a run as a file, checked and exchanged with the Hub.
+"""Recipes and model cards: the settings of a run in a file, checked, and exchanged with the Hub.
 
-May import ``planning`` and what stands below it.
+May import ``planning`` and the folders below it.
 """

@@ -1,4 +1,4 @@
-"""Adapters that a program made in Python, as the options by which training scripts make the same."""
+"""Converts adapters that a program created in Python to the options with which training scripts create the same."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _OPTIONS = {
     "use_rslora": "use_rslora",
     "use_dora": "use_dora",
 }
-"""Field of peft's LoraConfig to the option of TRL's scripts; ``scripts/run_clm.py`` reads r, alpha and targets."""
+"""Options of TRL's scripts by field of peft's LoraConfig; ``scripts/run_clm.py`` reads r, alpha and targets."""
 
 _SET_BY_PEFT = {
     *("peft_type", "peft_version", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"),
-    "fan_in_fan_out",  # corrected by peft for the layers that it finds
+    "fan_in_fan_out",  # peft corrects it for the layers that it finds
 }
 
 
@@ -29,19 +29,19 @@ def options_of(model: Any, *, trl: bool) -> tuple[dict[str, Any], list[str]]:
     """Describes the adapters of a model.
 
     Args:
-        model: Any model; one of peft, or one of transformers with adapters added, has a ``peft_config``.
-        trl: Whether the options are for TRL's scripts, which need ``use_peft``, have a dropout of 0.05 unless told
-            otherwise, and take a single target for a regular expression; others are as ``scripts/run_clm.py``.
+        model: Any model; a peft model, or a transformers model with adapters, has a ``peft_config``.
+        trl: Whether the options are for TRL's scripts. These need ``use_peft``, have a default dropout of 0.05, and
+            read a single target as a regular expression. Otherwise the options are for ``scripts/run_clm.py``.
 
     Returns:
-        The options, empty without adapters, and what of the adapters no option says. With the first empty and the
-        second not, the adapters are of a kind that has no options.
+        The options, and in words the properties of the adapters that no option describes. Without adapters, both are
+        empty. If only the options are empty, there are none for this kind of adapter.
     """
     configs = getattr(model, "peft_config", None)
     if not isinstance(configs, dict) or not configs:
         return {}, []
     if len(configs) > 1:
-        return {}, [f"the adapters {', '.join(map(str, configs))}, which are more than one"]
+        return {}, [f"the adapters {', '.join(map(str, configs))}: there are several"]
     (config,) = configs.values()
     method = str(_plain(config.peft_type))
     if method != "LORA":
@@ -55,11 +55,11 @@ def options_of(model: Any, *, trl: bool) -> tuple[dict[str, Any], list[str]]:
         **{name: value for name, value in changed.items() if name in _OPTIONS and name not in ("r", "lora_alpha")},
     }
     if given.get("task_type") == "CAUSAL_LM":
-        del given["task_type"]  # both scripts' own
+        del given["task_type"]  # the default of both kinds of scripts
     if int(config.lora_alpha) == config.lora_alpha:
         given["lora_alpha"] = int(config.lora_alpha)
     else:
-        missing.append(f"lora_alpha={config.lora_alpha} of LoraConfig, since scripts take whole numbers,")
+        missing.append(f"lora_alpha={config.lora_alpha} of LoraConfig, since scripts take whole numbers only")
         del given["lora_alpha"]
     if "target_modules" in given:
         targets = _targets(given.pop("target_modules"), model, trl=trl)
@@ -72,7 +72,7 @@ def options_of(model: Any, *, trl: bool) -> tuple[dict[str, Any], list[str]]:
 
 
 def _changed(config: Any) -> dict[str, Any]:
-    """Returns the fields that are not at their defaults, as plain values."""
+    """Returns the fields that differ from their defaults, as plain values."""
     found = {}
     for entry in fields(config):
         default = entry.default if entry.default_factory is MISSING else entry.default_factory()
@@ -85,14 +85,14 @@ def _changed(config: Any) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if isinstance(value, Enum):
         return value.value
-    # In a set the names come in another order in each process.
+    # The order of a set differs between processes.
     return sorted(value) if isinstance(value, (set, frozenset)) else list(value) if isinstance(value, tuple) else value
 
 
 def _targets(targets: str | list[str], model: Any, *, trl: bool) -> str | list[str] | None:
-    """Returns the targets as an option gives them to peft, or None where it cannot."""
+    """Returns the targets as the value of an option, or None if an option cannot express them."""
     if isinstance(targets, str):
-        return targets if trl else None  # a list of one name elsewhere, which is no regular expression
+        return targets if trl else None  # other scripts read a list of names, not a regular expression
     if not trl or len(targets) != 1:
         return targets
     (name,) = targets

@@ -1,4 +1,4 @@
-"""What a model card says of a run: the optimizer, the curve, the results, and the recipe to repeat it."""
+"""The model card of a run: optimizer, loss curve, results, and the recipe that repeats the run."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from huggingface_hub import EvalResult, ModelCard
 from transformers import TrainerCallback
 
 from hf_soap.engine.optimizer import unwrapped
-from hf_soap.hub import adapters, lacks, recipes
+from hf_soap.hub import adapters, omissions, recipes
 from hf_soap.hub.safety import PROVENANCE
 from hf_soap.optimizers import arguments
 from hf_soap.optimizers.names import ENTRIES
@@ -37,10 +37,10 @@ CURVE = "loss.png"
 PACKAGES = ("hf-soap", "torch", "transformers", "accelerate", "datasets", "tokenizers", "peft", "trl", "numpy")
 
 _GENERATED = "<!-- This model card has been generated automatically"
-"""Stands in a card that the Trainer wrote until somebody has gone over it and takes it out."""
+"""Marks a card as written by the Trainer; people remove this comment when they edit the card."""
 
 _IN_CARD, _CARD_ARGUMENTS = "_writes_card", "_card_arguments"
-"""Attributes of a trainer: whether it is writing its card, and the arguments that its program gave to that."""
+"""Attributes of a trainer: whether it is writing its card, and the arguments with which its program called that."""
 
 _NOT_A_RESULT = re.compile(r".*(_runtime|_per_second|_flos|_time|_memory.*|_mem_.*)|epoch|step")
 
@@ -51,7 +51,7 @@ def complete(trainer: Trainer) -> None:
     Writes ``README.md``, ``recipe.yaml`` and the curve's picture into the output folder.
 
     Args:
-        trainer: On the rank that writes the card.
+        trainer: A trainer on the rank that writes the card.
     """
     folder = _folder(trainer)
     recipe = write_recipe(trainer)
@@ -63,10 +63,10 @@ def complete(trainer: Trainer) -> None:
 
 
 def try_to_complete(trainer: Trainer) -> None:
-    """Does what :func:`complete` does, or warns: a card is not worth a training run.
+    """Calls :func:`complete`, and turns an error into a warning: a failed card must not end a training run.
 
     Args:
-        trainer: On the rank that writes the card.
+        trainer: A trainer on the rank that writes the card.
     """
     try:
         complete(trainer)
@@ -78,29 +78,29 @@ def write_recipe(trainer: Trainer) -> recipes.Recipe:
     """Writes ``recipe.yaml`` into the output folder.
 
     Args:
-        trainer: On the rank that writes the card.
+        trainer: A trainer on the rank that writes the card.
 
     Returns:
         The recipe, with provenance.
     """
-    made, missing = adapters.options_of(trainer.model, trl=lacks.is_trl(trainer))
-    recipe, left_out = recipes.of_run(trainer.args, made)
-    lacking = lacks.of_launch(trainer) if recipes.LAUNCH else lacks.of_python(trainer)
+    made, missing = adapters.options_of(trainer.model, trl=omissions.is_trl(trainer))
+    recipe, refused = recipes.of_run(trainer.args, made)
+    omitted = omissions.of_launch(trainer) if recipes.LAUNCH else omissions.of_python(trainer)
     recipe[PROVENANCE] = provenance(trainer)
     if recipes.LAUNCH and (made or missing):
-        # The program may have made them itself, without any option that would say which they were.
+        # The program may have created them itself, so that no option describes them.
         recipe[PROVENANCE]["adapter"] = made | ({"others": missing} if missing else {})
-    recipe[PROVENANCE] |= {"left_out": left_out} if left_out else {}
-    recipe[PROVENANCE] |= {"not_in_recipe": lacking} if lacking else {}
+    recipe[PROVENANCE] |= {"left_out": refused} if refused else {}
+    recipe[PROVENANCE] |= {"not_in_recipe": omitted} if omitted else {}
     (_folder(trainer) / recipes.NAME).write_text(recipes.dump(recipe), encoding="utf-8")
     return recipe
 
 
 def follow(trainer: Trainer) -> None:
-    """Has a Trainer write card and recipe after its training.
+    """Makes a Trainer write a card and a recipe after training.
 
     Args:
-        trainer: Any that is about to train; nothing happens to one that does so by itself.
+        trainer: Any trainer that is about to train; one that writes its own is left unchanged.
     """
     if getattr(trainer, "completes_cards", False):
         return
@@ -112,19 +112,19 @@ def follow(trainer: Trainer) -> None:
 
 
 class _WritesCard(TrainerCallback):
-    """Writes card and recipe when training is over."""
+    """Writes card and recipe after training."""
 
     trainer: weakref.ref[Trainer] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leaves the trainer out; :func:`follow` brings it before the next training."""
+        """Omits the trainer; :func:`follow` sets it before the next training."""
         return {}
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         trainer = self.trainer and self.trainer()
-        # A search for hyperparameters trains many times in one folder, and no card of them would be that of the best.
+        # A hyperparameter search trains many times in one folder, and the last card would not be that of the best run.
         if trainer and trainer.is_world_process_zero() and not state.is_hyper_param_search:
             try:
                 _write_after_training(trainer)
@@ -137,7 +137,7 @@ def _write_after_training(trainer: Trainer) -> None:
     given = vars(trainer).get(_CARD_ARGUMENTS)
     if given is None and path.exists() and _GENERATED not in path.read_text(encoding="utf-8"):
         write_recipe(trainer)
-        logger.warning("%s was not written by a Trainer and stays as it is; the recipe is in %s", path, recipes.NAME)
+        logger.warning("%s was not written by a Trainer and is not changed; the recipe is in %s", path, recipes.NAME)
         return
     if given is None:
         named = "model_name" in inspect.signature(trainer.create_model_card).parameters
@@ -146,12 +146,12 @@ def _write_after_training(trainer: Trainer) -> None:
 
 
 def write_and_complete(trainer: Trainer, write: Callable[..., None], args: Any, kwargs: Any) -> None:
-    """Has a Trainer write its card, and completes it.
+    """Calls the method with which a Trainer writes its card, and then completes the card.
 
     Args:
-        trainer: Any that writes a card; one that completes its cards by itself is left to that.
-        write: The method of its class that writes the card. That of a subclass calls that of its ancestor, which may
-            be extended too: a card is completed once.
+        trainer: Any trainer that writes a card; one that completes its own cards only writes it.
+        write: The method of its class that writes the card. It may call the method of a parent class, which may be
+            extended too; a card is completed only once.
         args: Positional arguments of the method.
         kwargs: Keyword arguments of the method.
     """
@@ -170,7 +170,7 @@ def write_and_complete(trainer: Trainer, write: Callable[..., None], args: Any, 
 
 def _warn(trainer: Trainer, error: Exception) -> None:
     logger.warning(
-        "the model card or the recipe in %s could not be written, and training goes on without: %s: %s",
+        "the model card or the recipe in %s could not be written; training continues without it: %s: %s",
         trainer.args.output_dir,
         type(error).__name__,
         error,
@@ -182,13 +182,13 @@ def _folder(trainer: Trainer) -> Path:
 
 
 def provenance(trainer: Trainer) -> dict[str, Any]:
-    """Says how a run went: program, data, hardware, packages, how much was seen, and what came out.
+    """Returns the provenance of a run: program, data, hardware, packages, amount of data, and results.
 
     Args:
-        trainer: After training.
+        trainer: A trainer after training.
 
     Returns:
-        Nested plain values. ``samples`` counts whole epochs exactly and the begun one to within one step.
+        Nested plain values. ``samples`` is exact for complete epochs, and correct to within one step for the last.
     """
     state = trainer.state
     seen: dict[str, Any] = {"steps": state.global_step, "epochs": round(float(state.epoch or 0), 4)}
@@ -226,7 +226,7 @@ def draw_curve(log_history: Sequence[Mapping[str, Any]], path: Path) -> bool:
         path: The PNG to write.
 
     Returns:
-        Whether there was anything to draw and matplotlib to draw it with.
+        Whether a curve was drawn: there are losses, and matplotlib is installed.
     """
     curves = {
         label: [(entry["step"], entry[name]) for entry in log_history if name in entry]
@@ -237,7 +237,7 @@ def draw_curve(log_history: Sequence[Mapping[str, Any]], path: Path) -> bool:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        logger.warning("the model card has no curve, since matplotlib is not installed; pip install matplotlib")
+        logger.warning("the model card has no curve, because matplotlib is not installed; pip install matplotlib")
         return False
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes: Any = figure.subplots()
@@ -254,7 +254,7 @@ def draw_curve(log_history: Sequence[Mapping[str, Any]], path: Path) -> bool:
 
 def _section(trainer: Trainer, recipe: recipes.Recipe, *, drawn: bool) -> str:
     args, ran = trainer.args, recipe[PROVENANCE]
-    given, name = lacks.optimizer_was_given(trainer), _optimizer_name(trainer)
+    given, name = omissions.optimizer_was_given(trainer), _optimizer_name(trainer)
     template = files("hf_soap.hub").joinpath("card_template.md").read_text(encoding="utf-8")
     text: str = jinja2.Template(template, undefined=jinja2.StrictUndefined, keep_trailing_newline=True).render(
         optim=name,
@@ -267,7 +267,7 @@ def _section(trainer: Trainer, recipe: recipes.Recipe, *, drawn: bool) -> str:
         takes=recipes.takes_training_arguments(args),
         left_out=ran.get("left_out", []),
         adapted=any(key == "use_peft" or key.startswith("lora_") for key in recipe),
-        lacking=ran.get("not_in_recipe", []),
+        omitted=ran.get("not_in_recipe", []),
         repeats=_repeats(trainer),
         source=getattr(trainer, "hub_model_id", None) or args.hub_model_id or recipes.NAME,
         recipe=recipes.embed(recipe),
@@ -276,30 +276,30 @@ def _section(trainer: Trainer, recipe: recipes.Recipe, *, drawn: bool) -> str:
 
 
 def _repeats(trainer: Trainer) -> str:
-    """Says how exactly a second run is the first."""
+    """Returns how exactly a second run repeats the first."""
     options: Any = {}
-    if arguments.optimizer_name(trainer.args) in ENTRIES and not lacks.optimizer_was_given(trainer):
+    if arguments.optimizer_name(trainer.args) in ENTRIES and not omissions.optimizer_was_given(trainer):
         options = asdict(arguments.resolve(trainer.args))
     if options.get("asynchronous") and options.get("delay") is None:
-        return "but for rounding and for when roots in the background are done,"
+        return "except for rounding and for the steps at which background roots are done,"
     if torch.cuda.is_available() and not trainer.args.full_determinism:
-        return "but for GPU kernels that add up in no fixed order (`full_determinism` forbids them),"
+        return "except for GPU kernels that add in no fixed order (`full_determinism` forbids them),"
     return "bit for bit"
 
 
 def _optimizer_name(trainer: Trainer) -> str:
-    """The name that ``optim`` gives, or the class of an optimizer that the program made."""
-    if lacks.optimizer_was_given(trainer):
+    """Returns the name in ``optim``, or the class of an optimizer that the program created."""
+    if omissions.optimizer_was_given(trainer):
         return type(unwrapped(trainer.optimizer)).__name__
     return arguments.optimizer_name(trainer.args)
 
 
 def _name_optimizer(text: str, trainer: Trainer) -> str:
-    """Replaces the line that the Trainer writes from AdamW's arguments, whatever the optimizer."""
+    """Replaces the line on the optimizer, which the Trainer always writes from AdamW's arguments."""
     name = _optimizer_name(trainer)
-    if name not in ENTRIES and not lacks.optimizer_was_given(trainer):
+    if name not in ENTRIES and not omissions.optimizer_was_given(trainer):
         return text
-    # optim_args may stand on a line of their own.
+    # optim_args may be on a separate line.
     return re.sub(r"^- optimizer: .*(\n(?!- )\S.*)*", f"- optimizer: {name}, see below", text, flags=re.MULTILINE)
 
 
@@ -338,7 +338,7 @@ def _task(trainer: Trainer) -> str:
 
 
 def _dataset_name(trainer: Trainer) -> str | None:
-    """The dataset or the names of the files, as the program's command line or the data themselves tell."""
+    """Returns the dataset or the names of the files, from the program's command line or from the data."""
     given = recipes.options_of_launch(recipes.LAUNCH, trainer.args)[0] if recipes.LAUNCH else {}
     for key in ("dataset_name", "train_files", "train_file"):
         if value := given.get(key):
@@ -353,7 +353,7 @@ def _samples(trainer: Trainer) -> int:
     seen: int = state.global_step * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     try:
         whole = len(trainer.train_dataset)  # type: ignore[arg-type]
-    except TypeError:  # a stream has no length, and its epochs are none
+    except TypeError:  # a stream has no length and no epochs
         return seen
     return min(seen, round(float(state.epoch or 0) * whole))
 

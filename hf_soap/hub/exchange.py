@@ -20,27 +20,27 @@ def load(source: str) -> Recipe:
     """Reads a recipe.
 
     Args:
-        source: A file, a folder with ``recipe.yaml`` or a model card in it, or a repository of the Hub, at a revision
-            behind ``@`` if one is named.
+        source: A file, a folder with ``recipe.yaml`` or a model card, or a repository of the Hub, optionally with
+            ``@`` and a revision.
 
     Returns:
         The recipe.
 
     Raises:
-        ValueError: If there is none, or it is refused.
+        ValueError: If there is no recipe, or it is refused.
     """
     return read(fetch(source), source=source)
 
 
 def fetch(source: str) -> bytes:
-    """Returns the YAML of a recipe as it stands; see :func:`load`."""
+    """Returns the YAML of a recipe unchanged; see :func:`load`."""
     path = Path(source)
     try:
         if path.is_dir():
             path = next((path / name for name in (NAME, CARD) if (path / name).is_file()), path / NAME)
         found = _read(source, path) if path.is_file() else None
         other = path.exists()
-    except OSError as error:  # a name that is too long, a file of somebody else
+    except OSError as error:  # such as a name that is too long, or a file without read permission
         raise ValueError(f"got {shown(source)}, wanted a recipe that can be read: {error.strerror}") from error
     if found is not None:
         return _extract(source, path, found)
@@ -50,16 +50,16 @@ def fetch(source: str) -> bytes:
 
 
 def push(source: str, repo: str, *, private: bool | None = None, message: str | None = None) -> str:
-    """Uploads a recipe as ``recipe.yaml`` and nothing else; the repository is made where there is none.
+    """Uploads a recipe as ``recipe.yaml`` and nothing else; creates the repository if there is none.
 
     Args:
         source: See :func:`load`.
         repo: ``user/name``.
-        private: Whether a new repository is private; None leaves that to the account.
-        message: Of the commit.
+        private: Whether a new repository is private; None uses the default of the account.
+        message: Message of the commit.
 
     Returns:
-        The address of the commit.
+        The URL of the commit.
 
     Raises:
         ValueError: If the recipe is refused, or the Hub refuses it.
@@ -76,18 +76,18 @@ def push(source: str, repo: str, *, private: bool | None = None, message: str | 
 
 
 def pull(source: str, folder: Path, *, overwrite: bool = False) -> Path:
-    """Writes a recipe into a folder, always under the name ``recipe.yaml``.
+    """Writes a recipe into a folder as ``recipe.yaml``.
 
     Args:
         source: See :func:`load`.
-        folder: Is made where there is none.
-        overwrite: Replace another recipe that is there.
+        folder: The folder, which is created if needed.
+        overwrite: Whether to replace a different recipe.
 
     Returns:
         The file.
 
     Raises:
-        ValueError: If the recipe is refused, or another one is there.
+        ValueError: If the recipe is refused, or the folder has a different one.
     """
     data = fetch(source)
     read(data, source=source)
@@ -96,7 +96,7 @@ def pull(source: str, folder: Path, *, overwrite: bool = False) -> Path:
         raise ValueError(f"got {path}, a link to {path.readlink()}, wanted a file or none; remove the link")
     if path.exists() and path.read_bytes() != data and not overwrite:
         raise ValueError(
-            f"got {folder} with another {NAME} in it, wanted none there; name another folder, or --overwrite"
+            f"got {folder}, which has a different {NAME}, wanted one without; name another folder, or --overwrite"
         )
     folder.mkdir(parents=True, exist_ok=True)
     path.write_bytes(data)
@@ -110,14 +110,16 @@ def _download(source: str) -> bytes:
             path = _download_file(source, repo, name, revision or None)
         if path is not None:
             return _extract(source, path, _read(source, path))
-    where = "in the cache, the only place while HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else "there"
+    where = (
+        "in the cache (HF_HUB_OFFLINE is set, so that only the cache is read)" if constants.HF_HUB_OFFLINE else "there"
+    )
     raise ValueError(f"got {shown(source)}, wanted a repository with {NAME} or a model card, found neither {where}")
 
 
 def _download_file(source: str, repo: str, name: str, revision: str | None) -> Path | None:
     try:
         if not constants.HF_HUB_OFFLINE:
-            # Asked first, since a file is on the disk before its size can be looked at.
+            # Checked first: otherwise the file would be on the disk before its size is known.
             _refuse_large(source, get_hf_file_metadata(hf_hub_url(repo, name, revision=revision)).size or 0)
         return Path(hf_hub_download(repo, name, revision=revision))
     except (EntryNotFoundError, LocalEntryNotFoundError):
@@ -130,7 +132,7 @@ def _failures(source: str) -> Iterator[None]:
         yield
     except HFValidationError as error:
         raise ValueError(f"got {shown(source)}, wanted a file, or a repository such as user/name: {error}") from error
-    # Which exception a lost connection raises differs between versions of the client.
+    # The exception for a lost connection differs between versions of the client.
     except Exception as error:
         if type(error) is ValueError:
             raise

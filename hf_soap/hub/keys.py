@@ -1,4 +1,4 @@
-"""Which keys a recipe may have, and which values: the fields of TrainingArguments and the options of scripts."""
+"""The keys of a recipe and their values: fields of TrainingArguments, and options of training scripts."""
 
 from __future__ import annotations
 
@@ -88,8 +88,8 @@ SCRIPT_KEYS: dict[str, Any] = {
     "router_aux_loss_coef": float,
     "activation_offloading": bool,
 }
-"""Options of training scripts beside TrainingArguments: those of ``scripts/run_*.py``, of the ``run_clm.py`` of
-transformers and of TRL's ``sft``."""
+"""Options of training scripts that are not in TrainingArguments: of ``scripts/run_*.py``, of transformers'
+``run_clm.py`` and of TRL's ``sft``."""
 
 _Range = tuple[float, float]
 _COUNT: _Range = (1, 1e9)
@@ -124,18 +124,18 @@ RANGES: dict[str, _Range] = {
     "eval_blocks": _COUNT,
     "train_tokenizer_vocab": _COUNT,
 }
-"""Smallest and largest value of keys for which a wild one would harm the machine or is certainly a slip."""
+"""Smallest and largest values of keys for which others would harm the machine or are certainly a mistake."""
 
 
 def mistakes(recipe: Mapping[str, Any], allowed: Iterable[str] = ()) -> list[str]:
-    """Says what of a recipe the Trainer would not take: unknown keys, wrong types, values out of range.
+    """Lists the keys of a recipe that the Trainer would refuse: unknown keys, wrong types, values out of range.
 
     Args:
-        recipe: A recipe without refusals.
-        allowed: Further keys to let pass, options of a script of one's own.
+        recipe: A recipe in which :func:`hf_soap.hub.safety.refusals` finds nothing.
+        allowed: Additional keys to accept, which are options of the user's script.
 
     Returns:
-        One line per key, with what it got, what is wanted, and what to do.
+        One line per key: what was got, what is wanted, and the remedy.
     """
     known = key_types()
     allowed = set(allowed)
@@ -178,7 +178,7 @@ def _misfit(value: Any, hint: Any) -> str:
 def _alternatives(hint: Any) -> list[Any]:
     union = typing.get_origin(hint) in (types.UnionType, typing.Union)
     kinds = list(typing.get_args(hint)) if union else [hint]
-    # In "an enumeration or text" and "a dictionary or text" the text names a member, or is JSON.
+    # In "an enumeration or text" the text names a member; in "a dictionary or text" it is JSON.
     closed = any(_is_enum(kind) or _origin(kind) is dict for kind in kinds)
     return [kind for kind in kinds if not (closed and kind is str)]
 

@@ -1,7 +1,7 @@
-"""YAML of strangers: plain mappings, lists and scalars, small and written out, and nothing else.
+"""YAML from untrusted sources: small documents of plain mappings, lists and scalars, and nothing else.
 
-The scalars are those of YAML 1.2, under which ``eval_strategy: no`` is text and ``learning_rate: 3e-3`` a number; to
-PyYAML's own loader the first is a boolean and the second is text.
+Scalars follow YAML 1.2: ``eval_strategy: no`` is text and ``learning_rate: 3e-3`` is a number. PyYAML's own loader
+reads the first as a boolean and the second as text.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import yaml
 MAX_BYTES = 64 * 1024
 MAX_DEPTH = 8
 
-# A number with a leading zero stays text: it is a revision or an identifier.
+# A number with a leading zero stays text: it is probably a revision or an identifier.
 _SCALARS = {
     "null": r"~|null|Null|NULL|",
     "bool": r"true|True|TRUE|false|False|FALSE",
@@ -58,7 +58,7 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
 
 
 class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
-    """Quotes what either version of YAML would not read as text, and writes a value that occurs twice out twice."""
+    """Quotes text that either version of YAML would read as something else, and never writes aliases."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -66,7 +66,7 @@ class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
 
 for _name, _pattern in _SCALARS.items():
     for _class in (_Loader, _Dumper):
-        # No first characters: any may begin such a scalar.
+        # No first characters are given: such a scalar may begin with any.
         _class.add_implicit_resolver(f"tag:yaml.org,2002:{_name}", re.compile(f"(?:{_pattern})\\Z"), None)
 
 
@@ -80,7 +80,7 @@ def load(data: bytes) -> Any:
         Mappings with text as keys, lists, text, numbers, booleans and None.
 
     Raises:
-        ValueError: If it is larger, no YAML, or holds tags, anchors, aliases, duplicate keys, keys that are no text,
+        ValueError: If it is larger or not YAML, or has tags, anchors, aliases, duplicate keys, keys that are not text,
             or more than eight levels.
     """
     if len(data) > MAX_BYTES:
@@ -97,13 +97,13 @@ def load(data: bytes) -> Any:
 
 
 def dump(data: Any) -> str:
-    """Writes plain data in the order it has, so that :func:`load` gets it back."""
+    """Writes plain data in its order; :func:`load` returns the same data."""
     text: str = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=float("inf"))
     return text
 
 
 def _explained(error: Exception) -> str:
-    """Says what is wrong and where, without the line itself, which may be long and hold what turns text around."""
+    """Says what is wrong and where. Omits the line, which may be long and contain characters that reverse text."""
     mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
     if mark is None:
         return str(error)

@@ -1,6 +1,6 @@
-"""Recipes: flat YAML of a training program's options, checked, turned into a command line and made from a run.
+"""Recipes: the options of a training program as flat YAML. They are checked, run, and created from runs.
 
-A recipe says how to train and nothing about where: it names no program, no folder of this machine and no account.
+A recipe says how to train, not where: it names no program, no folder of this machine and no account.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NAME = "recipe.yaml"
 """The recipe's file in a repository and in an output folder."""
 
 MOST_SHOWN = 50
-"""Refused keys that an error names."""
+"""Number of refused keys that an error names."""
 
 _MARK = "<!-- hf_soap recipe -->"
 _EMBEDDED = re.compile(rf"^{_MARK}\n+```yaml\n(.*?)^```$".encode(), re.MULTILINE | re.DOTALL)
@@ -39,16 +39,16 @@ _NOT_PORTABLE = re.compile(
     r"output_dir|logging_dir|run_name|report_to|project|disable_tqdm|debug|log_level.*|log_on_each_node|ddp_.*|fsdp.*"
     r"|parallelism_config|save_on_each_node|tpu_.*|no_cuda|use_mps_device|ray_scope|mp_parameters|_.*"
 )
-"""Fields of TrainingArguments that speak of folders, machines, ranks or what is shown."""
+"""Fields of TrainingArguments about folders, machines, ranks or output."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """The command line by which a program was started.
+    """The command line that started a program.
 
     Attributes:
         program: Its name: a script, a command, or ``-m`` and a module.
-        arguments: What stood behind it.
+        arguments: The arguments after the program's name.
     """
 
     program: str
@@ -56,15 +56,15 @@ class Launch:
 
 
 LAUNCH: Launch | None = None
-"""Set where ``hf-soap run`` started this process's program, so that a model card can name its options."""
+"""The command line, if ``hf-soap run`` started this process's program; model cards name its options."""
 
 
 def remember(argv: Sequence[str], *, module: bool = False) -> None:
-    """Takes down the command line of the program that ``hf-soap run`` starts.
+    """Records the command line of the program that ``hf-soap run`` starts.
 
     Args:
-        argv: As ``sys.argv``.
-        module: Whether the first is the name of a module, for ``-m``.
+        argv: The command line, like ``sys.argv``.
+        module: Whether its first item is the name of a module, for ``-m``.
     """
     global LAUNCH
     name = argv[0] if module else _module_of(argv[0])
@@ -72,7 +72,7 @@ def remember(argv: Sequence[str], *, module: bool = False) -> None:
 
 
 def _module_of(script: str) -> str:
-    """Returns the module that a script of an installed package is, as those are that `trl sft` starts, or nothing."""
+    """Returns the module name of a script in an installed package, such as `trl sft` starts, or an empty string."""
     installed = Path(sysconfig.get_path("purelib")).resolve()
     path = Path(script).resolve()
     if path.suffix != ".py" or not path.is_relative_to(installed):
@@ -85,17 +85,17 @@ def _module_of(script: str) -> str:
 
 
 def read(data: bytes, *, source: str) -> Recipe:
-    """Reads a recipe and refuses what is not safe.
+    """Reads a recipe and refuses unsafe content.
 
     Args:
         data: The YAML.
-        source: Where it is from, for errors.
+        source: Where the recipe comes from, for errors.
 
     Returns:
         The recipe.
 
     Raises:
-        ValueError: If it cannot be read, or is no flat mapping, or any of its keys is refused; each is named.
+        ValueError: If it cannot be read or is not a flat mapping, or if keys are refused, all of which are named.
     """
     try:
         loaded = plain_yaml.load(data)
@@ -108,15 +108,16 @@ def read(data: bytes, *, source: str) -> Recipe:
 
 
 def check(recipe: Mapping[str, Any], *, source: str, allowed: Iterable[str] = ()) -> None:
-    """Refuses what no program of ours would take.
+    """Refuses keys and values that training programs would refuse.
 
     Args:
-        recipe: What :func:`read` returned.
-        source: Where it is from, for errors.
-        allowed: Keys beside those of TrainingArguments and :data:`hf_soap.hub.keys.SCRIPT_KEYS`.
+        recipe: A recipe that :func:`read` returned.
+        source: Where the recipe comes from, for errors.
+        allowed: Keys to accept besides those of TrainingArguments and :data:`hf_soap.hub.keys.SCRIPT_KEYS`.
 
     Raises:
-        ValueError: On unknown keys, wrong types, values out of range and wrong ``optim_args``; each is named.
+        ValueError: If keys are unknown, have the wrong type or are out of range, or ``optim_args`` is wrong; all are
+            named.
     """
     _raise(source, mistakes(recipe, allowed))
 
@@ -135,7 +136,7 @@ def embedded(card: bytes) -> bytes:
     """Returns the recipe's YAML in a model card.
 
     Raises:
-        ValueError: If the card holds none or several.
+        ValueError: If the card has no recipe or several.
     """
     found: list[bytes] = _EMBEDDED.findall(card.replace(b"\r\n", b"\n"))
     if len(found) != 1:
@@ -147,7 +148,7 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[
     """Compares two recipes key by key, provenance included.
 
     Returns:
-        Key, value in ``one`` and value in ``other``, None where it is absent; keys within provenance are dotted.
+        Key, value in ``one`` and value in ``other``; a missing value is None. Keys within provenance are dotted.
     """
     left, right = _flat(one), _flat(other)
     keys = dict.fromkeys([*left, *right])
@@ -172,10 +173,10 @@ def _raise(source: str, problems: Sequence[str]) -> None:
 
 
 def to_arguments(recipe: Mapping[str, Any]) -> list[str]:
-    """Returns the recipe as options of a program; provenance is left out.
+    """Returns the recipe as options of a program, without provenance.
 
-    A value stands behind ``=``, so that no value is taken for an option; true is the bare option, since that is what
-    both argparse's flags and the parser of transformers take.
+    Values are written with ``=``, so that none is read as an option. True is written as the bare option, which both
+    argparse's flags and the parser of transformers accept.
     """
     arguments = []
     for key, value in recipe.items():
@@ -189,13 +190,13 @@ def to_arguments(recipe: Mapping[str, Any]) -> list[str]:
 
 
 def from_arguments(arguments: Iterable[str]) -> Recipe:
-    """Reads the options on a program's command line, the last of each where it is repeated.
+    """Reads the options on a program's command line; the last wins where one is repeated.
 
     Args:
-        arguments: What stands behind the program's name. What is no long option, nor belongs to one, is passed over.
+        arguments: The arguments after the program's name. Short options and positional arguments are ignored.
 
     Returns:
-        Option names with underscores, and their values.
+        Values by option name; names have underscores.
     """
     found: dict[str, list[str]] = {}
     values: list[str] = []
@@ -206,7 +207,7 @@ def from_arguments(arguments: Iterable[str]) -> Recipe:
             name, equals, value = argument[2:].partition("=")
             found[name.replace("-", "_")] = values = [value] if equals else []
         elif argument.startswith("-") and not re.match(r"-\.?\d", argument):
-            values = []  # a short option, whose long name is not known here
+            values = []  # a short option; its long name is not known here
         else:
             values.append(argument)
     recipe: Recipe = {}
@@ -224,7 +225,7 @@ def _to_text(value: Any) -> str:
 
 
 def _from_text(text: str, kind: Any) -> Any:
-    """Reads a value by its key's type; without one, a number where it would be written in the same way."""
+    """Converts a value to its key's type. Without a type, text becomes a number if the number is written the same."""
     if kind is bool and text.lower() in ("true", "false"):
         return text.lower() == "true"
     for number in (int, float) if kind is None else {int, float} & {kind}:
@@ -239,11 +240,11 @@ def _from_text(text: str, kind: Any) -> Any:
 
 
 _UNSET = {"activation_checkpointing": False, "include_num_input_tokens_seen": "no"}
-"""What ``__post_init__`` puts in place of a default."""
+"""Values that ``__post_init__`` sets instead of a default."""
 
 
 def from_training_arguments(args: Any) -> Recipe:
-    """Makes a recipe of what training arguments say.
+    """Creates a recipe from training arguments.
 
     Args:
         args: TrainingArguments or a subclass.
@@ -254,7 +255,7 @@ def from_training_arguments(args: Any) -> Recipe:
     recipe: Recipe = {}
     known = {entry.name for entry in fields(args)}
     for entry in fields(args):
-        # transformers 5 sets the old name too, and warns where it is given.
+        # transformers 5 sets the old name too, and warns if it is given.
         renamed = entry.name.replace("gradient_checkpointing", "activation_checkpointing")
         if not entry.init or _NOT_PORTABLE.fullmatch(entry.name) or problem_of_key(entry.name):
             continue
@@ -278,22 +279,22 @@ def _plain(value: Any) -> Any:
 
 
 def options_of_launch(launch: Launch, args: Any) -> tuple[Recipe, list[str]]:
-    """Reads the options of a program, those in a file of options included.
+    """Reads the options of a program, including those in a file of options.
 
-    Such a file is the first argument of programs that take their arguments from transformers' HfArgumentParser, and
-    ``--config`` of TRL's. A recipe that only named it would say nothing on another machine.
+    Such a file is the first argument of programs that use transformers' HfArgumentParser, and ``--config`` of TRL's
+    programs. A recipe that only named the file would not work on another machine.
 
     Args:
-        launch: How the program was started.
-        args: Its TrainingArguments or a subclass, by whose names a file of options is known.
+        launch: The command line.
+        args: The program's TrainingArguments or a subclass; a file of options is recognized by their names.
 
     Returns:
-        Option names and values, and in words what is no option, such as an argument without a name.
+        Values by option name, and in words the arguments that are not options.
     """
     arguments, known = list(launch.arguments), {entry.name for entry in fields(args)}
     given = from_arguments(arguments)
     in_file: Recipe = {}
-    lacking = []
+    others_given = []
     config = str(given.get("config", ""))
     if arguments and (found := _options_in_file(arguments[0], known)):
         in_file = found
@@ -302,22 +303,22 @@ def options_of_launch(launch: Launch, args: Any) -> tuple[Recipe, list[str]]:
         in_file = found
         del given["config"]
         if environment := in_file.pop("env", None):
-            lacking.append(f"the environment variables {', '.join(environment)}")
-        # accelerate reads its own from the same file.
+            others_given.append(f"the environment variables {', '.join(environment)}")
+        # accelerate reads its own options from the same file.
         if foreign := [key for key in in_file if key not in known and key not in SCRIPT_KEYS]:
-            lacking.append(f"{', '.join(foreign)} in {Path(config).name}")
+            others_given.append(f"{', '.join(foreign)} in {Path(config).name}")
             in_file = {key: value for key, value in in_file.items() if key not in foreign}
     in_file = {key: _plain(value) for key, value in in_file.items() if value is not None}
-    # What follows a bare -- belongs to no option either, and a short option's long name is not known.
+    # Arguments after a bare -- are not options either, and the long names of short options are not known.
     named = next((i for i, argument in enumerate(arguments) if argument.startswith("--")), len(arguments))
     short = any(re.match(r"-[A-Za-z]", argument) for argument in arguments)
     if named or short or "--" in arguments:
-        lacking.append("arguments of the program that are no options with a long name")
-    return in_file | given, lacking
+        others_given.append("arguments of the program that are not options with a long name")
+    return in_file | given, others_given
 
 
 def _options_in_file(path: str, known: Iterable[str]) -> Recipe:
-    """Reads a file of options, or returns nothing if it is none."""
+    """Reads a file of options; returns an empty dictionary for any other file."""
     try:
         read = plain_yaml.load(Path(path).read_bytes()) if path.endswith((".yaml", ".yml", ".json")) else None
     except (OSError, ValueError):
@@ -329,32 +330,32 @@ def takes_training_arguments(args: Any) -> bool:
     """Whether the program that ``hf-soap run`` started seems to read TrainingArguments from its options.
 
     Args:
-        args: What it trained with.
+        args: The arguments that it trained with.
     """
     if LAUNCH is None:
         return False
     given, own = options_of_launch(LAUNCH, args)[0], {entry.name for entry in fields(args)}
-    # Loaded only where it is asked for, and by TRL's parser.
+    # This module is loaded only by programs that use it, and by TRL's parser.
     return "transformers.hf_argparser" in sys.modules and any(key.removeprefix("no_") in own for key in given)
 
 
 def of_run(args: Any, adapters: Mapping[str, Any] | None = None) -> tuple[Recipe, list[str]]:
-    """Makes the recipe of this process's run: its training arguments and the other options of its program.
+    """Creates the recipe of this process's run: its training arguments and the other options of its program.
 
     Args:
         args: TrainingArguments or a subclass.
-        adapters: Options for the adapters of the model. They count where no program is known: one that is known
-            makes its adapters from its own options, and may have none of these.
+        adapters: Options for the adapters of the model. They are used only if the program is not known: a known
+            program creates its adapters from its own options.
 
     Returns:
-        A recipe without provenance, and the options that no recipe may hold, such as files outside the working folder.
-        They are left out with a line in the log.
+        A recipe without provenance, and the options that recipes must not contain, such as files outside the working
+        folder. These are omitted, and the log says so.
     """
     own = {entry.name for entry in fields(args)}
     given = options_of_launch(LAUNCH, args)[0] if LAUNCH else dict(adapters or {})
     others = {key: value for key, value in given.items() if key not in own and key.removeprefix("no_") not in own}
     recipe = from_training_arguments(args) | others
-    left_out = [key for key in recipe if refusals({key: recipe[key]})]
-    for key in left_out:
-        logger.warning("left out of the recipe: %s", refusals({key: recipe.pop(key)})[0])
-    return recipe, left_out
+    refused = [key for key in recipe if refusals({key: recipe[key]})]
+    for key in refused:
+        logger.warning("omitted from the recipe: %s", refusals({key: recipe.pop(key)})[0])
+    return recipe, refused

@@ -1,4 +1,4 @@
-"""What a run will take in memory and time, from shapes alone, and the settings with which it fits.
+"""Estimates of memory and work of a run, from shapes alone, and settings with which it fits.
 
-May import ``optimizers`` and what stands below them.
+May import ``optimizers`` and the folders below it.
 """

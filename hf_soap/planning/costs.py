@@ -1,4 +1,4 @@
-"""What an optimizer takes of every rank: state, communication and work, from shapes alone."""
+"""The cost of an optimizer on each rank: state, communication and work, from shapes alone."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ from hf_soap.engine.state import bytes_of, planned_state
 from hf_soap.rules.storage import COUNT
 
 Mode = Literal["local", "owner", "ddp", "ddp, owner"]
-"""``"local"`` and ``"owner"`` of parameters sharded along their first dimension, or whole parameters on every rank."""
+"""``"local"`` and ``"owner"`` are for parameters sharded along their first dimension, the others for DDP."""
 
 
 @dataclass
 class Cost:
-    """What the rank with the most of it has to bear.
+    """The cost on one rank; each figure is that of the rank with the most.
 
     Attributes:
         state: Bytes of optimizer state.
-        factors: The part of it that is factors, bases and roots.
-        temporaries: Bytes, estimated, that a step needs beside the state.
-        sent: Bytes that it sends to other ranks in a step, averaged over refreshes and over ranks.
+        factors: Bytes of factors, bases and roots, which are part of the state.
+        temporaries: Estimated bytes that a step needs in addition to the state.
+        sent: Bytes that a rank sends to other ranks in a step, averaged over refreshes and over ranks.
         work: Floating point operations of preconditioning in a step, averaged over refreshes: matrix products and
-            decompositions. What acts on single entries is not counted.
+            decompositions. Elementwise operations are not counted.
     """
 
     state: float = 0.0
@@ -43,7 +43,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class Share:
-    """What becomes of a parameter: of the largest part that a rank has, or of all of it on the rank that owns it."""
+    """The plan of a parameter: of the largest part of any rank, or of the whole parameter on its owner."""
 
     group: dict[str, Any]
     param: Tensor
@@ -61,13 +61,13 @@ class Share:
 
     @property
     def factors(self) -> int:
-        """The part of it that is factors, bases and roots."""
+        """Bytes of factors, bases and roots, which are part of the state."""
         matrices = {role for role, spec in self.plan.state_spec.items() if spec.kind in ("factor", "basis", "root")}
         return bytes_of({role: value for role, value in self._state.items() if role in matrices})
 
 
 def shares(optimizer: BlockOptimizer, *, ranks: int, mode: Mode) -> Iterator[Share]:
-    """Yields what becomes of each trainable parameter that has entries; arguments as of :func:`cost`."""
+    """Yields the share of each trainable parameter that is not empty; takes the arguments of :func:`cost`."""
     for member in optimizer.members():
         param, settings = member.param, member.settings
         if not param.requires_grad or not param.numel():
@@ -87,28 +87,28 @@ def largest_part(param: Tensor, ranks: int) -> tuple[int, ...]:
 
 
 def cost(optimizer: BlockOptimizer, *, ranks: int, mode: Mode) -> Cost:
-    """Projects an optimizer on a number of ranks; parameters may be on the meta device.
+    """Estimates the cost of an optimizer on a number of ranks; parameters may be on the meta device.
 
-    The scalar that says whether gradients are finite is not counted.
+    The scalar of the finite check is not counted.
 
     Args:
-        optimizer: Made for whole parameters.
+        optimizer: An optimizer of whole parameters.
         ranks: Number of ranks.
-        mode: Where parameters and state lie.
+        mode: How parameters and state are distributed.
 
     Returns:
-        The cost of the rank that has the most.
+        The cost on the rank with the most.
     """
     total, owned = Cost(), []
-    at_once = [0, 0]
+    concurrent = [0, 0]
     for share in shares(optimizer, ranks=ranks, mode=mode):
         param, plan = share.param, share.plan
         num_bytes = state_dtype(param).itemsize
         needs = temporary_bytes(plan, state_dtype(param))
-        at_once = [at_once[0] + needs, max(at_once[1], needs)]
+        concurrent = [concurrent[0] + needs, max(concurrent[1], needs)]
         if share.owned:
             owned.append(share)
-            # A gradient goes to its owner, a direction comes back, each but for the part that stays where it is.
+            # The gradient goes to the owner and the direction comes back, except for the owner's own part.
             moved = param.numel() * num_bytes * (ranks - 1) / ranks
             total.sent += 2 * moved / ranks if mode == "owner" else moved
             total.state += COUNT.itemsize  # every rank counts the steps
@@ -117,18 +117,18 @@ def cost(optimizer: BlockOptimizer, *, ranks: int, mode: Mode) -> Cost:
         total.factors += share.factors
         total.work += plan.work()
         if mode == "ddp" and ranks > 1 and share.group.get("distributed_refresh", False) is not False:
-            squares = plan.layout.factor_numel() * 2 * num_bytes  # the rotation and the factor in it, or the root
+            squares = plan.layout.factor_numel() * 2 * num_bytes  # the rotation and the rotated factor, or the root
             if squares:
                 total.sent += squares / share.group.get("precondition_frequency", 1) * (ranks - 1) / ranks
             total.work -= (1 - 1 / ranks) * plan.work(refreshes_only=True)
-    held = [Cost() for _ in range(ranks)]
+    of_rank = [Cost() for _ in range(ranks)]
     assigned = owners.assign([(share.plan.work(), share.state) for share in owned], ranks)
     for share, owner in zip(owned, assigned, strict=True):
-        held[owner].work += share.plan.work()
-        held[owner].state += share.state - torch.float32.itemsize
-        held[owner].factors += share.factors
-    total.work += max(one.work for one in held)
-    total.state += max(one.state for one in held)
-    total.factors += max(one.factors for one in held)
-    total.temporaries = min(at_once[0], max(at_once[1], LAUNCH_BYTES))
+        of_rank[owner].work += share.plan.work()
+        of_rank[owner].state += share.state - torch.float32.itemsize
+        of_rank[owner].factors += share.factors
+    total.work += max(one.work for one in of_rank)
+    total.state += max(one.state for one in of_rank)
+    total.factors += max(one.factors for one in of_rank)
+    total.temporaries = min(concurrent[0], max(concurrent[1], LAUNCH_BYTES))
     return total

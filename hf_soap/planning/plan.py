@@ -1,4 +1,4 @@
-"""What a training run will take, before it starts: memory, work, and the settings with which it fits."""
+"""Estimates for a training run before it starts: memory, work, and settings with which it fits."""
 
 from __future__ import annotations
 
@@ -28,46 +28,46 @@ SAVING_OPTIONS: dict[str, tuple[Any, ...]] = {
     "state_dtype": ("bfloat16",),
     "factorized": (True,),
     "one_sided": (True,),
-    # Smaller blocks would always take the least time, and leave ever less of the method.
+    # Smaller blocks would always be the fastest, but would be closer and closer to Adam.
     "block_size": (4096, 2048, 1024),
     "precondition_frequency": (20, 50, 100),
 }
-"""What is tried where a run does not fit: options of the optimizers, and values that save memory or time."""
+"""What is tried if a run does not fit: options, and their values that save memory or time."""
 
 Measure = Callable[[options.OptimizerConfig], costs.Cost]
 
 
 BATCHES = (32_768, 131_072, 524_288)
-"""Tokens in a step, of all ranks together, that work is compared at where nobody says how many there are."""
+"""Default numbers of tokens in a step, over all ranks, for which the overhead is shown."""
 
 ADAMW = ("adamw_torch_fused", "adamw_torch")
-"""Names of torch's AdamW, which plans are compared with."""
+"""Names of torch's AdamW, with which plans are compared."""
 
 
 @dataclass(frozen=True)
 class AdamW:
-    """torch's AdamW in place of a config of ours; ``optim_args`` say nothing to it."""
+    """torch's AdamW, in place of one of our configs; it has no ``optim_args``."""
 
     name: str = ADAMW[0]
 
     def to_optim_args(self) -> str:
-        """Returns no options."""
+        """Returns an empty string."""
         return ""
 
 
 def build(model: nn.Module, params: Iterable[Any], config: options.OptimizerConfig) -> BlockOptimizer:
-    """Makes an optimizer as the Trainer does from a config.
+    """Creates an optimizer from a config as the Trainer does.
 
     Args:
-        model: Where parameter names come from.
-        params: Param groups as the Trainer makes them, or parameters; they may be on the meta device.
+        model: The model, for the names of parameters.
+        params: Param groups as the Trainer creates them, or parameters; they may be on the meta device.
         config: The options.
 
     Returns:
         The optimizer, with groups split by rule.
 
     Raises:
-        ValueError: If options exclude each other, or a pattern matches no parameter.
+        ValueError: If options contradict each other, or a pattern matches no parameter.
     """
     kwargs = config.constructor_kwargs()
     return ENTRIES[config.name].optimizer(grouping.with_overrides(params, model, config), **kwargs)
@@ -75,14 +75,14 @@ def build(model: nn.Module, params: Iterable[Any], config: options.OptimizerConf
 
 @dataclass(frozen=True)
 class Run:
-    """What is to be trained, and where.
+    """A planned run: the model, its param groups, and the ranks.
 
     Attributes:
-        model: It may be on the meta device.
-        groups: Param groups as the Trainer makes them.
+        model: The model; it may be on the meta device.
+        groups: Param groups as the Trainer creates them.
         ranks: Number of ranks.
-        sharded: Whether FSDP2 shards the parameters over them, or each has the whole.
-        tokens: Tokens in a step, of all ranks together.
+        sharded: Whether FSDP2 shards the parameters over the ranks; otherwise each has all of them.
+        tokens: Tokens in a step, over all ranks.
     """
 
     model: nn.Module
@@ -92,18 +92,18 @@ class Run:
     tokens: int = BATCHES[1]
 
     def mode(self, config: options.OptimizerConfig | AdamW) -> costs.Mode:
-        """Says where parameters and state lie under a config."""
+        """Returns how parameters and state are distributed under a config."""
         owner = getattr(config, "shard_mode", "local") == "owner"
         if self.sharded:
             return "owner" if owner else "local"
         return "ddp, owner" if owner else "ddp"
 
     def cost(self, config: options.OptimizerConfig | AdamW) -> costs.Cost:
-        """Returns what the optimizer costs; raises ValueError where options exclude each other."""
+        """Returns the cost of the optimizer; raises ValueError if options contradict each other."""
         if isinstance(config, AdamW):
             parts = [math.prod(self._part(param)) * param.element_size() for _, param in self._trained()]
-            state = sum(2 * part + torch.float32.itemsize for part in parts)  # two moments, and the number of steps
-            # torch's word for what the version that is not fused holds at once on a GPU.
+            state = sum(2 * part + torch.float32.itemsize for part in parts)  # two moments, and the step count
+            # torch documents this as the additional memory of its version that is not fused.
             return costs.Cost(state=state, temporaries=0 if config.name == ADAMW[0] else sum(parts))
         optimizer = build(self.model, self.groups, config)
         return costs.cost(optimizer, ranks=self.ranks, mode=self.mode(config))
@@ -115,7 +115,7 @@ class Run:
         return costs.largest_part(param, self.ranks if self.sharded else 1)
 
     def weights(self, *, trained: bool) -> int:
-        """Returns the bytes of all parameters on a rank, or of those that are trained, which gradients take again."""
+        """Returns the bytes of all parameters on a rank, or of the trained ones; gradients take as many."""
         return sum(
             math.prod(self._part(param)) * param.element_size()
             for param in self.model.parameters()
@@ -123,7 +123,7 @@ class Run:
         )
 
     def memory(self, cost: costs.Cost) -> float:
-        """Returns the bytes that weights, gradients and optimizer take of a rank."""
+        """Returns the bytes of weights, gradients and optimizer on a rank."""
         return self.weights(trained=False) + self.weights(trained=True) + cost.state + cost.temporaries
 
     @cached_property
@@ -136,7 +136,7 @@ class Run:
         return cost.work / self.model_work
 
     def routing(self, config: options.OptimizerConfig | AdamW) -> list[Row]:
-        """Says what becomes of each tensor; see :func:`routing`."""
+        """Returns how each tensor is treated; see :func:`routing`."""
         if not isinstance(config, AdamW):
             optimizer = build(self.model, self.groups, config)
             return routing(self.model, optimizer, ranks=self.ranks, mode=self.mode(config))
@@ -151,15 +151,16 @@ class Run:
 def model_work(model: nn.Module, *, tokens: int) -> float:
     """Estimates the floating point operations of forward and backward.
 
-    Six for each trained parameter and token, four for each frozen one, whose own gradient is not computed. Of the
-    experts of a mixture those that a token is sent to count. Attention scores and recomputed activations are left out.
+    There are six for each trained parameter and token, and four for each frozen one, whose gradient is not computed.
+    Of the experts of a mixture, only those that a token is routed to count. Attention scores and recomputed
+    activations are not counted.
 
     Args:
-        model: A model of transformers; it may be on the meta device.
+        model: A transformers model; it may be on the meta device.
         tokens: Tokens in a step.
     """
     config: Any = getattr(model, "config", None)
-    with suppress(AttributeError, ValueError):  # where there is none, or are several, which then have no experts
+    with suppress(AttributeError, ValueError):  # there is none, or several; such models have no experts
         config = config.get_text_config()
     names = ("num_local_experts", "num_experts", "n_routed_experts")
     experts = next((getattr(config, name) for name in names if getattr(config, name, None)), 1)
@@ -172,17 +173,17 @@ def model_work(model: nn.Module, *, tokens: int) -> float:
 
 @dataclass(frozen=True)
 class Row:
-    """Tensors of one shape that are treated alike.
+    """Tensors of the same shape and treatment.
 
     Attributes:
         example: Name of the first of them.
         tensors: How many there are.
         shape: Their whole shape.
-        rule: What updates them.
-        sides: Lengths of the sides that have a factor, of a block.
-        decays: Whether the group that they are in decays weights.
-        factors: Bytes of factors, bases and roots of all of them together.
-        state: Bytes of all optimizer state of theirs.
+        rule: The rule that updates them.
+        sides: Lengths of the sides of a block that have a factor.
+        decays: Whether their group has weight decay.
+        factors: Bytes of their factors, bases and roots.
+        state: Bytes of all their optimizer state.
     """
 
     example: str
@@ -196,13 +197,14 @@ class Row:
 
 
 def routing(model: nn.Module, optimizer: BlockOptimizer, *, ranks: int, mode: costs.Mode) -> list[Row]:
-    """Says what becomes of each tensor, those of the same shape and treatment in one row.
+    """Returns how each tensor is treated; tensors of the same shape and treatment share a row.
 
     Args:
-        model: Where the names come from.
-        optimizer: Made for its whole parameters.
+        model: The model, for the names of parameters.
+        optimizer: An optimizer of its whole parameters.
         ranks: Number of ranks.
-        mode: Where parameters and state lie; what an owner has counts whole, else what the rank with most of it has.
+        mode: How parameters and state are distributed. State on owners is counted in full, other state on the rank
+            with the most.
     """
     names: dict[Tensor, str] = {param: name for name, param in model.named_parameters()}
     rows = _Rows()
@@ -215,7 +217,7 @@ def routing(model: nn.Module, optimizer: BlockOptimizer, *, ranks: int, mode: co
 
 
 class _Rows:
-    """Puts tensors that are treated alike into one row."""
+    """Collects rows; tensors of the same shape and treatment share one."""
 
     def __init__(self) -> None:
         self._rows: dict[tuple[Any, ...], Row] = {}
@@ -244,15 +246,15 @@ class _Rows:
 def settings_that_fit(
     config: options.OptimizerConfig, measure: Measure, fits: Callable[[costs.Cost], bool]
 ) -> list[tuple[options.OptimizerConfig, costs.Cost]]:
-    """Finds the settings that fit with the fewest changed options, the one that takes the least time first.
+    """Finds the settings that fit with the fewest changed options, those with the least work first.
 
     Args:
         config: The options to start from.
-        measure: Says what a config costs; it may raise ValueError where options exclude each other.
-        fits: Says whether a cost can be borne.
+        measure: Returns the cost of a config; it may raise ValueError if options contradict each other.
+        fits: Returns whether a cost is acceptable.
 
     Returns:
-        The settings and what they cost; none if nothing that was tried fits.
+        The settings and their costs; an empty list if nothing that was tried fits.
     """
     for changes in range(len(SAVING_OPTIONS) + 1):
         found = []
@@ -279,12 +281,12 @@ def _candidates(config: options.OptimizerConfig, changes: int) -> Iterator[optio
 
 @dataclass(frozen=True)
 class Setting:
-    """Options of an optimizer and what they cost on the rank that has most: bytes, and operations in a step.
+    """Options of an optimizer and their cost on the rank with the most.
 
     Attributes:
-        optim_args: As ``TrainingArguments(optim_args=...)`` takes them.
-        cost: What the optimizer takes.
-        memory: Bytes of weights, gradients, optimizer state and temporaries together.
+        optim_args: The options, as text for ``TrainingArguments(optim_args=...)``.
+        cost: The cost of the optimizer.
+        memory: Total bytes of weights, gradients, optimizer state and temporaries.
         overhead: Operations of preconditioning as a share of those of forward and backward.
     """
 
@@ -296,12 +298,12 @@ class Setting:
 
 @dataclass(frozen=True)
 class Batch:
-    """What a step of so many tokens takes.
+    """The overhead at one number of tokens in a step.
 
     Attributes:
-        tokens: Tokens in a step, of all ranks together.
+        tokens: Tokens in a step, over all ranks.
         model_work: Operations of forward and backward on a rank.
-        overhead: Operations of preconditioning as a share of those.
+        overhead: Operations of preconditioning as a share of those of forward and backward.
     """
 
     tokens: int
@@ -311,25 +313,25 @@ class Batch:
 
 @dataclass(frozen=True)
 class Report:
-    """What ``hf-soap plan`` says.
+    """The report of ``hf-soap plan``.
 
     Attributes:
-        model: Class of the model, of that under adapters.
+        model: Class of the model; with adapters, class of the base model.
         parameters: Number of parameters.
-        trained: Number of those that are trained.
+        trained: Number of trained parameters.
         optim: Name of the optimizer.
         ranks: Number of ranks.
-        mode: Where parameters and state lie.
-        tokens: Tokens in a step, of all ranks together.
-        tensors: What becomes of the tensors.
+        mode: How parameters and state are distributed.
+        tokens: Tokens in a step, over all ranks.
+        tensors: How the tensors are treated.
         weights: Bytes of weights on a rank.
         gradients: Bytes of gradients on a rank.
         model_work: Operations of forward and backward on a rank in a step.
-        batches: The overhead at several numbers of tokens.
-        asked: The settings as asked for.
+        batches: The overhead at several numbers of tokens in a step.
+        asked: The requested settings.
         adamw: torch's AdamW on the same ranks.
-        fits: Whether they keep within the limits; None without limits.
-        suggestions: Settings that do, where those do not, with the fewest changed options and the least work first.
+        fits: Whether the requested settings are within the limits; None without limits.
+        suggestions: If they are not, the settings that are, with the fewest changed options; least work first.
     """
 
     model: str
@@ -361,17 +363,17 @@ def report(
     """Plans a run.
 
     Args:
-        run: What is to be trained, and where.
+        run: The run.
         config: The optimizer's options.
-        memory: Bytes that a rank has; None does not look.
-        overhead: Largest share of forward and backward that preconditioning may take; None does not look.
-        batches: Numbers of tokens in a step to give the overhead at; none gives it at those of the run alone.
+        memory: Bytes of memory of a rank; None sets no limit.
+        overhead: Largest share of forward and backward that preconditioning may take; None sets no limit.
+        batches: Numbers of tokens in a step for which to report the overhead; an empty one uses that of the run.
 
     Returns:
-        All figures.
+        The report.
 
     Raises:
-        ValueError: If the options exclude each other.
+        ValueError: If options contradict each other.
     """
 
     def fits(cost: costs.Cost) -> bool:
@@ -382,8 +384,8 @@ def report(
         return Setting(config.to_optim_args(), cost, run.memory(cost), run.overhead(cost))
 
     cost, adamw = run.cost(config), config if isinstance(config, AdamW) else AdamW()
-    fine = fits(cost)
-    found = [] if fine or isinstance(config, AdamW) else settings_that_fit(config, run.cost, fits)
+    is_within = fits(cost)
+    found = [] if is_within or isinstance(config, AdamW) else settings_that_fit(config, run.cost, fits)
     at = [replace(run, tokens=tokens) for tokens in batches or (run.tokens,)]
     return Report(
         model=type(getattr(run.model, "get_base_model", lambda: run.model)()).__name__,
@@ -400,6 +402,6 @@ def report(
         batches=[Batch(each.tokens, each.model_work, each.overhead(cost)) for each in at],
         asked=setting(config, cost),
         adamw=setting(adamw, run.cost(adamw)),
-        fits=None if memory is None and overhead is None else fine,
+        fits=None if memory is None and overhead is None else is_within,
         suggestions=[setting(*pair) for pair in found],
     )

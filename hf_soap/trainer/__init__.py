@@ -1,4 +1,4 @@
-"""What the Transformers Trainer learns: names, diagnostics, and care in saving and resuming.
+"""Extensions of the Transformers Trainer: optimizer names, diagnostics, and safe saving and resuming.
 
-May import ``hub`` and what stands below it.
+May import ``hub`` and the folders below it.
 """

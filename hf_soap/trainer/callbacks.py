@@ -16,14 +16,14 @@ logger = logging.getLogger(__name__)
 
 
 class SoapMetricsCallback(TrainerCallback):
-    """Writes what an optimizer of this package measures of itself to the log of a Trainer.
+    """Writes the diagnostics of an optimizer of this package to the log of a Trainer.
 
-    ``optim_args="log_every=50"`` adds one. By hand it serves optimizers that a program makes itself:
+    ``optim_args="log_every=50"`` adds one. Add it by hand for an optimizer that your program creates:
     ``Trainer(..., callbacks=[SoapMetricsCallback(every=50)], optimizers=(SOAP(...), None))``. Refreshes are measured
-    in every step, updates in those that are logged.
+    in every step, updates only in the steps that are logged.
 
     Args:
-        every: Steps between two entries.
+        every: Steps between two log entries.
 
     Raises:
         ValueError: If ``every`` is below 1.
@@ -31,14 +31,14 @@ class SoapMetricsCallback(TrainerCallback):
 
     def __init__(self, every: int = 50) -> None:
         if every < 1:
-            raise ValueError(f"every must be >= 1, got {every}; leave the callback out to log nothing")
+            raise ValueError(f"every must be >= 1, got {every}; omit the callback to log nothing")
         self.every = every
         self._trainer: weakref.ref[Trainer] | None = None
         self._warned = False
 
     @property
     def trainer(self) -> Trainer | None:
-        """The trainer that this logs for, which has the callback and not the reverse: a deleted one is freed."""
+        """The trainer of this callback. The reference is weak, so that a deleted trainer is freed."""
         return None if self._trainer is None else self._trainer()
 
     @trainer.setter
@@ -46,13 +46,13 @@ class SoapMetricsCallback(TrainerCallback):
         self._trainer = weakref.ref(trainer)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leaves the trainer out, to which :func:`attach` makes the callback known before it trains."""
+        """Omits the trainer; :func:`attach` sets it before training."""
         return {**vars(self), "_trainer": None}
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Has the optimizer measured, and says whether the step to come is one that is logged."""
+        """Gives the optimizer a profiler, and tells it whether the coming step will be logged."""
         optimizer = self._optimizer()
         if isinstance(optimizer, BlockOptimizer):
             optimizer.profiler = optimizer.profiler or StepProfiler()
@@ -60,38 +60,39 @@ class SoapMetricsCallback(TrainerCallback):
         elif not self._warned:
             self._warned = True
             logger.warning(
-                "SoapMetricsCallback got %s, wanted an optimizer of hf_soap in a Trainer: it logs nothing",
+                "SoapMetricsCallback got %s, wanted a Trainer with an optimizer of hf_soap; it logs nothing",
                 type(optimizer).__name__,
             )
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Logs the step, on all ranks."""
+        """Logs the diagnostics, on all ranks."""
         optimizer = self._optimizer()
         measured = isinstance(optimizer, BlockOptimizer) and optimizer.profiler is not None
         trainer = self.trainer
         if trainer is not None and measured and state.global_step % self.every == 0:
             due = control.should_log
             trainer.log(metrics.measurements(optimizer))
-            control.should_log = due  # logging clears it, and the loss of this step would go unlogged
+            control.should_log = due  # logging clears this flag, and the loss of this step would not be logged
 
     def _optimizer(self) -> Any:
         return None if self.trainer is None else unwrapped(self.trainer.optimizer)
 
 
 class _ByOption(SoapMetricsCallback):
-    """The callback that ``log_every`` adds, which goes when the option does."""
+    """The callback that ``log_every`` adds; it is removed when the option is."""
 
 
 def attach(trainer: Trainer, *, every: int) -> None:
-    """Makes a trainer known to its :class:`SoapMetricsCallback`, and adds one if it has none.
+    """Sets the trainer of its :class:`SoapMetricsCallback`, and adds one if there is none.
 
     Args:
         trainer: Any trainer that is about to train.
-        every: Steps between two entries of the one that is added; 0 adds none, and removes what another value added.
+        every: Steps between two entries of the callback that is added. 0 adds none, and removes one that was added
+            for another value.
     """
-    # The first time, nothing is there that the Trainer made: a model card must not say that `optim` made it.
+    # At the first call, an existing optimizer was passed in; the model card must not say that `optim` created it.
     vars(trainer).setdefault("_given_optimizer", trainer.optimizer is not None)
     vars(trainer).setdefault("_given_scheduler", trainer.lr_scheduler is not None)
     present = [one for one in trainer.callback_handler.callbacks if isinstance(one, SoapMetricsCallback)]

@@ -1,4 +1,4 @@
-"""Checksums beside the files of a checkpoint: neither torch.load nor safetensors notice a flipped bit in a tensor."""
+"""Checksums for the files of a checkpoint: neither torch.load nor safetensors detects a flipped bit in a tensor."""
 
 from __future__ import annotations
 
@@ -14,45 +14,48 @@ if TYPE_CHECKING:
     from transformers import TrainingArguments
 
 NAME = "checksums_{}.json"
-"""One per rank, for the files that it wrote, so that no rank reads all of a sharded checkpoint."""
+"""Checksums of one rank's files. With a file per rank, no rank reads all of a sharded checkpoint."""
 
 _OF_RANK = re.compile(r"^(?:__|rng_state_)(\d+)(?:_\d+\.distcp|\.pth)$")
 _DECIDING = (".safetensors", ".bin", ".pt", ".pth", ".distcp", ".metadata", ".index.json")
-"""Ends of the names of what decides how a run goes on; who edits a README or config.json knows it."""
+"""Suffixes of the files that determine how a run continues. A README or config.json may be edited on purpose."""
 
 _REPLACED = re.compile(
     r"(?:model|adapter_model|pytorch_model)(?:-\d+-of-\d+|_fsdp)?\.(?:safetensors|bin)(?:\.index\.json)?"
     r"|optimizer\.(?:pt|bin)|(?:scheduler|scaler)\.pt|rng_state(?:_\d+)?\.pth"
     r"|(?:optimizer|pytorch_model_fsdp)_\d+/(?:\.metadata|__\d+_\d+\.distcp)"
 )
-"""What the Trainer writes, in its places: a file of any other name may be the user's own."""
+"""Files that the Trainer writes; a file with any other name may be the user's."""
 
 _STATE = "trainer_state.json"
-"""Written last, behind the checksums."""
+"""Written last, after the checksums."""
 
 INCOMPLETE = "checkpoint-is-incomplete.txt"
-"""Lies in a checkpoint that the Trainer saves on SIGTERM until it is whole."""
+"""Marks a checkpoint that the Trainer saves on SIGTERM until it is complete."""
 
 
 def begin(folder: Path, *, rank: int, writers: range, common: bool) -> None:
-    """Empties a folder that is written once more, so that old and new files never pass for one checkpoint.
+    """Removes the old files from a folder that is about to be overwritten, so that old and new ones never mix.
 
-    Not every save writes all that another left: ``save_only_model`` has no optimizer, and each format has names of its
-    own. What the Trainer does not write stays.
+    A save does not always overwrite all old files: ``save_only_model`` writes no optimizer, and each format uses its
+    own names. Files that the Trainer does not write are not removed.
 
     Args:
         folder: The checkpoint, which need not exist.
         rank: This rank.
         writers: The ranks that write into this folder.
-        common: Whether this rank writes the files that are not of one rank alone.
+        common: Whether this rank writes the files that all ranks share.
     """
-    for name in (NAME.format(rank), INCOMPLETE):  # of a save that ended too early; what is missing says so too
+    for name in (
+        NAME.format(rank),
+        INCOMPLETE,
+    ):  # left by an interrupted save; the missing trainer_state.json marks it too
         (folder / name).unlink(missing_ok=True)
     if common:
         (folder / _STATE).unlink(missing_ok=True)
-        kept = {NAME.format(writer) for writer in writers}
+        current = {NAME.format(writer) for writer in writers}
         for path in folder.glob(NAME.format("*")):
-            if path.name not in kept:  # of a run on more ranks
+            if path.name not in current:  # left by a run on more ranks
                 path.unlink()
     for path in _deciding(folder, rank=rank, writers=writers, common=common):
         if _REPLACED.fullmatch(path.relative_to(folder).as_posix()):
@@ -60,13 +63,13 @@ def begin(folder: Path, *, rank: int, writers: range, common: bool) -> None:
 
 
 def write(folder: Path, *, rank: int, writers: range, common: bool) -> None:
-    """Notes size and CRC-32 of what this rank wrote into a checkpoint and decides how a run goes on.
+    """Records size and CRC-32 of the files of this rank that determine how a run continues.
 
     Args:
         folder: The checkpoint.
         rank: This rank.
         writers: The ranks that write into this folder.
-        common: As for :func:`begin`.
+        common: See :func:`begin`.
     """
     files = {
         path.relative_to(folder).as_posix(): [path.stat().st_size, _crc(path)]
@@ -77,17 +80,16 @@ def write(folder: Path, *, rank: int, writers: range, common: bool) -> None:
 
 
 def read(folder: Path) -> tuple[dict[str, tuple[int, int]], list[str]]:
-    """Reads what was noted of a checkpoint.
+    """Reads the recorded checksums of a checkpoint.
 
     Args:
         folder: The checkpoint.
 
     Returns:
-        Size in bytes and CRC-32 of each file by its name, and the names of notes that other ranks wrote and that are
-        missing.
+        Size in bytes and CRC-32 of each file by its name, and the names of the files of checksums that are missing.
 
     Raises:
-        ValueError: If one of the notes is unreadable.
+        ValueError: If a file of checksums is unreadable.
     """
     noted: dict[str, tuple[int, int]] = {}
     writers = range(0)
@@ -108,10 +110,10 @@ def find_problem(folder: Path, noted: Mapping[str, tuple[int, int]], *, share: t
     Args:
         folder: The checkpoint.
         noted: Size in bytes and CRC-32 of the files to compare, by name.
-        share: Which part of the files to read, and of how many.
+        share: Index of this rank's part of the files, and the number of parts.
 
     Returns:
-        What is wrong with which file, or None if nothing is.
+        A description of the first problem, or None.
     """
     for name, (size, crc) in sorted(noted.items())[share[0] :: share[1]]:
         path = folder / name
@@ -119,14 +121,14 @@ def find_problem(folder: Path, noted: Mapping[str, tuple[int, int]], *, share: t
             if not path.is_file():
                 return f"{name} is missing"
             if path.stat().st_size != size or _crc(path) != crc:
-                return f"{name} is not what was written (its size or checksum differs from {NAME.format('*')})"
+                return f"{name} is damaged or changed (its size or checksum differs from {NAME.format('*')})"
         except OSError as error:
             return f"{name} is unreadable ({error})"
     return None
 
 
 def writers(args: TrainingArguments) -> range:
-    """Returns the ranks that write into the same folder as this one: all, or with ``save_on_each_node`` its node's."""
+    """Returns the ranks that write into the same folder: all, or those of this node with ``save_on_each_node``."""
     if not args.save_on_each_node:
         return range(args.world_size)
     first = args.process_index - args.local_process_index
@@ -134,7 +136,7 @@ def writers(args: TrainingArguments) -> range:
 
 
 def _deciding(folder: Path, *, rank: int, writers: range, common: bool) -> Iterator[Path]:
-    """The files of this rank that decide how a run goes on; who writes the common ones has those of ranks now gone."""
+    """Yields this rank's files that determine how a run continues. Files of former ranks count as common ones."""
     for path in sorted(folder.rglob("*")):
         of_rank = _OF_RANK.match(path.name)
         mine = common if of_rank is None or int(of_rank[1]) not in writers else int(of_rank[1]) == rank

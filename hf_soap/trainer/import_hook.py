@@ -1,4 +1,4 @@
-"""Run code right after another module has been imported."""
+"""Runs code right after another module has been imported."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from types import ModuleType
 
 
 def after_import(name: str, callback: Callable[[ModuleType], None]) -> None:
-    """Calls ``callback`` with a module, at once if it is loaded, else right after its first import.
+    """Calls ``callback`` with a module, immediately if it is loaded, otherwise right after its first import.
 
-    So ``import hf_soap`` need not load the Trainer, which takes seconds, for those who want an optimizer only.
+    Thus ``import hf_soap`` need not load the Trainer, which takes seconds and which an optimizer alone does not need.
 
     Args:
         name: Full name of the module.
-        callback: Gets the loaded module.
+        callback: Called with the loaded module.
     """
     module = sys.modules.get(name)
     if module is not None and not getattr(getattr(module, "__spec__", None), "_initializing", False):
@@ -26,7 +26,7 @@ def after_import(name: str, callback: Callable[[ModuleType], None]) -> None:
 
 
 class _Finder(MetaPathFinder):
-    """Finds one module where it is, and wraps its loader; every other module is left to the other finders."""
+    """Finds one module and wraps its loader; leaves all other modules to the other finders."""
 
     def __init__(self, name: str, callback: Callable[[ModuleType], None]) -> None:
         self.name, self.callback = name, callback
@@ -43,7 +43,7 @@ class _Finder(MetaPathFinder):
 
         def execute_and_call(module: ModuleType) -> None:
             execute(module)
-            if self in sys.meta_path:  # whoever asked for a spec alone has not imported anything yet
+            if self in sys.meta_path:  # finding the spec alone does not import anything yet
                 sys.meta_path.remove(self)
                 self.callback(module)
 

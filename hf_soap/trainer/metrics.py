@@ -1,4 +1,4 @@
-"""What the log stream gets to know about an optimizer."""
+"""Diagnostics of an optimizer, as numbers for a log."""
 
 from __future__ import annotations
 
@@ -22,53 +22,54 @@ COLUMNS = (
     *("update", "weight", "entries", "rotation", "rotations", "root_change", "roots", "refresh"),
     *("off_diagonal", "factors", "seeded", "tensors"),
 )
-"""What is known of each rule, as sums that can be added up over ranks."""
+"""Measurements of each rule, as sums that can be added over ranks."""
 
 
 @torch.no_grad()
 def diagnostics(optimizer: BlockOptimizer) -> dict[str, float]:
-    """Looks at the state that this rank has, whether a profiler has measured steps or not.
+    """Returns the diagnostics that this rank's state gives without a profiler.
 
     Args:
-        optimizer: Any optimizer of the family.
+        optimizer: Any optimizer of this package.
 
     Returns:
-        ``factor_off_diagonal``: mean over the factors of SOAP of ‖L̂ - diag L̂‖_F / ‖L̂‖_F, 0 where the bases
-        diagonalise the factors exactly; ``seeded_share``: share of the tensors with state that have had a non-zero
-        gradient;
-        ``skipped_steps``: steps left out because of a non-finite gradient; ``failed_refreshes``: decompositions that
-        failed, for which a previous basis or root stayed in use. Names carry the prefix ``optimizer/``.
+        ``factor_off_diagonal``: mean of ‖L̂ - diag L̂‖_F / ‖L̂‖_F over the factors of SOAP, which is 0 if the bases
+        diagonalize the factors exactly. ``seeded_share``: share of the tensors with state that have had a non-zero
+        gradient. ``skipped_steps``: steps skipped because of a non-finite gradient. ``failed_refreshes``:
+        decompositions that failed, after which the previous basis or root stayed in use. All names have the prefix
+        ``optimizer/``.
     """
-    failed = optimizer.failed_refreshes  # behind which no refresh is under way
+    failed = optimizer.failed_refreshes  # first: it waits for refreshes in progress
     return _overall(_state_sums(optimizer, plans_of(optimizer)).values(), optimizer, failed)
 
 
 @torch.no_grad()
 def measurements(optimizer: BlockOptimizer) -> dict[str, float]:
-    """Reads the profiler of an optimizer and its state, and resets the profiler.
+    """Returns the diagnostics from an optimizer's profiler and state, and resets the profiler.
 
-    Several ranks add up what they have, for which all of them must call this; what several have counts once for each.
+    The ranks add up their measurements, so all of them must call this. State that several ranks hold is counted once
+    for each.
 
     Args:
-        optimizer: One with a profiler.
+        optimizer: An optimizer with a profiler.
 
     Returns:
-        What :func:`diagnostics` returns, ``optimizer/step_ms``, and by the rule that tensors follow what is listed in
-        the README, as ``optimizer/WHAT/RULE``. What nobody had occasion to measure is left out.
+        The diagnostics of :func:`diagnostics`, ``optimizer/step_ms``, and for each rule its measurements as
+        ``optimizer/MEASUREMENT/RULE``. Anything that was not measured is omitted.
     """
     if optimizer.profiler is None:
         raise ValueError(
-            "got an optimizer without a profiler, wanted one that measures; set optimizer.profiler = StepProfiler()"
+            "got an optimizer without a profiler, wanted one with; set optimizer.profiler = StepProfiler()"
         )
     plans = plans_of(optimizer)
-    failed_here = optimizer.failed_refreshes  # behind which no refresh is under way
+    failed_here = optimizer.failed_refreshes  # first: it waits for refreshes in progress
     timing, measured = optimizer.profiler.take()
-    kept = _state_sums(optimizer, plans)
-    # What the ranks add up is alike on all, also where one has no part of any tensor of a rule.
+    of_state = _state_sums(optimizer, plans)
+    # All ranks add up the same columns, even if a rank has no part of any tensor of a rule.
     labels = sorted({plan.label for plan in plans.values()})
     numbers = [timing["steps"], timing["step"], failed_here]
     for label in labels:
-        sums = {**measured.get(label, {}), **kept[label]}
+        sums = {**measured.get(label, {}), **of_state[label]}
         numbers += [sums.get(column, 0.0) for column in COLUMNS]
     steps, seconds, failed, *rest = dtensor.summed(numbers, next(iter(plans))) if plans else numbers
     table: dict[str, Sums] = {}
@@ -85,7 +86,7 @@ def measurements(optimizer: BlockOptimizer) -> dict[str, float]:
 
 
 def slug(label: str) -> str:
-    """Returns a rule's description as it stands in names: ``SOAP, 2 sides`` as ``soap_2_sides``."""
+    """Returns a rule's description in the form for names: ``SOAP, 2 sides`` becomes ``soap_2_sides``."""
     return re.sub(r"\W+", "_", label.lower())
 
 
@@ -102,20 +103,20 @@ def _state_sums(optimizer: BlockOptimizer, plans: dict[Tensor, Plan]) -> default
     sums: defaultdict[str, Sums] = defaultdict(lambda: dict.fromkeys(COLUMNS[-4:], 0.0))
     shares: defaultdict[tuple[torch.device, torch.dtype], list[tuple[str, Tensor]]] = defaultdict(list)
     for param, plan in plans.items():
-        kept, label = optimizer.state.get(param, {}), plan.label
-        if "step" not in kept:
+        state, label = optimizer.state.get(param, {}), plan.label
+        if "step" not in state:
             continue
-        seeded = bool(kept["step"] > 0)
+        seeded = bool(state["step"] > 0)
         sums[label]["tensors"] += 1
         sums[label]["seeded"] += seeded
         # A factor that is not kept in its own basis need not be diagonal.
         specs = plan.state_spec
-        own = {role: kept[role] for role, spec in specs.items() if spec.in_own_basis and seeded and role in kept}
+        own = {role: state[role] for role, spec in specs.items() if spec.in_own_basis and seeded and role in state}
         for factor in decoded(own, specs, torch.float32).values():
             share = eigenbases.off_diagonal_share(factor)
             shares[share.device, share.dtype].append((label, share))
     for pairs in shares.values():
-        numbers = iter(torch.cat([share for _, share in pairs]).tolist())  # one wait for the device
+        numbers = iter(torch.cat([share for _, share in pairs]).tolist())  # one host synchronization
         for label, share in pairs:
             sums[label]["off_diagonal"] += sum(itertools.islice(numbers, len(share)))
             sums[label]["factors"] += len(share)

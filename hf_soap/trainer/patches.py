@@ -1,7 +1,7 @@
-"""Everything that is replaced in transformers, in one table, and how a version that differs is dealt with.
+"""Everything that this package replaces in transformers, in one table.
 
-Each replacement first checks that its target is there and takes the parameters that it relies on. Where it does not,
-the convenience that the target belongs to is left out, one warning names all that is missing, and training goes on.
+Before it is applied, each replacement checks that its target exists and takes the parameters that it relies on. If it
+does not, its whole patch is skipped, one warning lists all skipped patches, and training works without them.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BEFORE_TRAINING: list[Callable[[Any], None]] = []
-"""Called with each Trainer that is about to make its optimizer; ``hf-soap run`` adds what writes recipes."""
+"""Called with each Trainer that is about to create its optimizer; ``hf-soap run`` adds a writer of recipes."""
 
 ARGUMENTS = "transformers.training_args"
 TRAINER = "transformers.trainer"
@@ -44,7 +44,7 @@ SIGTERM = "transformers.trainer_jit_checkpoint"
 
 
 def install() -> None:
-    """Extends transformers, now or as soon as it is imported. Never raises; calling it again changes nothing."""
+    """Extends transformers, now or as soon as it is imported. Never raises; a second call has no effect."""
     if _add_names not in CALL_AFTER_REGISTERING:
         CALL_AFTER_REGISTERING.append(_add_names)
     after_import(ARGUMENTS, _extend_arguments)
@@ -52,12 +52,12 @@ def install() -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What takes the place of what
+# The replacements
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def _is_ours(trainer: Any) -> bool:
-    """Whether a Trainer trains by an optimizer of this package; before it is made, its name says so."""
+    """Whether a Trainer uses an optimizer of this package; before it is created, `optim` decides."""
     optimizer = unwrapped(trainer.optimizer)
     if optimizer is None:
         return arguments.optimizer_name(trainer.args) in ENTRIES
@@ -99,7 +99,7 @@ def _make_ours(original: Callable[..., Any]) -> Callable[..., Any]:
     def get_optimizer_cls_and_kwargs(
         args: TrainingArguments, model: nn.Module | None = None, *others: Any, **named: Any
     ) -> Any:
-        # Before the original, not as one of its handlers: it splits optim_args in a way that breaks on brackets.
+        # Before the original, which splits optim_args in a way that breaks on brackets.
         if arguments.optimizer_name(args) in ENTRIES:
             return registry.class_and_kwargs(args, model)
         return original(args, model, *others, **named)
@@ -110,7 +110,7 @@ def _make_ours(original: Callable[..., Any]) -> Callable[..., Any]:
 def _attach_then_call(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def create(self: Any, *args: Any, **kwargs: Any) -> Any:
-        from hf_soap.trainer import callbacks  # here: it takes transformers, and names must be registered without
+        from hf_soap.trainer import callbacks  # here: it imports transformers, and names must be registered without it
 
         callbacks.attach(self, every=registry.log_every(self.args))
         for call in BEFORE_TRAINING:
@@ -141,7 +141,7 @@ def _write_checksums(original: Callable[..., Any]) -> Callable[..., Any]:
         original(self, output_dir, *args, **kwargs)  # the last of what all ranks save
         if _is_ours(self):
             checksums.write(Path(output_dir), **_writing(self.args))
-            self.accelerator.wait_for_everyone()  # only then does the first rank write what makes it complete
+            self.accelerator.wait_for_everyone()  # the first rank then writes the file that marks it as complete
 
     return save_rng_state
 
@@ -177,7 +177,7 @@ def _load_model(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _unless_ours(original: Callable[..., Any]) -> Callable[..., Any]:
-    # Within a step the random numbers of its forward pass are used up, and the resumed run would draw others.
+    # Within a step, its forward pass has drawn random numbers already, and the resumed run would draw others.
     @wraps(original)
     def event(self: Any, *args: Any, **kwargs: Any) -> None:
         if self.trainer is None or not _is_ours(self.trainer):
@@ -194,7 +194,7 @@ def _save_on_all_ranks(original: Callable[..., Any]) -> Callable[..., Any]:
             accelerator = self.trainer.accelerator
             asked = torch.tensor(float(manager.is_checkpoint_requested), device=accelerator.device)
             if accelerator.reduce(asked, "sum") == 0:
-                return  # a signal that has come meanwhile waits for the next step: this rank would save alone
+                return  # a signal that arrives now waits for the next step: otherwise this rank would save alone
             manager.is_checkpoint_requested = True
         original(self, args, state, control, **kwargs)
 
@@ -204,7 +204,7 @@ def _save_on_all_ranks(original: Callable[..., Any]) -> Callable[..., Any]:
 def _complete_card(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def create_model_card(self: Any, *args: Any, **kwargs: Any) -> None:
-        from hf_soap.hub import cards  # here: it takes transformers
+        from hf_soap.hub import cards  # here: it imports transformers
 
         cards.write_and_complete(self, original, args, kwargs)
 
@@ -223,9 +223,9 @@ class Target:
     Attributes:
         module: The module that has it.
         path: Its name there, such as ``Trainer.train``.
-        parameters: Its first parameters as far as they are relied on; it may have more, which are passed on.
-        make: Makes what takes its place. None if it is only called.
-        own: Whether its class must have it itself: what a callback inherits does nothing.
+        parameters: Its first parameters, on which the replacement relies; others are passed on.
+        make: Creates the replacement. None if the attribute is only called.
+        own: Whether its class must define it itself: the methods that a callback inherits do nothing.
     """
 
     module: str
@@ -240,14 +240,14 @@ class Target:
         return self.path.rpartition(".")[2]
 
     def owner(self) -> Any:
-        """Returns the class or module that the attribute is looked up on."""
+        """Returns the class or module that has the attribute."""
         owner: Any = import_module(self.module)
         for part in self.path.split(".")[:-1]:
             owner = getattr(owner, part)
         return owner
 
     def problem(self) -> str | None:
-        """Says what about the target is not as it is relied on, or None."""
+        """Says how the target differs from what the replacement relies on; returns None if it does not."""
         try:
             owner = self.owner()
         except (ImportError, AttributeError):
@@ -255,20 +255,20 @@ class Target:
         return self.problem_in(owner)
 
     def problem_in(self, owner: Any) -> str | None:
-        """Does what :meth:`problem` does, for the attribute of another class."""
+        """Does what :meth:`problem` does, for the attribute of a given class."""
         found = getattr(owner, self.name, None)
         if found is None or (self.own and self.name not in vars(owner)):
             return f"{self.module} has no {self.path}"
         return self._difference(found)
 
     def replace_in(self, owner: Any) -> Callable[[], None]:
-        """Puts the replacement in its place, if it is not there yet.
+        """Replaces the attribute, unless that was done before.
 
         Args:
             owner: The class that has the attribute.
 
         Returns:
-            What undoes it.
+            A function that undoes the replacement.
         """
         original = getattr(owner, self.name)
         if self.make is None or hasattr(original, "hf_soap"):
@@ -284,10 +284,12 @@ class Target:
         try:
             signature = inspect.signature(found)
         except (TypeError, ValueError):
-            return f"{self.path} is no function"
+            return f"{self.path} is not a function"
         kinds = inspect.Parameter
         names = [p.name for p in signature.parameters.values() if p.kind is kinds.POSITIONAL_OR_KEYWORD]
-        passes_on = any(p.kind is kinds.VAR_POSITIONAL for p in signature.parameters.values())  # somebody's wrapper
+        passes_on = any(
+            p.kind is kinds.VAR_POSITIONAL for p in signature.parameters.values()
+        )  # another package's wrapper
         known = self.parameters[: len(names)] if passes_on else self.parameters
         if tuple(names[: len(known)]) != known:
             return f"{self.path} takes {signature}, not ({', '.join(self.parameters)})"
@@ -295,10 +297,10 @@ class Target:
 
 
 class Names(Target):
-    """The enumeration of optimizer names, which gets more members."""
+    """The enumeration of optimizer names, to which members are added."""
 
     def replace_in(self, owner: Any) -> Callable[[], None]:
-        """Makes the names members."""
+        """Adds the names as members."""
         names = getattr(owner, self.name)
         added: list[Any] = []
 
@@ -313,7 +315,7 @@ class Names(Target):
                 member = str.__new__(names, value) if issubclass(names, str) else object.__new__(names)
                 member._name_, member._value_, member.__objclass__ = value.upper(), value, names
                 member._sort_order_ = len(names._member_names_)
-                # A pickled member says the plain string: training_args.bin must load where this package is missing.
+                # A member pickles as a plain string, so that training_args.bin loads without this package.
                 member.__reduce_ex__ = lambda proto, value=value: (str, (value,))
                 type.__setattr__(names, member._name_, member)
                 names._member_names_.append(member._name_)
@@ -322,7 +324,7 @@ class Names(Target):
                 added.append(member)
         if not {*added} <= {*names}:
             remove()
-            raise TypeError(f"{self.path} does not list members that are added to it")
+            raise TypeError(f"{self.path} does not list the members that were added to it")
         return remove
 
     def _difference(self, found: Any) -> str | None:
@@ -330,21 +332,21 @@ class Names(Target):
         fits = isinstance(found, EnumMeta) and all(
             isinstance(getattr(found, table, None), kind) for table, kind in tables.items()
         )
-        return None if fits else f"{self.path} is no enumeration that takes more members"
+        return None if fits else f"{self.path} is not an enumeration to which members can be added"
 
 
 @dataclass(frozen=True)
 class Patch:
-    """A convenience, and the attributes of transformers that it takes: all are replaced, or none.
+    """A feature, and the attributes of transformers that it needs: all are replaced, or none.
 
     Attributes:
-        what: What it is.
-        why: Why transformers has to be changed for it.
-        without: What its absence means for a user, and what to do.
-        targets: What is replaced or called.
-        since: The first version of transformers that has all of this. This package has it since 0.1.0.
-        option: The option of TrainingArguments that it is about; there is nothing to do where that does not exist.
-        by_command: Whether ``hf-soap run`` asks for it, and not ``import hf_soap``.
+        what: The feature.
+        why: Why it needs changes in transformers.
+        without: What users lose without it, and what to do.
+        targets: The attributes that are replaced or called.
+        since: The first version of transformers that has all targets. This package has the feature since 0.1.0.
+        option: The option of TrainingArguments that the feature is for; without that option, nothing is replaced.
+        by_command: Whether ``hf-soap run`` applies it, and not ``import hf_soap``.
     """
 
     what: str
@@ -360,7 +362,7 @@ _EVENT = ("self", "args", "state", "control")
 
 CARDS = Patch(
     "recipes in the model cards that a program writes",
-    "cards are written by a method of the Trainer, or of its subclass",
+    "a method of the Trainer, or of its subclass, writes the cards",
     "cards that the program writes itself have no recipe; recipe.yaml is still written at the end",
     (Target(TRAINER, "Trainer.create_model_card", ("self",), _complete_card),),
     by_command=True,
@@ -369,7 +371,7 @@ CARDS = Patch(
 PATCHES = (
     Patch(
         "names of optimizers",
-        "TrainingArguments takes members of an enumeration only, and the Trainer makes only those that it knows",
+        "TrainingArguments accepts only members of an enumeration, and the Trainer only creates optimizers it knows",
         'optim="soap" and the other names are refused; pass Trainer(optimizers=(hf_soap.SOAP(...), None)) or '
         "Trainer(optimizer_cls_and_kwargs=(hf_soap.SOAP, {...}))",
         (
@@ -378,15 +380,15 @@ PATCHES = (
         ),
     ),
     Patch(
-        "answers to misspelt names",
-        "the error lists all names, not the nearest",
-        "a misspelt optim is answered by the list of names alone",
+        "the nearest name for a misspelt one",
+        "the error lists all names and does not name the nearest",
+        "the error for a misspelt optim only lists the names",
         (Target(ARGUMENTS, "OptimizerNames._missing_", ("value",), _answer_misspelt),),
     ),
     Patch(
-        "optim_args and numbers as YAML and JSON have them",
-        "arguments keep a mapping, and the text that YAML makes of 3e-3; what reads them later wants what a command "
-        "line gives",
+        "optim_args and numbers from YAML and JSON",
+        "the arguments keep a mapping as a mapping, and 3e-3, which YAML reads as text, as text; the code that reads "
+        "them later expects the types of a command line",
         "write optim_args as text, eps=1e-8,beta1=0.9, and learning rates as 3.0e-3",
         (
             Target(ARGUMENTS, "TrainingArguments.__post_init__", ("self",), _read_then_call),
@@ -395,7 +397,7 @@ PATCHES = (
     ),
     Patch(
         "diagnostics in the log, and recipes of hf-soap run",
-        "an optimizer cannot log by itself; every run comes by one of these, also where a subclass has its own other",
+        "an optimizer cannot log by itself; every run calls one of these, even if a subclass replaces the other",
         "log_every logs nothing, and hf-soap run writes neither recipe nor card; "
         "SoapTrainer.optimizer_diagnostics() still measures",
         (
@@ -405,9 +407,8 @@ PATCHES = (
     ),
     Patch(
         "checksums of checkpoints",
-        "neither torch.load nor safetensors notice a flipped bit, and a folder that is written once more keeps old "
-        "files",
-        "no checksums are written, and resuming does not notice a changed file; save into an empty output_dir",
+        "neither torch.load nor safetensors detects a flipped bit, and a folder that is overwritten keeps old files",
+        "no checksums are written, and resuming does not detect a changed file; save into an empty output_dir",
         (
             Target(TRAINER, "Trainer._save_checkpoint", ("self", "model", "trial"), _begin_checksums),
             Target(TRAINER, "Trainer._save_rng_state", ("self", "output_dir"), _write_checksums),
@@ -416,14 +417,14 @@ PATCHES = (
     ),
     Patch(
         "the choice of a complete checkpoint",
-        "the Trainer resumes from the newest folder, finished or not",
-        "resume_from_checkpoint=True may take a checkpoint that is damaged or was never finished; name the folder",
+        "the Trainer resumes from the newest folder, complete or not",
+        "resume_from_checkpoint=True may choose a damaged or incomplete checkpoint; name the folder",
         (Target(TRAINER, "Trainer.train", ("self", "resume_from_checkpoint"), _choose_checkpoint),),
     ),
     Patch(
         "resuming in another format or on another number of ranks",
-        "the Trainer loads what it saved in the same format on as many ranks, and nothing else",
-        "resume with the format and on the number of ranks that saved the checkpoint",
+        "the Trainer loads only what it saved in the same format on the same number of ranks",
+        "resume with the format and the number of ranks that saved the checkpoint",
         (
             Target(TRAINER, "Trainer._load_optimizer_and_scheduler", ("self", "checkpoint"), _load_optimizer),
             Target(TRAINER, "Trainer._load_from_checkpoint", ("self", "resume_from_checkpoint", "model"), _load_model),
@@ -431,8 +432,8 @@ PATCHES = (
     ),
     Patch(
         "checkpoints on SIGTERM between two steps",
-        "enable_jit_checkpoint saves within a step, on each rank when its own signal comes",
-        "a run that enable_jit_checkpoint saved may resume with other random numbers, and hang on several ranks",
+        "enable_jit_checkpoint saves within a step, and on each rank when its own signal arrives",
+        "a checkpoint of enable_jit_checkpoint may resume with different random numbers, and several ranks may hang",
         (
             Target(SIGTERM, "JITCheckpointCallback.on_step_begin", _EVENT, _unless_ours, own=True),
             Target(SIGTERM, "JITCheckpointCallback.on_pre_optimizer_step", _EVENT, _unless_ours, own=True),
@@ -444,11 +445,11 @@ PATCHES = (
     ),
     CARDS,
 )
-"""All that this package replaces in transformers."""
+"""Everything that this package replaces in transformers."""
 
 
 def patches_table() -> str:
-    """Returns what is replaced as a Markdown table, for the documentation."""
+    """Returns a Markdown table of the patches, for the documentation."""
     rows = ["| what for | what is replaced | why | without it | transformers |", "|---|---|---|---|---|"]
     for patch in PATCHES:
         replaced = "<br>".join(f"`{target.module}.{target.path}`" for target in patch.targets if _replaces(target))
@@ -462,25 +463,25 @@ def _replaces(target: Target) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# How it is applied
+# Applying the patches
 # ---------------------------------------------------------------------------------------------------------------------
 
 _undo: dict[str, list[Callable[[], None]]] = defaultdict(list)
-"""For each patch that was applied, what takes it back."""
+"""For each applied patch, the functions that undo it."""
 
-_left_out: dict[str, str] = {}
-"""For each patch that was left out, what about transformers is not as it is relied on."""
+_skipped: dict[str, str] = {}
+"""For each skipped patch, how transformers differs from what it relies on."""
 
 _reported: set[str] = set()
-"""Patches whose absence was warned about."""
+"""Skipped patches that a warning has named."""
 
 
 def _extend_arguments(_: ModuleType) -> None:
     load_entry_points()
     for patch in PATCHES:
         _apply(patch, [target for target in patch.targets if target.module == ARGUMENTS])
-    if _left_out and TRAINER not in sys.modules:
-        # Whoever has only the arguments meets the difference before there is a Trainer. One warning names all.
+    if _skipped and TRAINER not in sys.modules:
+        # A program may import the arguments long before the Trainer. Importing it now gives one warning for all.
         try:
             import_module(TRAINER)
         except Exception:
@@ -502,11 +503,11 @@ def _extend_trainer(_: ModuleType) -> None:
 
 
 def extend_cards(cls: type) -> None:
-    """Has a class of Trainers complete the cards that it writes. Its ancestors may be extended too.
+    """Makes a class of Trainers complete the cards that it writes. Its parent classes may be extended too.
 
     Args:
-        cls: The class of a Trainer; what writes its cards may be its own or inherited. Nothing happens to one that
-            completes its cards by itself.
+        cls: The class of a Trainer; the method that writes its cards may be its own or inherited. A class that
+            completes its own cards is left unchanged.
     """
     if getattr(cls, "completes_cards", False):
         return
@@ -517,8 +518,8 @@ def extend_cards(cls: type) -> None:
 
 
 def _apply(patch: Patch, targets: list[Target], owner: Any = None) -> None:
-    """Replaces some of the targets of a patch, or takes back all of it."""
-    if patch.what in _left_out:
+    """Replaces some of the targets of a patch; if that fails, undoes the whole patch."""
+    if patch.what in _skipped:
         return
     try:
         if not _concerns(patch):
@@ -531,7 +532,7 @@ def _apply(patch: Patch, targets: list[Target], owner: Any = None) -> None:
     except Exception as error:
         problem = f"{type(error).__name__}: {error}"
     if problem:
-        _left_out[patch.what] = problem
+        _skipped[patch.what] = problem
         for undo in reversed(_undo.pop(patch.what, [])):
             undo()
 
@@ -543,15 +544,15 @@ def _concerns(patch: Patch) -> bool:
 
 
 def _report() -> None:
-    new = [patch for patch in PATCHES if patch.what in _left_out and patch.what not in _reported]
+    new = [patch for patch in PATCHES if patch.what in _skipped and patch.what not in _reported]
     if new:
         _reported.update(patch.what for patch in new)
         logger.warning(
-            "transformers %s is not as this version of hf_soap knows it. Training works, without: %s. Try a newer "
-            "hf_soap (pip install -U hf-soap), or a version of transformers that it was tested with.",
+            "transformers %s differs from the versions that this hf_soap supports. Training works, without: %s. Try a "
+            "newer hf_soap (pip install -U hf-soap), or a version of transformers that it was tested with.",
             version("transformers"),
             " ".join(
-                f"({number}) {patch.what}, since {_left_out[patch.what]}: {patch.without}"
+                f"({number}) {patch.what}, because {_skipped[patch.what]}: {patch.without}"
                 for number, patch in enumerate(new, start=1)
             ),
         )

@@ -1,4 +1,4 @@
-"""Whether gradients and optimizer state fit into the memory that is there, asked before the first step."""
+"""Checks before the first step whether gradients and optimizer state fit into memory."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class Needs:
-    """Bytes that training takes on one device.
+    """Bytes that training needs on one device.
 
     Attributes:
-        weights: Parameters, frozen ones included; they are there already.
-        gradients: Those that are still to be made.
+        weights: Parameters, including frozen ones; these are allocated already.
+        gradients: Gradients that are not allocated yet.
         state: All optimizer state.
-        missing: The part of it that is still to be made.
+        missing: The part of the state that is not allocated yet.
     """
 
     weights: int = 0
@@ -39,7 +39,7 @@ class Needs:
 
 
 def needs_here(model: nn.Module, optimizer: BlockOptimizer) -> dict[torch.device, Needs]:
-    """Counts what this rank needs on each of its devices, of parameters as they lie now, sharded or not."""
+    """Counts what this rank needs on each of its devices, for its parameters as they are now, sharded or not."""
     found: defaultdict[torch.device, Needs] = defaultdict(Needs)
     states = optimizer.state_bytes_of_parameters()
     params: list[Tensor] = list(model.parameters())
@@ -54,17 +54,17 @@ def needs_here(model: nn.Module, optimizer: BlockOptimizer) -> dict[torch.device
 
 
 def check_memory(needs: Needs, *, free: int, total: int, device: str, suggest: Callable[[int], str]) -> str | None:
-    """Says whether what training needs fits on a device, activations not counted.
+    """Checks whether training fits on a device, not counting activations.
 
     Args:
-        needs: What it needs there.
-        free: Bytes that are free now, with the weights in place.
-        total: Bytes that there are.
+        needs: What training needs there.
+        free: Bytes that are free now, with the weights allocated.
+        total: Bytes of the device.
         device: Its name, for the message.
-        suggest: Words what would fit into so many bytes of optimizer state.
+        suggest: Returns a suggestion of settings whose optimizer state fits into a number of bytes.
 
     Returns:
-        A warning, or None if all fits.
+        A warning, or None if everything fits.
 
     Raises:
         ValueError: If the optimizer's state alone is larger than the device.
@@ -73,19 +73,19 @@ def check_memory(needs: Needs, *, free: int, total: int, device: str, suggest: C
     if needs.state <= total and needs.state <= room:
         return None
     text = (
-        f"{_gib(needs.weights)} of weights, {_gib(needs.gradients)} of gradients to come and {_gib(needs.state)} of "
+        f"{_gib(needs.weights)} of weights, {_gib(needs.gradients)} of further gradients and {_gib(needs.state)} of "
         f"optimizer state on {device}, which has {_gib(total)}, {_gib(free)} of them free"
     )
     remedy = suggest(min(room, total))
     if needs.state > total:
         raise ValueError(
-            f"got {text}, wanted state that fits; {remedy}, or SoapTrainer(preflight=False) to try it nevertheless"
+            f"got {text}, wanted state that fits; {remedy}, or SoapTrainer(preflight=False) to try it anyway"
         )
-    return f"{text}: training will run out of memory, activations not even counted; {remedy}"
+    return f"{text}: training will run out of memory, even without activations; {remedy}"
 
 
 def suggestion(model: nn.Module, optimizer: BlockOptimizer, config: options.OptimizerConfig, room: int) -> str:
-    """Words the settings with which the optimizer's state on this rank fits into ``room`` bytes."""
+    """Suggests settings with which the optimizer's state on this rank fits into ``room`` bytes."""
     params = [param for group in optimizer.param_groups for param in group["params"]]
 
     def measure(candidate: options.OptimizerConfig) -> costs.Cost:
@@ -95,15 +95,15 @@ def suggestion(model: nn.Module, optimizer: BlockOptimizer, config: options.Opti
 
     found = planning.settings_that_fit(config, measure, lambda cost: cost.state <= room)
     if not found:
-        return "no setting of the optimizer that was tried fits; use LoRA, or FSDP2 on more ranks"
+        return "none of the optimizer settings that were tried fits; use LoRA, or FSDP2 on more ranks"
     best, cost = found[0]
     return f"use optim_args={best.to_optim_args()!r} ({_gib(cost.state)} of state)"
 
 
 def device_memory(device: torch.device) -> tuple[int, int] | None:
-    """Returns the (free, total) bytes that a process may count on; None for a device that does not say.
+    """Returns the (free, total) bytes available to a process; None for a device that does not report them.
 
-    Processes of one machine share the memory of its CPUs evenly. Without psutil CPUs do not say.
+    Processes on one machine share its main memory evenly, which is known only if psutil is installed.
     """
     if device.type == "cpu":
         try:
@@ -117,7 +117,7 @@ def device_memory(device: torch.device) -> tuple[int, int] | None:
     if not hasattr(module, "mem_get_info"):
         return None
     free, total = module.mem_get_info(device)
-    # What the allocator keeps for later is free too, though the device does not know.
+    # Memory that the allocator has reserved but does not use is free too, though the device counts it as used.
     return free + module.memory_reserved(device) - module.memory_allocated(device), total
 
 
@@ -127,7 +127,7 @@ def check(model: nn.Module, optimizer: BlockOptimizer, config: options.Optimizer
     Args:
         model: The model, sharded or not.
         optimizer: Its optimizer.
-        config: What the optimizer was made from, for suggestions.
+        config: The config of the optimizer, for suggestions.
 
     Returns:
         Warnings.

@@ -1,4 +1,4 @@
-"""Finding the last checkpoint folder that was written to its end, and loading an optimizer that another run saved."""
+"""Resuming: finds the newest complete checkpoint, and loads state from other numbers of ranks and formats."""
 
 from __future__ import annotations
 
@@ -32,35 +32,33 @@ logger = logging.getLogger(__name__)
 
 
 PLAIN, FULL, SHARDED = "optimizer.pt", "optimizer.bin", "optimizer_0"
-"""Where the Trainer saves an optimizer: without FSDP, with its FULL_STATE_DICT, with its SHARDED_STATE_DICT."""
+"""Names under which the Trainer saves an optimizer: without FSDP, with FULL_STATE_DICT, with SHARDED_STATE_DICT."""
 
 FSDP = "pytorch_model_fsdp"
-"""How the names begin under which it saves weights with FSDP: a file, or a folder of parts."""
+"""Prefix of the names under which the Trainer saves weights with FSDP: a file, or a folder of parts."""
 
 SCHEDULER = "scheduler.pt"
 WHOLE = ("model.safetensors", "pytorch_model.bin")
 ADAPTER = ("adapter_model.safetensors", "adapter_model.bin")
 INDEX = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-"""Weights by the names that the Trainer looks for, in its order."""
+"""Names of weights that the Trainer looks for, in its order."""
 
 
 def load_optimizer(trainer: Trainer, folder: Path) -> bool:
-    """Loads optimizer and scheduler where the Trainer cannot.
+    """Loads optimizer and scheduler if the Trainer cannot.
 
-    That is where they were saved on another number of ranks, in another format, or by a version that had other param
-    groups or settings.
-
-    The Trainer loads optimizer and scheduler together or not at all, whatever the optimizer.
+    The Trainer cannot load them if they were saved on another number of ranks, in another format, or with other param
+    groups or settings. It loads both or neither, for any optimizer.
 
     Args:
-        trainer: A Trainer whose optimizer and scheduler are made.
-        folder: The folder to resume from; every rank must see it.
+        trainer: A Trainer that has its optimizer and scheduler.
+        folder: The folder to resume from; every rank must be able to read it.
 
     Returns:
-        False if nothing was done, because the Trainer can load it or the optimizer is not of this package.
+        False if nothing was done, because the Trainer can load them or the optimizer is not from this package.
 
     Raises:
-        ValueError: If the saved state does not fit the parameters, or is of this package and the optimizer is not.
+        ValueError: If the saved state does not fit the parameters, or is from this package and the optimizer is not.
     """
     optimizer = unwrapped(trainer.optimizer)
     saved = [folder / name for name in (PLAIN, FULL, SHARDED) if (folder / name).exists()]
@@ -71,23 +69,23 @@ def load_optimizer(trainer: Trainer, folder: Path) -> bool:
         return False
     native = folder / _format(trainer)
     if not has_both:
-        lacking = f"{SCHEDULER}, without which the Trainer loads no optimizer" if saved else "optimizer"
+        missing = f"{SCHEDULER}, without which the Trainer loads no optimizer" if saved else "optimizer"
         logger.warning(
             "%s has no %s (was it removed, or saved with save_only_model=True?): %s starts without state, and the "
-            "learning rate from the beginning of its schedule, while steps are counted on.",
+            "learning rate from the beginning of its schedule; the step count continues.",
             folder,
-            lacking,
+            missing,
             type(optimizer).__name__,
         )
-        return False  # the Trainer starts afresh too
-    if native.name == PLAIN:  # state that owners spread must not come whole to every device, as with the Trainer
+        return False  # the Trainer starts from scratch too
+    if native.name == PLAIN:  # the Trainer would load all owners' state on every device
         fits = not optimizer.spreads_state()
     else:
         fits = native in saved and optimizer.fits(state_dict.saved_shapes(native))
     schedule, groups = torch.load(folder / SCHEDULER, weights_only=True), optimizer.param_groups
-    alike = len(schedule.get(LAST_RATES, groups)) == len(groups)
+    same_groups = len(schedule.get(LAST_RATES, groups)) == len(groups)
     if native in saved and fits:
-        if alike and (native.name != SHARDED or state_dict.has_settings(native, groups)):
+        if same_groups and (native.name != SHARDED or state_dict.has_settings(native, groups)):
             return False
         logger.warning("Loading the optimizer from %s, which was saved with other param groups or settings.", native)
         model: Any = trainer.model
@@ -99,21 +97,21 @@ def load_optimizer(trainer: Trainer, folder: Path) -> bool:
         state = state_dict.read(source)
     optimizer.load_state_dict(state)
     scheduler: Any = trainer.lr_scheduler
-    scheduler.load_state_dict(schedule if alike else _for_groups(groups, schedule, scheduler.state_dict()))
+    scheduler.load_state_dict(schedule if same_groups else _for_groups(groups, schedule, scheduler.state_dict()))
     return True
 
 
 LAST_RATES = "_last_lr"
-"""Where a scheduler keeps the current rate of each param group."""
+"""Key under which a scheduler stores the current learning rate of each param group."""
 
 
 def _for_groups(groups: list[dict[str, Any]], saved: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """Returns saved state of a scheduler for other param groups, whose rates were loaded with the optimizer.
+    """Converts the saved state of a scheduler to other param groups, whose rates were loaded with the optimizer.
 
     Args:
         groups: The optimizer's param groups.
-        saved: The scheduler's state, with as many rates as there were groups.
-        own: Its state as it is now.
+        saved: The scheduler's saved state, with a learning rate for each former group.
+        own: The scheduler's present state.
     """
     count = len(saved[LAST_RATES])
     of_groups = [key for key, value in saved.items() if isinstance(value, list) and len(value) == count and key in own]
@@ -124,13 +122,13 @@ def _for_groups(groups: list[dict[str, Any]], saved: dict[str, Any], own: dict[s
 
 
 def _refuse_state_of_family(optimizer: Any, saved: list[Path]) -> None:
-    """Refuses state of this package for an optimizer that would take it, and fail at its first step or run on it.
+    """Refuses state of this package for another optimizer, which would fail at its first step or misread the state.
 
     Raises:
-        ValueError: If any of the saved files or folders holds such state.
+        ValueError: If any of the saved files or folders contains such state.
     """
     if state_dict.is_of_family(optimizer.param_groups):
-        return  # a wrapper around one of ours
+        return  # it wraps an optimizer of this package
     wrote = next((name for source in saved if (name := _written_by(source))), None)
     if wrote is None:
         return
@@ -139,22 +137,22 @@ def _refuse_state_of_family(optimizer: Any, saved: list[Path]) -> None:
         f"got a checkpoint of {wrote}, wanted one of {wants}, in {saved[0].parent}. To go on with {wrote}, resume "
         f"with the optim (such as optim={wrote.lower()!r}) and the optim_args that wrote it. To go on with the "
         f"weights alone, remove {files} from the folder: {wants} then starts without state, and the learning rate "
-        "from the beginning of its schedule, while steps are counted on"
+        "from the beginning of its schedule; the step count continues"
     )
 
 
 def _written_by(source: Path) -> str | None:
-    """Returns the name of the class of this package that saved an optimizer, or None if another optimizer did."""
+    """Returns the class of this package that saved an optimizer, or None if another optimizer was saved."""
     try:
-        if source.is_dir():  # its metadata lists roles without reading a tensor
+        if source.is_dir():  # the metadata list the roles, so that no tensor is read
             known = {role for roles in state_dict.saved_shapes(source).values() for role in roles}
             if known & {"prev_grad", "prev_param"}:
                 return "MARS"
-            if LAYOUT not in known:  # in none of torch's, and in ours of every tensor that has a factor
+            if LAYOUT not in known:  # our state has it for every tensor with a factor, and no other has it
                 return None
             return "Shampoo" if "root_0" in known else "SOAP"
         groups = state_dict.read(source)["param_groups"]
-    except Exception:  # what cannot be read in this way is left to the Trainer, which reads it or says why not
+    except Exception:  # if this fails, the Trainer tries to read it and reports the error
         return None
     if not (groups and state_dict.is_of_family(groups)):
         return None
@@ -162,11 +160,11 @@ def _written_by(source: Path) -> str | None:
 
 
 def load_model(trainer: Trainer, folder: Path, model: nn.Module) -> bool:
-    """Loads weights where the Trainer cannot: saved with FSDP and loaded without it, or in another kind of state dict.
+    """Loads weights if the Trainer cannot: saved with FSDP and loaded without, or in another format of state dict.
 
     Args:
         trainer: The Trainer.
-        folder: The folder to resume from; every rank must see it.
+        folder: The folder to resume from; every rank must be able to read it.
         model: The model, sharded or not.
 
     Returns:
@@ -174,7 +172,7 @@ def load_model(trainer: Trainer, folder: Path, model: nn.Module) -> bool:
     """
     full, sharded = folder / f"{FSDP}.bin", folder / f"{FSDP}_0"
     saved = {FULL: [full] if full.is_file() else [], SHARDED: [sharded] if sharded.is_dir() else []}
-    if not any(saved.values()):  # with FSDP the Trainer may save these too, but does not load them without it
+    if not any(saved.values()):  # the Trainer may save these too with FSDP, but does not load them then
         saved[PLAIN] = [path for path in _plain_weights(folder)[0] if path.parent == folder]
     others = next((files for files in saved.values() if files), [])
     if saved.get(_format(trainer)) or not others:
@@ -195,17 +193,17 @@ def _format(trainer: Trainer) -> str:
 
 
 def choose(trainer: Trainer, asked: str | bool | None) -> str | bool | None:
-    """Finds the folder that ``train(resume_from_checkpoint=asked)`` resumes from; all ranks must call this.
+    """Returns the folder that ``train(resume_from_checkpoint=asked)`` resumes from; all ranks must call this.
 
     Args:
         trainer: The Trainer.
         asked: A folder, or True for the newest complete one in ``output_dir``.
 
     Returns:
-        The folder, or ``asked`` where that names none.
+        The folder, or ``asked`` if it is not a folder.
 
     Raises:
-        ValueError: If no checkpoint is complete, or files of the one that was named are damaged.
+        ValueError: If no checkpoint is complete, or the named checkpoint is damaged.
     """
     writers = checksums.writers(trainer.args)
     share = (writers.index(trainer.args.process_index), len(writers))
@@ -213,7 +211,7 @@ def choose(trainer: Trainer, asked: str | bool | None) -> str | bool | None:
         folder = trainer.args.output_dir or "."
         found = last_complete_checkpoint(folder, share=share)
         if found is None:
-            raise ValueError(  # in the Trainer's words, which programs look for
+            raise ValueError(  # begins with the Trainer's words, for which programs look
                 f"No valid checkpoint found in output directory ({folder}): got resume_from_checkpoint=True, wanted a "
                 "complete checkpoint there; pass the folder of one, or start without resume_from_checkpoint"
             )
@@ -221,9 +219,9 @@ def choose(trainer: Trainer, asked: str | bool | None) -> str | bool | None:
         asked = str(found)
     else:
         named = Path(asked or "")
-        if not asked or not all(dtensor.from_all(os.path.isdir(named))):  # noqa: PTH112 - Path's raises on some errors
+        if not asked or not all(dtensor.from_all(os.path.isdir(named))):  # noqa: PTH112 - Path.is_dir raises some errors
             return asked
-        if problem := _said_by_any(_why_unfinished(named) or find_damage(named, share=share)):
+        if problem := _of_any_rank(_why_unfinished(named) or find_damage(named, share=share)):
             other = last_complete_checkpoint(named.parent, share=share)
             instead = f"resume from {other}" if other else "start without resume_from_checkpoint"
             raise ValueError(
@@ -236,12 +234,12 @@ def choose(trainer: Trainer, asked: str | bool | None) -> str | bool | None:
 
 
 def last_complete_checkpoint(folder: str | Path, *, share: tuple[int, int] | None = None) -> Path | None:
-    """Finds the newest complete ``checkpoint-N`` folder, and warns about each newer one that it passes over.
+    """Returns the newest complete ``checkpoint-N`` folder, and warns about each newer one that it skips.
 
     Args:
         folder: The Trainer's ``output_dir``.
-        share: Which part of the contents this rank compares with their checksums, and of how many: all ranks call
-            this, and all get the same answer. None if one asks for itself.
+        share: Index of this rank's part of the files to compare with their checksums, and the number of parts. All
+            ranks must call this, and get the same result. None if only this rank calls it.
 
     Returns:
         The folder, or None if there is no complete one.
@@ -251,10 +249,10 @@ def last_complete_checkpoint(folder: str | Path, *, share: tuple[int, int] | Non
         path = Path(folder) / f"checkpoint-{number}"
         problem = find_problem(path, share=share or (0, 1))
         if share:
-            problem = _said_by_any(problem)
+            problem = _of_any_rank(problem)
         if problem is None:
             return path
-        logger.warning("%s is incomplete and is passed over: %s", path, problem)
+        logger.warning("%s is incomplete and is skipped: %s", path, problem)
     return None
 
 
@@ -269,15 +267,15 @@ def _numbers_in(folder: str | Path) -> list[int]:
     return [int(match[1]) for name in names if (match := _NUMBER.search(name))]
 
 
-def _said_by_any(problem: str | None) -> str | None:
-    return next((said for said in dtensor.from_all(problem) if said), None)
+def _of_any_rank(problem: str | None) -> str | None:
+    return next((found for found in dtensor.from_all(problem) if found), None)
 
 
 P = ParamSpec("P")
 
 
-def _errors_said(check: Callable[P, str | None]) -> Callable[P, str | None]:
-    """Makes an error of the disk a problem of the folder: raised on one rank, it leaves the others waiting for it."""
+def _errors_as_problems(check: Callable[P, str | None]) -> Callable[P, str | None]:
+    """Returns errors of the file system as a problem: raised on one rank, they would leave the others waiting."""
 
     @wraps(check)
     def checked(*args: P.args, **kwargs: P.kwargs) -> str | None:
@@ -289,23 +287,23 @@ def _errors_said(check: Callable[P, str | None]) -> Callable[P, str | None]:
     return checked
 
 
-@_errors_said
+@_errors_as_problems
 def find_problem(folder: Path, *, share: tuple[int, int] = (0, 1)) -> str | None:
-    """Says what keeps a checkpoint folder from being resumed, or None if it was finished and nothing is damaged.
+    """Says why a checkpoint cannot be resumed; returns None if it is complete and undamaged.
 
     Args:
         folder: The checkpoint.
-        share: Which part of the contents to compare with their checksums, and of how many.
+        share: Index of the part of the files to compare with their checksums, and the number of parts.
     """
     if problem := _why_unfinished(folder) or find_damage(folder, share=share):
         return problem
     return None if any(folder.rglob("*model*")) else "no model weights"
 
 
-@_errors_said
+@_errors_as_problems
 def _why_unfinished(folder: Path) -> str | None:
     if (folder / checksums.INCOMPLETE).exists():
-        return "the process ended while it was saved"
+        return "the process ended while it was being saved"
     try:
         json.loads((folder / "trainer_state.json").read_text())  # written last
     except (OSError, ValueError) as error:
@@ -313,19 +311,20 @@ def _why_unfinished(folder: Path) -> str | None:
     return None
 
 
-@_errors_said
+@_errors_as_problems
 def find_damage(folder: Path, *, share: tuple[int, int] = (0, 1)) -> str | None:
-    """Says which of the files in a checkpoint folder is not whole, or None.
+    """Names a damaged file in a checkpoint folder, or returns None.
 
-    Contents are compared with the checksums that were saved beside them, if they were; else files of torch.save with
-    those that they hold, and the others are looked at for ends that a killed process left unwritten.
+    Files are compared with the checksums that were saved with them, if there are any. Otherwise, files of torch.save
+    are compared with the checksums inside them, and other files are checked for missing ends, as a killed process
+    leaves them.
 
-    A missing file is no damage where the Trainer goes on without it, or with other files in its place: since
-    ``trainer_state.json`` is written last, somebody removed it.
+    A missing file does not count as damage if the Trainer can continue without it, or with other files instead: since
+    ``trainer_state.json`` is written last, a user must have removed it.
 
     Args:
         folder: The checkpoint.
-        share: Which part of the contents to compare with their checksums, and of how many.
+        share: Index of the part of the files to compare with their checksums, and the number of parts.
     """
     weights, problem = _plain_weights(folder)
     if problem:
@@ -335,13 +334,13 @@ def find_damage(folder: Path, *, share: tuple[int, int] = (0, 1)) -> str | None:
         if not (part / ".metadata").is_file():  # written last
             return f"{part.name} has no .metadata"
     try:
-        noted, lacking = checksums.read(folder)
+        noted, missing = checksums.read(folder)
     except ValueError as error:
         return str(error)
-    if lacking and parts:  # then nobody knows whether all parts of that rank are there
-        return f"{lacking[0]} is missing"
+    if missing and parts:  # then some parts of that rank may be missing too
+        return f"{missing[0]} is missing"
     saved = [*weights, *(folder / name for name in (f"{FSDP}.bin", PLAIN, FULL, SCHEDULER, "scaler.pt"))]
-    saved += sorted(folder.glob("rng_state*.pth"))  # half of one stops the Trainer, which goes on without any
+    saved += sorted(folder.glob("rng_state*.pth"))  # the Trainer fails on an incomplete one, but continues without any
     for path in saved:
         name = path.relative_to(folder).as_posix()
         if path.is_file() and (problem := _damage(path, contents=name not in noted)):
@@ -351,10 +350,10 @@ def find_damage(folder: Path, *, share: tuple[int, int] = (0, 1)) -> str | None:
 
 
 def _plain_weights(folder: Path) -> tuple[list[Path], str | None]:
-    """Returns the files from which the Trainer loads weights without FSDP, and what keeps it from that, or None."""
+    """Returns the files from which the Trainer loads weights without FSDP, and the problem with them, or None."""
     for name in WHOLE:
         if (folder / name).is_file():
-            return [folder / name], None  # whatever an index says
+            return [folder / name], None  # even if there is an index
     files: list[Path] = []
     for place in (folder, *sorted(path for path in folder.iterdir() if path.is_dir())):  # one for each adapter
         files += [place / name for name in ADAPTER if (place / name).is_file()][:1]
@@ -371,16 +370,16 @@ def _plain_weights(folder: Path) -> tuple[list[Path], str | None]:
             return files, f"{name} is missing"
         if shard.suffix == ".safetensors":
             problem, held = _contents_of_safetensors(shard)
-            # The Trainer does not look: it would go on with weights that were never trained.
+            # The Trainer does not check this, and would continue with untrained weights.
             if lost := sorted(tensor for tensor, at in tensors.items() if at == name and tensor not in held):
-                problem = problem or f"without the tensor {lost[0]} that {index.name} looks for in it"
+                problem = problem or f"without the tensor {lost[0]}, which {index.name} expects in it"
             if problem:
                 return files, f"{name} is {problem}"
     return [*files, *shards.values()], None
 
 
 def _excused(folder: Path, noted: Collection[str]) -> set[str]:
-    """Names of files that may differ from what was noted of them: the Trainer goes on without, or with others."""
+    """Returns the names of missing files that are no damage: the Trainer continues without them, or with others."""
     gone = {name for name in noted if not (folder / name).is_file()}
     loaded = {*_plain_weights(folder)[0], *folder.glob(f"{FSDP}.bin"), *folder.glob(f"{FSDP}_[0-9]*")}
     places = {(path.parent, _is_of_adapter(path)) for path in loaded}
@@ -393,7 +392,7 @@ def _excused(folder: Path, noted: Collection[str]) -> set[str]:
                 excused.add(name)
         elif not (name in INDEX or _WEIGHTS.fullmatch(path.name)) or (path.parent, _is_of_adapter(path)) in places:
             excused.add(name)
-    if any(_WEIGHTS.fullmatch(name) for name in gone):  # weights were cut into other files
+    if any(_WEIGHTS.fullmatch(name) for name in gone):  # the weights were split into other files
         excused |= {*INDEX}
     return excused
 
@@ -403,25 +402,25 @@ def _is_of_adapter(path: Path) -> bool:
 
 
 def _warn_of_missing(folder: Path) -> None:
-    """Says what a run will go on without; of optimizer and scheduler :func:`load_optimizer` does."""
+    """Warns about missing files, except for those of which :func:`load_optimizer` warns."""
     noted, gone = checksums.read(folder)
     gone += sorted(name for name in noted if not (folder / name).is_file())
     random = [name for name in gone if _RANDOM.fullmatch(name)]
     if random or not any(folder.glob("rng_state*.pth")):
         logger.warning(
-            "%s has no %s: random numbers, such as those of dropout, are others than in the run that saved it.",
+            "%s has no %s: random numbers, such as those of dropout, differ from those of the run that saved it.",
             folder,
             ", ".join(random or ["rng_state.pth"]),
         )
     if weights := [name for name in gone if _WEIGHTS.fullmatch(Path(name).name) or name.startswith(FSDP)]:
         logger.warning(
-            "%s has no %s any more: weights are loaded from other files, for which there may be no checksums.",
+            "%s no longer has %s: weights are loaded from other files, for which there may be no checksums.",
             folder,
             ", ".join(weights),
         )
     ours = {*random, *weights, SCHEDULER, PLAIN, FULL}
     if others := [name for name in gone if name not in ours and not _PART.match(name)]:
-        logger.warning("%s has no %s any more: the run goes on without.", folder, ", ".join(others))
+        logger.warning("%s no longer has %s: the run continues without.", folder, ", ".join(others))
 
 
 _NUMBER = re.compile(r"^checkpoint-(\d+)$")
@@ -437,16 +436,16 @@ def _damage(path: Path, *, contents: bool) -> str | None:
 
 
 def _contents_of_safetensors(path: Path) -> tuple[str | None, set[str]]:
-    """What is wrong with a file, or None, and the names of the tensors in it."""
+    """Returns the problem with a file, or None, and the names of its tensors."""
     try:
-        with safe_open(path, framework="pt") as file:  # reads the header, which must fit the length of the file
+        with safe_open(path, framework="pt") as file:  # reads the header, which must match the length of the file
             return None, set(file.keys())
     except (SafetensorError, OSError, ValueError) as error:
         return f"cut off or unreadable ({error})", set()
 
 
 _BEFORE_ZIP = pickle.dumps(MAGIC_NUMBER, protocol=2)
-"""How files of torch.save begin that are no zips, as all once were."""
+"""First bytes of files of torch.save in its old format, which is not a zip."""
 
 
 def _damage_of_zip(path: Path, *, contents: bool) -> str | None:
@@ -455,16 +454,16 @@ def _damage_of_zip(path: Path, *, contents: bool) -> str | None:
             with path.open("rb") as stream:
                 if stream.read(len(_BEFORE_ZIP)) != _BEFORE_ZIP:
                     return "cut off"
-            torch.load(path, map_location="cpu", weights_only=True)  # fails where bytes are missing
+            torch.load(path, map_location="cpu", weights_only=True)  # fails if bytes are missing
             return None
-        if path.suffix != ".pth":  # random states hold arrays of numpy, which only the Trainer allows
+        if path.suffix != ".pth":  # random states contain numpy arrays, which only the Trainer allows
             torch.load(path, map_location="cpu", mmap=True, weights_only=True)  # reads no tensors yet
         if not contents:
             return None
         with zipfile.ZipFile(path) as file:
-            # torch.load reads tensors without their checksums, and as nothing what passes for a folder.
+            # torch.load does not verify checksums, and reads an entry that is marked as a folder as empty.
             folders = [info.filename for info in file.infolist() if info.external_attr or info.is_dir()]
             damaged = folders[0] if folders else file.testzip()
-    except Exception as error:  # whatever a wrong length or a hostile pickle leads to
+    except Exception as error:  # a wrong length or a hostile pickle can raise anything
         return f"unreadable ({str(error).partition(chr(10))[0]})"
-    return f"damaged ({damaged} in it is not what was written)" if damaged else None
+    return f"damaged ({damaged} in it has changed since it was written)" if damaged else None

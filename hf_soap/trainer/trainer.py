@@ -1,4 +1,4 @@
-"""SoapTrainer: the Trainer with what an optimizer name alone cannot bring."""
+"""SoapTrainer: the Trainer with the features that an optimizer name alone cannot provide."""
 
 from __future__ import annotations
 
@@ -40,11 +40,12 @@ class SoapTrainerMixin(_Base):
 
     Args:
         *args: Positional arguments of the Trainer.
-        optimizer_config: Which optimizer and its options, in place of ``optim`` and ``optim_args``: a config such as
-            ``SoapConfig(precondition_frequency=20)``, or a mapping of options with ``"name": "soap"`` among them. The
-            mapping needs no name where ``optim`` has it.
-        preflight: Look before the first step whether gradients and optimizer state fit into the device's memory: a
-            warning if they do not fit into what is free, an error if the state is larger than the device.
+        optimizer_config: The optimizer and its options, instead of ``optim`` and ``optim_args``: a config such as
+            ``SoapConfig(precondition_frequency=20)``, or a mapping of options that includes ``"name": "soap"``. The
+            name may be omitted if ``optim`` gives it.
+        preflight: Whether to check before the first step that gradients and optimizer state fit into the device's
+            memory. There is a warning if they do not fit into the free memory, and an error if the state is larger
+            than the device.
         **kwargs: Keyword arguments of the Trainer.
 
     Raises:
@@ -52,7 +53,7 @@ class SoapTrainerMixin(_Base):
     """
 
     completes_cards = True
-    """What a Trainer under ``hf-soap run`` gets, this one has by itself."""
+    """Tells ``hf-soap run`` that this Trainer writes recipes and cards itself."""
 
     def __init__(
         self,
@@ -66,12 +67,12 @@ class SoapTrainerMixin(_Base):
         if optimizer_config is not None:
             _write_config(self.args, _as_config(self.args, optimizer_config))
         if arguments.optimizer_name(self.args) in ENTRIES:
-            arguments.resolve(self.args)  # refuses wrong options before training starts
+            arguments.resolve(self.args)  # refuses wrong options before training
             if preflight:
                 self.add_callback(_Preflight())
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """Makes the optimizer as the Trainer does; one whose state is spread over ranks may be made here."""
+        """Creates the optimizer as the Trainer does; its state may be distributed over ranks here."""
         token = registry.GATHERS_STATE.set(True)
         try:
             return super().create_optimizer(*args, **kwargs)
@@ -86,7 +87,7 @@ class SoapTrainerMixin(_Base):
                     "got save_on_each_node=True with shard_mode='owner' under DDP, wanted one of them: the state is "
                     "gathered on rank 0 alone; use FSDP2, or shard_mode='local'"
                 )
-            optimizer.consolidate()  # on all ranks: the Trainer asks rank 0 alone
+            optimizer.consolidate()  # on all ranks: the Trainer calls state_dict on rank 0 only
         super()._save_optimizer_and_scheduler(output_dir)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -95,17 +96,17 @@ class SoapTrainerMixin(_Base):
         return super().train(*args, **kwargs)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Writes the card of the Trainer, with optimizer, loss curve, results and recipe; ``push_to_hub`` calls it."""
+        """Writes the Trainer's card, with optimizer, loss curve, results and recipe; ``push_to_hub`` calls this."""
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
             cards.try_to_complete(self)
 
     def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Computes the gradients of one batch; for exact MARS those of the accumulated batches are then corrected.
+        """Computes the gradients of one batch; for exact MARS, then corrects those of the accumulated batches.
 
-        The correction happens behind the last batch of an accumulation window and before clipping. The window is
-        replayed at the previous weights with the random numbers that it had, so that dropout drops the same units, and
-        leaves no other trace.
+        The correction happens after the last batch of an accumulation window and before clipping. The window is
+        replayed at the previous weights with the same random numbers, so that dropout drops the same units. The replay
+        changes nothing else.
         """
         optimizer = unwrapped(self.optimizer)
         if not (isinstance(optimizer, MARS) and optimizer.exact):
@@ -114,20 +115,20 @@ class SoapTrainerMixin(_Base):
         try:
             loss = super().training_step(model, inputs, *args, **kwargs)
         except BaseException:
-            self._window.clear()  # out of memory: the Trainer begins anew, with smaller batches
+            self._window.clear()  # such as out of memory: the Trainer starts again with smaller batches
             raise
         if self.accelerator.sync_gradients:
-            window, behind = self._window[:], optimizer.has_previous_weights
+            window = self._window[:] if optimizer.has_previous_weights else []
             self._window.clear()
             with _untraced(self, model), optimizer.at_previous_weights():
-                for number, (before, batch) in enumerate(window if behind else [], start=1):
+                for number, (before, batch) in enumerate(window, start=1):
                     _set_random_state(before)
                     with nullcontext() if number == len(window) else self.accelerator.no_sync(model):
                         super().training_step(model, batch, *args, **kwargs)
         return loss
 
     def optimizer_diagnostics(self) -> dict[str, float]:
-        """Returns what :func:`hf_soap.trainer.metrics.diagnostics` measures; nothing for another kind of optimizer."""
+        """Returns :func:`hf_soap.trainer.metrics.diagnostics`; an empty dictionary for other optimizers."""
         optimizer = unwrapped(self.optimizer)
         return metrics.diagnostics(optimizer) if isinstance(optimizer, BlockOptimizer) else {}
 
@@ -137,7 +138,7 @@ RandomState = tuple[Any, Any, Tensor, list[Tensor]]
 
 def _random_state() -> RandomState:
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    # Speech models mask with numpy's numbers, some layer drops with Python's.
+    # Speech models draw masks with numpy, and some models draw layer drop with Python.
     return random.getstate(), numpy.random.get_state(), torch.get_rng_state(), cuda  # noqa: NPY002
 
 
@@ -152,11 +153,11 @@ def _set_random_state(state: RandomState) -> None:
 
 @contextmanager
 def _untraced(trainer: Trainer, model: nn.Module) -> Iterator[None]:
-    """Puts back what a second pass over a batch would count twice: random numbers, buffers, and the notes of TRL."""
+    """Restores what a second pass over a batch would count twice: random numbers, buffers, and TRL's metrics."""
     after, notes = _random_state(), ("_metrics", "_total_train_tokens")
     taken = {name: copy.deepcopy(getattr(trainer, name)) for name in notes if hasattr(trainer, name)}
     held = [(module, dict(module._buffers)) for module in model.modules()]
-    # Batch norms write into theirs without a new version, so that what changed is only known by its values.
+    # Batch norms change buffers without a new version number, so the values are restored.
     values = [(part, part.clone()) for part in map(_memory, model.buffers())]
     try:
         yield
@@ -164,13 +165,13 @@ def _untraced(trainer: Trainer, model: nn.Module) -> Iterator[None]:
         _set_random_state(after)
         vars(trainer).update(taken)
         for module, buffers in held:
-            module._buffers.update(buffers)  # those in whose place a forward pass put others
+            module._buffers.update(buffers)  # restores buffers that a forward pass replaced
         for part, value in values:
             part.copy_(value)
 
 
 def _memory(buffer: Tensor) -> Tensor:
-    """Returns a view of a buffer that has no entry twice: torch copies nothing into an expanded one."""
+    """Returns a view of a buffer without its expanded dimensions: torch refuses to copy into those."""
     part = buffer.detach()
     for dim, stride in enumerate(part.stride()):
         if stride == 0 and part.shape[dim] > 1:
@@ -183,7 +184,7 @@ class SoapTrainer(SoapTrainerMixin, Trainer):
 
 
 class _Preflight(TrainerCallback):
-    """Looks when training begins: only then are parameters sharded, and those who own state known."""
+    """Checks memory when training begins: only then are parameters sharded and owners known."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -196,7 +197,7 @@ class _Preflight(TrainerCallback):
                     logger.warning("optim=%s: %s", config.name, warning)
             except ValueError as caught:
                 error = caught
-            dtensor.raise_together(error)  # devices differ, and the others would wait in the first step
+            dtensor.raise_together(error)  # devices may differ, and the other ranks would wait in the first step
 
 
 def _as_config(args: TrainingArguments, given: Any) -> options.OptimizerConfig:
@@ -218,14 +219,14 @@ def _as_config(args: TrainingArguments, given: Any) -> options.OptimizerConfig:
             f"optimizer_config names the unknown optimizer {name!r}: {match}Names are {', '.join(ENTRIES)}."
         )
     raise ValueError(
-        f"optimizer_config={options.shown(given)} does not say of which optimizer, and optim={name!r} is none of this "
+        f"optimizer_config={options.shown(given)} does not name its optimizer, and optim={name!r} is not one of this "
         "package; add 'name': 'soap', or use hf_soap.SoapConfig"
     )
 
 
 def _write_config(args: TrainingArguments, config: options.OptimizerConfig) -> None:
-    """Puts a config into the arguments as text, so that they say on disk what was trained."""
-    # Else adam_beta1 would decide where the config has the published beta1.
+    """Writes a config into the arguments as text, so that the saved arguments contain it."""
+    # Otherwise adam_beta1 would override a config that has the published beta1.
     decided = arguments.changed_adam_arguments(args)
     name, text = arguments.optimizer_name(args), config.to_optim_args(always=decided) or None
     if (name, args.optim_args) == (config.name, text):

@@ -1,6 +1,6 @@
 """Runs at the start of each Python process below ``hf-soap run``: importing transformers registers the optimizers.
 
-Most of those processes never train anything, so it loads nothing that is slow, such as torch.
+Most of those processes never train, so this file imports nothing slow, such as torch.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ def _register(_: ModuleType) -> None:
     except ModuleNotFoundError as error:
         if error.name != "hf_soap":
             raise
-        # The launcher ran from a source tree, which this process does not have on its path.
+        # The launcher ran from a source tree that is not on the path of this process.
         sys.path.append(os.path.dirname(_PACKAGE))  # noqa: PTH120
         importlib.import_module("hf_soap")
     importlib.import_module("hf_soap.cli.launched").start(sys.argv)
 
 
 def _run_next_sitecustomize() -> None:
-    # Python runs the first sitecustomize on the path only, and the environment may have one of its own.
+    # Python runs only the first sitecustomize on the path, and the environment may have its own.
     sys.path[:] = [entry for entry in sys.path if entry != _HERE]
     spec = PathFinder.find_spec("sitecustomize")
     if spec is not None and spec.origin is not None:
         _run("sitecustomize", spec.origin)
 
 
-# By its path, since importing it from the package would import the package, and that torch.
+# Loaded by path: importing it from the package would import the package and with it torch.
 _hooks = _run("_hf_soap_hooks", os.path.join(_PACKAGE, "trainer", "import_hook.py"))  # noqa: PTH118
 _hooks.after_import("transformers", _register)
 _run_next_sitecustomize()

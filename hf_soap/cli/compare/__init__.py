@@ -1,4 +1,4 @@
 """``hf-soap compare``: what is compared, the runs, their results, and the report of them.
 
-May import every other folder.
+May import all other folders.
 """

@@ -36,29 +36,29 @@ def compare(
         list[str] | None,
         typer.Argument(
             metavar="NAME[:OPTION=VALUE,...]",
-            help="Names that the Trainer takes, with optim_args; adamw is adamw_torch_fused.",
+            help="Optimizer names of the Trainer, with optim_args; adamw is adamw_torch_fused.",
             show_default="adamw soap",
         ),
     ] = None,
     output_dir: Annotated[
-        Path, typer.Option(help="Gets the reports, the log of runs and one checkpoint per optimizer.")
+        Path, typer.Option(help="Folder for the reports, the log of runs, and one checkpoint per optimizer.")
     ] = Path("compare"),
     html: Annotated[
-        Path | None, typer.Option(help="Write a page with curves and tables there, which opens offline.")
+        Path | None, typer.Option(help="Write a page with curves and tables to this file; it opens offline.")
     ] = None,
     lr_sweep: Annotated[
         int,
         typer.Option(min=1, help="Learning rates to try, in factors of two around --lr.", rich_help_panel=SWEEP),
     ] = 1,
     widen: Annotated[
-        bool, typer.Option("--widen", help="Sweep on while the best is at the edge.", rich_help_panel=SWEEP)
+        bool, typer.Option("--widen", help="Extend the sweep while the best is at its edge.", rich_help_panel=SWEEP)
     ] = False,
     horizons: Annotated[
         str | None,
-        typer.Option(help="Lengths of run, N,N,...: each optimizer at each.", rich_help_panel=SWEEP),
+        typer.Option(help="Lengths of runs, N,N,...: each optimizer at each length.", rich_help_panel=SWEEP),
     ] = None,
     seeds: Annotated[
-        str, typer.Option(help="How many, counted from 0, or which: N,N,...", rich_help_panel=SWEEP)
+        str, typer.Option(help="Number of seeds, counted from 0, or a list: N,N,...", rich_help_panel=SWEEP)
     ] = "1",
     steps: Annotated[
         list[str] | None,
@@ -68,24 +68,24 @@ def compare(
         list[str] | None,
         typer.Option(
             help="Peak learning rate: LR for all, NAME=LR for one.",
-            show_default="tuned where known",
+            show_default="tuned, if known",
             rich_help_panel=TRAINING,
         ),
     ] = None,
     adam_beta2: Annotated[
         list[str] | None,
         typer.Option(
-            help="The Trainer's argument: BETA2 for all, NAME=BETA2 for one.",
+            help="The Trainer's adam_beta2: BETA2 for all, NAME=BETA2 for one.",
             show_default="adamw=0.95",
             rich_help_panel=TRAINING,
         ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences per step.", rich_help_panel=TRAINING)] = 64,
     schedule: Annotated[
-        str, typer.Option(help="A schedule that the Trainer knows.", rich_help_panel=TRAINING)
+        str, typer.Option(help="A learning rate schedule of the Trainer.", rich_help_panel=TRAINING)
     ] = "cosine",
     warmup: Annotated[
-        float, typer.Option(min=0, max=1, help="Fraction of the steps.", rich_help_panel=TRAINING)
+        float, typer.Option(min=0, max=1, help="Warmup, as a fraction of the steps.", rich_help_panel=TRAINING)
     ] = 0.1,
     weight_decay: Annotated[
         float, typer.Option(min=0, help="Decoupled weight decay.", rich_help_panel=TRAINING)
@@ -131,19 +131,19 @@ def compare(
 ) -> None:
     """Train the same small model with each optimizer and compare loss, steps, time and memory.
 
-    Weights, data and data order are the same for all. Optimizers may be compared with themselves under other options:
+    Weights, data and data order are the same for all. An optimizer may be compared with itself under other options:
     `hf-soap compare soap soap:one_sided=true`.
 
-    Every run is written to `runs.jsonl` in the output folder as it ends. The same command again reads the runs that
-    are there and makes the others, after a crash or with more optimizers, rates or seeds.
+    Every finished run is appended to `runs.jsonl` in the output folder. Repeating the command, after a crash or with
+    more optimizers, rates or seeds, reads these runs and only makes the missing ones.
 
-    The first optimizer is the yardstick. "steps to" counts the steps until another one's held-out loss is down to that
-    with which the first one ended. Within one run this is a hint, which can err either way: the learning rate has not
-    decayed at that step, and a run of that length would have warmed up faster. `--horizons` makes runs of several
-    lengths, each decayed to its own end, and says how long a run must be for the same loss.
+    The first optimizer is the reference. "steps to" is the number of steps until an optimizer's held-out loss reaches
+    the final loss of the first one. Within one run this is only a hint, and may be too high or too low: the learning
+    rate has not decayed at that step, and a run of that length would have warmed up faster. `--horizons` makes runs of
+    several lengths, each with a complete schedule, and shows how long a run must be for the same loss.
 
-    Seeds other than the first run at the learning rate that was best for the first. Wall time is that of the training
-    steps, without evaluations and checkpoint, on this machine as it is just now.
+    Further seeds run at the learning rate that was best for the first seed. Wall time is the time of the training
+    steps, without evaluations and checkpoints, on this machine and under its present load.
     """
     from transformers.utils import logging
 
@@ -152,9 +152,9 @@ def compare(
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    console = Console(markup=False, emoji=False)  # options of an optimizer hold brackets
+    console = Console(markup=False, emoji=False)  # options of an optimizer may contain brackets
     if horizons and steps:
-        raise typer.BadParameter("got --horizons and --steps, wanted one of them; the horizons are the steps")
+        raise typer.BadParameter("got --horizons and --steps, wanted one of them; the horizons are numbers of steps")
     if widen and lr_sweep == 1:
         raise typer.BadParameter("got --widen without a sweep; add --lr-sweep 3")
     contenders = read_contenders(optimizers or ["adamw", "soap"])
@@ -229,7 +229,7 @@ def _report(console: Console, output_dir: Path, html: Path | None, cases: list[C
         if row.lr_edge:
             console.print(
                 f"{row.optimizer}: the best learning rate, {row.lr:g}, is the {row.lr_edge} tried at {row.steps} "
-                "steps, and a better one may lie beyond; --widen looks there",
+                "steps, and a better one may lie beyond; use --widen to extend the sweep",
                 highlight=False,
             )
     for row in rows:
@@ -245,5 +245,5 @@ def _report(console: Console, output_dir: Path, html: Path | None, cases: list[C
         report.plot(output_dir / "compare.png", cases)
         written.append(output_dir / "compare.png")
     except ImportError:
-        console.print("No plot, for want of matplotlib: pip install 'hf-soap[plot]'", markup=False)
+        console.print("No plot, because matplotlib is not installed: pip install 'hf-soap[plot]'", markup=False)
     console.print("Wrote", *written, highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""What ``hf-soap compare`` compares: optimizers by name, with options, and settings that hold for some of them."""
+"""What ``hf-soap compare`` compares: optimizers by name, with their options, and settings for all or some of them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ DEFAULT_LR = {
 """Best of sweeps in powers of two on the default model and text; others and other settings need ``--lr``."""
 
 DEFAULT_BETA2 = {"adamw_torch": 0.95, "adamw_torch_fused": 0.95}
-"""Best of 0.95 and 0.999, each at its best learning rate. The Trainer's 0.999 leaves our optimizers their own."""
+"""Best of 0.95 and 0.999, each at its best learning rate. With the Trainer's 0.999, our optimizers use their own."""
 
 ALIASES = {"adamw": "adamw_torch_fused"}
 
@@ -36,8 +36,8 @@ class Contender:
     """An optimizer with its options.
 
     Attributes:
-        optimizer: A name that ``TrainingArguments(optim=...)`` takes.
-        optim_args: Options, as ``TrainingArguments(optim_args=...)`` takes them.
+        optimizer: A name for ``TrainingArguments(optim=...)``.
+        optim_args: Options, as for ``TrainingArguments(optim_args=...)``.
     """
 
     optimizer: str
@@ -45,7 +45,7 @@ class Contender:
 
     @property
     def label(self) -> str:
-        """How it is typed: ``NAME`` or ``NAME:OPTION=VALUE,...``."""
+        """The text of the command line: ``NAME`` or ``NAME:OPTION=VALUE,...``."""
         return f"{self.optimizer}:{self.optim_args}" if self.optim_args else self.optimizer
 
 
@@ -53,13 +53,13 @@ def read_contenders(typed: Sequence[str]) -> list[Contender]:
     """Read optimizers and their options, and check the names.
 
     Args:
-        typed: Each ``NAME`` or ``NAME:OPTION=VALUE,...``.
+        typed: Texts of the form ``NAME`` or ``NAME:OPTION=VALUE,...``.
 
     Returns:
         The contenders, with aliases resolved.
 
     Raises:
-        typer.BadParameter: If the Trainer does not know a name, or a contender comes twice.
+        typer.BadParameter: If the Trainer does not know a name, or a contender is given twice.
     """
     from transformers.training_args import OptimizerNames
 
@@ -72,26 +72,26 @@ def read_contenders(typed: Sequence[str]) -> list[Contender]:
             remedy = f"did you mean {close[0]}?" if close else f"the Trainer knows {', '.join(sorted(known))}"
             raise typer.BadParameter(f"got the optimizer {name!r}, wanted one that the Trainer knows; {remedy}")
         if contenders.count(contender) > 1:
-            raise typer.BadParameter(f"got {contender.label} twice, wanted each optimizer once; leave one out")
+            raise typer.BadParameter(f"got {contender.label} twice, wanted each optimizer once; remove one")
     return contenders
 
 
 def per_contender(
     option: str, values: Sequence[str], contenders: Sequence[Contender], convert: Callable[[str], T]
 ) -> dict[str, T]:
-    """Read an option that holds for all contenders or for some of them.
+    """Read an option that applies to all contenders or to some of them.
 
     Args:
         option: The option's name, for errors.
-        values: ``VALUE``, ``NAME=VALUE`` or ``NAME:OPTION=VALUE,...=VALUE``, as typed; what is narrower wins.
+        values: ``VALUE``, ``NAME=VALUE`` or ``NAME:OPTION=VALUE,...=VALUE``, as typed; the more specific wins.
         contenders: The optimizers that are compared.
-        convert: Makes the value of its text; a ValueError refuses it.
+        convert: Converts text to the value; a ValueError refuses the text.
 
     Returns:
-        Label to value, without the contenders that no value was given for.
+        Values by label, without the contenders for which there is none.
 
     Raises:
-        typer.BadParameter: If a name is not compared, a value is refused or given twice.
+        typer.BadParameter: If a name is not compared, or a value is refused or given twice.
     """
     given: dict[str, T] = {}
     names = {name for contender in contenders for name in (contender.optimizer, contender.label)}
@@ -102,13 +102,15 @@ def per_contender(
             if target not in names:
                 raise typer.BadParameter(f"{option} {value} is for {target}, wanted one of {', '.join(sorted(names))}")
         if target in given:
-            raise typer.BadParameter(f"{option} {value} comes on top of another one; give it once")
+            raise typer.BadParameter(
+                f"got {option} {value} in addition to another value, wanted one; remove one of them"
+            )
         try:
             given[target] = convert(text)
         except ValueError as error:
             raise typer.BadParameter(f"{option} {value}: {error}") from error
-    from_wide_to_narrow = ((c.label, key) for c in contenders for key in ("", c.optimizer, c.label))
-    return {label: given[key] for label, key in from_wide_to_narrow if key in given}
+    from_general_to_specific = ((c.label, key) for c in contenders for key in ("", c.optimizer, c.label))
+    return {label: given[key] for label, key in from_general_to_specific if key in given}
 
 
 def _contender(text: str) -> Contender:
@@ -123,7 +125,7 @@ def positive_int(text: str) -> int:
         text: As typed.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If it is not such a number.
     """
     if (value := int(text)) < 1:
         raise ValueError(f"must be >= 1, got {value}")
@@ -136,7 +138,7 @@ def whole_numbers(option: str, text: str, convert: Callable[[str], int]) -> list
     Args:
         option: The option's name, for errors.
         text: As typed.
-        convert: Makes a number of its text; a ValueError refuses it.
+        convert: Converts text to a number; a ValueError refuses the text.
 
     Returns:
         The numbers in the order given, each once.
@@ -151,7 +153,7 @@ def whole_numbers(option: str, text: str, convert: Callable[[str], int]) -> list
 
 
 def read_seeds(text: str) -> list[int]:
-    """Read how many seeds, or which.
+    """Read a number of seeds, or a list of them.
 
     Args:
         text: As typed: a number of seeds, or a list split by commas.

@@ -1,4 +1,4 @@
-"""Text for ``hf-soap compare``: read, tokenised on the spot, cut into equal blocks, a fixed part held out."""
+"""Text for ``hf-soap compare``: it is read, tokenized and cut into equal blocks, and a fixed part is held out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 HELD_OUT = 20
-"""One piece of text in this many is kept for evaluation."""
+"""One piece of text in this many is held out for evaluation."""
 
 BYTES = 256
 """The smallest vocabulary: every byte is a token."""
@@ -30,8 +30,8 @@ class Corpus:
     Attributes:
         train: Token ids, int64, (blocks, seq_len).
         held_out: Token ids of text that is not in ``train``, int64, (blocks, seq_len).
-        tokenizer: The tokenizer that made them: given, or trained on the training text only.
-        source: Where the text came from, for people.
+        tokenizer: Their tokenizer, which was given, or trained on the training text only.
+        source: Where the text came from, in words.
         digest: SHA-256 of all blocks: equal digests mean equal data.
     """
 
@@ -53,14 +53,14 @@ def build_corpus(
     """Read text, train a byte-level BPE on it and cut it into blocks; the same text gives the same blocks.
 
     Args:
-        data: A text file, or a folder of them; None takes the sources of Python's standard library.
+        data: A text file, or a folder of them; None uses the sources of Python's standard library.
         vocab_size: Size of the vocabulary; 256 makes every byte a token.
         seq_len: Tokens per block.
         max_held_out: Evaluate on at most this many blocks, spread evenly over the text held out.
-        tokenizer: Takes the place of the one that would be trained, and ``vocab_size`` with it.
+        tokenizer: A tokenizer to use instead of training one; ``vocab_size`` is then ignored.
 
     Returns:
-        The corpus. One file in twenty is held out, or with fewer files the last twentieth of each.
+        The corpus. One file in twenty is held out; with fewer files, the last twentieth of each.
 
     Raises:
         ValueError: If the vocabulary is smaller than 256, or the text is absent or too short for one block.
@@ -140,7 +140,7 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
-        return ""  # a folder of text may hold a picture
+        return ""  # a folder of text may contain a picture
 
 
 def _split(texts: list[str]) -> tuple[list[str], list[str]]:

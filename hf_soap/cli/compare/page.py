@@ -15,7 +15,7 @@ from hf_soap.cli.compare.summary import by_label, equal_loss, summarize
 from hf_soap.cli.compare.sweep import Case
 
 PALETTE = 8
-"""Colours in the style sheet; further optimizers take them again, with other dashes."""
+"""Number of colors in the style sheet; further optimizers reuse them, with other dashes."""
 
 
 def write_html(path: Path, cases: Sequence[Case], corpus: Corpus) -> None:
@@ -52,8 +52,8 @@ def charts(cases: Sequence[Case]) -> list[Json]:
         cases: The runs.
 
     Returns:
-        One chart each of the losses along the runs and, where there are any, of learning rates and of horizons. A
-        chart has axes to choose from and series, a series has values for each axis, and means with their range.
+        A chart of the losses along the runs and, if there are any, charts of learning rates and of horizons. A chart
+        has axes to choose from, and series. A series has values for each axis, and means with their range.
     """
     found = [_curves(cases)]
     if any(len(case.sweep) > 1 for case in cases):
@@ -64,7 +64,7 @@ def charts(cases: Sequence[Case]) -> list[Json]:
 
 
 def shared_settings(cases: Sequence[Case]) -> Json:
-    """Return the settings that all runs have in common; what differs stands in the table."""
+    """Return the settings that all runs share; the others are in the table."""
     every = [asdict(run.settings) for case in cases for run in (*case.sweep, *case.runs)]
     return {key: value for key, value in every[0].items() if all(other[key] == value for other in every)}
 

@@ -1,4 +1,4 @@
-"""What ``hf-soap compare`` shows and writes: tables, compare.json and the loss curves."""
+"""The output of ``hf-soap compare``: tables, compare.json and the loss curves."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ def render(rows: Sequence[Row]) -> Table:
 
 
 def render_equal_loss(entries: Sequence[EqualLoss]) -> Table:
-    """Lay out how long whole runs must be for equal loss, one row per optimizer.
+    """Lay out how long complete runs must be for equal loss, one row per optimizer.
 
     Args:
-        entries: One per horizon of the first optimizer and optimizer.
+        entries: One for each optimizer and each horizon of the first.
 
     Returns:
         A table for ``rich``.
@@ -68,14 +68,14 @@ def render_equal_loss(entries: Sequence[EqualLoss]) -> Table:
 
 
 def equal_loss_cell(entry: EqualLoss) -> str:
-    """Say a number of steps and its share of the first optimizer's, with its spread where there are several seeds."""
+    """Format a number of steps and its share of the first optimizer's, with the spread if there are several seeds."""
     by_seed = entry.percent_by_seed
     deviation = f" ± {by_seed.std:.0f}" if by_seed is not None and by_seed.std else ""
     return f"{entry.bound}{entry.steps:.0f}, {entry.bound}{entry.percent:.0f}{deviation} %"
 
 
 def markdown(rows: Sequence[Row], equal: Sequence[EqualLoss]) -> str:
-    """Write the comparison as Markdown, without the times, which hold for one machine at one hour.
+    """Write the comparison as Markdown, without times, which are specific to the machine and its load.
 
     Args:
         rows: One per optimizer and number of steps.
@@ -109,7 +109,7 @@ def _markdown_head(*columns: str) -> list[str]:
 
 
 def as_json(cases: Sequence[Case], corpus: Corpus) -> Json:
-    """Collect everything that runs need to be repeated or drawn again.
+    """Collect everything that is needed to repeat the runs or to draw them again.
 
     Args:
         cases: The runs.
@@ -154,7 +154,7 @@ def write_json(path: Path, cases: Sequence[Case], corpus: Corpus) -> None:
 
 
 def plot(path: Path, cases: Sequence[Case]) -> None:
-    """Draw held-out loss over steps and over time: the mean of the seeds, in a band from lowest to highest.
+    """Draw held-out loss over steps and over time: the mean over seeds, with a band from lowest to highest.
 
     Args:
         path: The PNG to write.
@@ -199,7 +199,7 @@ def mean_curve(case: Case) -> list[tuple[float, float, float]]:
 
 
 def spread(values: Spread, form: str) -> str:
-    """Say a mean, and behind it deviation and range where there is any."""
+    """Format a mean, followed by deviation and range if there is more than one value."""
     if values.mean is None or not values.std:
         return number(values.mean, form)
     return f"{values.mean:{form}} ± {values.std:{form}} ({values.low:{form}}..{values.high:{form}})"
@@ -212,5 +212,5 @@ def _two_lines(values: Spread) -> str:
 
 
 def number(value: float | None, form: str) -> str:
-    """Format a value; a dash where there is none."""
+    """Format a value; None becomes a dash."""
     return "-" if value is None else format(value, form)

@@ -1,4 +1,4 @@
-"""What one training run of ``hf-soap compare`` was asked for and gave, and the file that keeps it."""
+"""Settings and results of one training run of ``hf-soap compare``, and the log of all runs."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Everything that decides the outcome of one run, given a corpus.
+    """All settings that determine a run on a given corpus.
 
     Attributes:
-        optimizer: A name that ``TrainingArguments(optim=...)`` takes.
-        optim_args: Options of the optimizer, as ``TrainingArguments(optim_args=...)`` takes them.
+        optimizer: A name for ``TrainingArguments(optim=...)``.
+        optim_args: Options of the optimizer, as for ``TrainingArguments(optim_args=...)``.
         lr: Peak learning rate.
-        adam_beta2: What ``TrainingArguments(adam_beta2=...)`` takes; 0.999 leaves our optimizers their own.
+        adam_beta2: The value of ``TrainingArguments(adam_beta2=...)``; with 0.999, our optimizers use their own.
         steps: Training steps; the schedule ends with them.
         batch_size: Sequences per step.
         model: Folder or name of the model to fine-tune; empty for a new GPT-2 of the sizes below.
@@ -36,7 +36,7 @@ class RunSettings:
         layers: Transformer blocks of a new model.
         width: Size of its hidden states.
         heads: Attention heads.
-        schedule: A name that ``TrainingArguments(lr_scheduler_type=...)`` takes.
+        schedule: A name for ``TrainingArguments(lr_scheduler_type=...)``.
         warmup: Fraction of the steps over which the learning rate rises.
         weight_decay: Decoupled weight decay of the matrices.
         max_grad_norm: Gradients are clipped to this norm.
@@ -64,7 +64,7 @@ class RunSettings:
 
     @property
     def label(self) -> str:
-        """The optimizer and its options, as they are typed for ``compare``."""
+        """The optimizer and its options, as typed for ``compare``."""
         return f"{self.optimizer}:{self.optim_args}" if self.optim_args else self.optimizer
 
 
@@ -79,14 +79,14 @@ class EvalPoint:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What one run gave.
+    """The result of one run.
 
     Attributes:
-        settings: What was asked for.
+        settings: The settings of the run.
         evals: Held-out loss along the way, from step 0 to the last step.
         train_losses: Training loss of every step.
-        seconds: Time of all training steps, evaluations and checkpoint not counted.
-        optimizer_seconds: The part of it spent in ``optimizer.step``.
+        seconds: Time of all training steps, without evaluations and the checkpoint.
+        optimizer_seconds: The part of that time spent in ``optimizer.step``.
         state_bytes: Size of the optimizer's state.
         parameters: Number of trained parameters.
         checkpoint: Folder of the final checkpoint: model, tokenizer, optimizer and scheduler.
@@ -108,13 +108,13 @@ class RunResult:
         return loss if math.isfinite(loss) else math.inf
 
     def steps_to(self, loss: float) -> float | None:
-        """Find when the held-out loss first came down to a value.
+        """Find the step at which the held-out loss first reached a value.
 
         Args:
             loss: The value to reach.
 
         Returns:
-            The step, interpolated between two evaluations; None if the run did not get there.
+            The step, interpolated between two evaluations; None if the run did not reach it.
         """
         if not math.isfinite(loss):
             return None
@@ -145,9 +145,9 @@ class RunResult:
 
 
 class RunLog:
-    """A file of JSON lines with every run that ended, written as soon as it does.
+    """A file of JSON lines with every finished run, each written as soon as it ends.
 
-    A run counts as done if its settings, its data, the code, the versions under it and the machine are those of today.
+    A run counts as done if its settings, data, code, package versions and machine are the same as now.
     """
 
     def __init__(self, path: Path, *, data: str, model: str = "") -> None:
@@ -155,8 +155,8 @@ class RunLog:
 
         Args:
             path: The file, which need not exist.
-            data: Digest of the data that today's runs see.
-            model: Folder of the model that they start from, if they do.
+            data: Digest of the data of the present runs.
+            model: Folder of the model from which they start, or an empty string.
         """
         self.path = path
         self.conditions = {
@@ -187,7 +187,7 @@ class RunLog:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         line = json.dumps({"conditions": self.conditions, "run": result.to_json()}, allow_nan=False)
         with self.path.open("a", encoding="utf-8") as file:
-            # On a line of its own, also behind one that a killed process left half written.
+            # On a separate line, even after one that a killed process left incomplete.
             file.write(f"\n{line}\n" if file.tell() else f"{line}\n")
 
     def _entries(self) -> Iterator[Json]:
@@ -197,12 +197,12 @@ class RunLog:
                 entry = json.loads(line)
                 RunSettings(**entry["run"]["settings"])
             except (ValueError, TypeError):
-                continue  # half a line, or the settings of another version
+                continue  # an incomplete line, or the settings of another version
             yield entry
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of Python and of the libraries that training goes through."""
+    """Return the versions of Python and of the libraries that training uses."""
     found = {"python": platform.python_version()}
     for name in VERSIONED:
         with suppress(PackageNotFoundError):  # peft is an extra
@@ -211,13 +211,13 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> Json:
-    """Return what a run is computed on: platform, device, number of threads."""
+    """Return the hardware of a run: platform, device, number of threads."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
     return {"platform": platform.platform(), "device": device, "threads": torch.get_num_threads()}
 
 
 def code_digest() -> str:
-    """Return a digest of the code that decides what a run gives: an edited optimizer is another one."""
+    """Return a digest of the code that determines a result: an edited optimizer counts as another one."""
     commands, training = Path(__file__).parents[1], Path(__file__).with_name("training.py")
     sources = [path for path in commands.parent.rglob("*.py") if commands not in path.parents] + [training]
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(sources))).hexdigest()

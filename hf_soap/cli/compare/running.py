@@ -1,4 +1,4 @@
-"""Runs of ``hf-soap compare``: made once, written down as they end, shown as they go."""
+"""Makes the runs of ``hf-soap compare``: each only once, with a log and a display of progress."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def run_cases(
     """Make all runs of a comparison, or read those that an earlier call made.
 
     Args:
-        bases: One optimizer at one number of steps each.
-        corpus: What to train and to evaluate on.
-        output_dir: Gets ``runs.jsonl`` and, for each case, the checkpoint of its best run.
-        console: Where progress is shown.
-        rates: Learning rates to try, as :func:`run_case` does.
-        widen: Whether to go beyond the edge.
+        bases: The settings, one for each optimizer and number of steps.
+        corpus: Text to train and to evaluate on.
+        output_dir: Folder for ``runs.jsonl`` and, for each case, the checkpoint of its best run.
+        console: Console for the progress.
+        rates: Number of learning rates to try; see :func:`run_case`.
+        widen: Whether to extend a sweep beyond its edge.
         seeds: The seeds.
 
     Returns:
@@ -42,7 +42,7 @@ def run_cases(
     """
     log = RunLog(output_dir / "runs.jsonl", data=corpus.digest, model=bases[0].model)
     if len(log):
-        console.print(f"{log.path} holds runs of this code on this text: {len(log)}. They are not made again.")
+        console.print(f"{log.path} has runs of this code on this text: {len(log)}. They are not repeated.")
     columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn()
     cases = []
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
@@ -65,13 +65,13 @@ def run_cases(
 
 
 def run_folder(output_dir: Path, settings: RunSettings) -> Path:
-    """Return the folder of one run, named by what runs of one command differ in."""
+    """Return the folder of one run, named by the settings in which the runs of a command differ."""
     label = re.sub(r"[^\w.=-]+", "_", settings.label)
     return output_dir / label / f"{settings.steps}-steps-lr-{settings.lr:g}-seed-{settings.seed}"
 
 
 def keep_best_checkpoint(case: Case) -> None:
-    """Delete the checkpoints of the runs that are not shown, which a sweep would fill the disk with."""
+    """Delete the checkpoints of runs that are not shown; those of a sweep would fill the disk."""
     for run in (*case.sweep, *case.runs):
         if run is not case.best:
             shutil.rmtree(run.checkpoint.parent, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What the runs of ``hf-soap compare`` boil down to: rows of the table, spreads over seeds, steps to equal loss."""
+"""Summaries of the runs of ``hf-soap compare``: rows of the table, spreads over seeds, steps to equal loss."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Measure the values."""
+        """Return the spread of the values."""
         if not all(map(math.isfinite, values)):
             return cls(None, None, None, None)
         std = statistics.stdev(values) if len(values) > 1 else 0.0
@@ -39,14 +39,14 @@ class Row:
     Attributes:
         optimizer: Its name, with its options.
         lr: Peak learning rate, the best of those tried.
-        lr_edge: Which edge of the sweep it is at; None inside, and without a sweep.
+        lr_edge: The edge of the sweep at which it is; None if it is not at an edge, or without a sweep.
         swept: Learning rates tried and the losses of the first seed.
         steps: Steps trained.
         seeds: The seeds.
         final_loss: Loss on the held-out text at the end.
         steps_to_first: Steps until the loss with which the first optimizer ended; None if it was not reached.
         seconds: Time of the training steps of the first seed.
-        optimizer_seconds: The part of it that ``optimizer.step`` took.
+        optimizer_seconds: The part of that time spent in ``optimizer.step``.
         state_bytes_per_parameter: Optimizer state, per trained parameter.
         checkpoint: Folder of the final checkpoint of the first seed.
     """
@@ -72,11 +72,11 @@ class EqualLoss:
     Attributes:
         optimizer: Its name, with its options.
         horizon: Steps of the first optimizer.
-        loss: The loss that it ends with, averaged over seeds.
+        loss: Its final loss, averaged over seeds.
         steps: Length of the run that ends with the same loss.
-        bound: Whether that is the number, or it is less or more than this, beyond the horizons that were run.
-        percent: ``steps`` of ``horizon``.
-        percent_by_seed: The same from the runs of one seed each, where all of them are within the horizons.
+        bound: Empty if ``steps`` is exact; "<" or ">" if the true number is smaller or larger than all horizons.
+        percent: ``steps`` as a percentage of ``horizon``.
+        percent_by_seed: The same for each seed separately, if all are within the horizons.
     """
 
     optimizer: str
@@ -89,10 +89,10 @@ class EqualLoss:
 
 
 def summarize(cases: Sequence[Case]) -> list[Row]:
-    """Boil runs down to the numbers that are compared.
+    """Summarize runs as the numbers that are compared.
 
     Args:
-        cases: Those of the first optimizer come first; they set the losses that the others are to reach.
+        cases: The runs; those of the first optimizer come first, and set the losses for the others to reach.
 
     Returns:
         One row per case, in the same order.
@@ -126,13 +126,13 @@ def _row(case: Case, target: float) -> Row:
 
 
 def equal_loss(cases: Sequence[Case]) -> list[EqualLoss]:
-    """Compare whole runs: how long must one be to end with the loss of the first optimizer?
+    """Compare complete runs: how long must a run be to end with the loss of the first optimizer?
 
     Args:
         cases: Each optimizer at the same horizons, those of the first one first.
 
     Returns:
-        One entry per horizon and optimizer; horizons at which the first one diverged are left out.
+        One entry per horizon and optimizer; horizons at which the first one diverged are omitted.
     """
     grouped = by_label(cases)
     reference, *_ = grouped.values()
@@ -172,8 +172,8 @@ def crossing(curve: Curve, loss: float) -> tuple[float, Literal["", "<", ">"]]:
         loss: The loss to reach.
 
     Returns:
-        The length at which a straight line through the loss over the logarithm of the length first comes down to it,
-        and an empty string; or the shortest length and "<", or the longest and ">", where it is not between two.
+        The length at which the loss, interpolated linearly over the logarithm of the length, first reaches the target,
+        and an empty string. If that is not between two lengths, the shortest and "<", or the longest and ">".
     """
     reached = next((i for i, (_, value) in enumerate(curve) if value <= loss), None)
     if reached is None:
@@ -181,13 +181,13 @@ def crossing(curve: Curve, loss: float) -> tuple[float, Literal["", "<", ">"]]:
     if reached == 0:
         return curve[0][0], "" if curve[0][1] == loss else "<"
     (short, before), (long, after) = curve[reached - 1], curve[reached]
-    if math.isinf(before):  # it diverged, so that there is no line to draw
+    if math.isinf(before):  # that run diverged, so there is nothing to interpolate
         return long, "<" if after < loss else ""
     return short * (long / short) ** ((before - loss) / (before - after)), ""
 
 
 def by_label(cases: Sequence[Case]) -> dict[str, list[Case]]:
-    """Group cases by optimizer, in the order they came."""
+    """Group cases by optimizer, in their order."""
     grouped: dict[str, list[Case]] = {}
     for case in cases:
         grouped.setdefault(case.label, []).append(case)

@@ -1,4 +1,4 @@
-"""Which runs ``hf-soap compare`` makes of one optimizer: learning rates, then seeds at the best of them."""
+"""The runs of one optimizer in ``hf-soap compare``: learning rates, then seeds at the best of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 from hf_soap.cli.compare.results import RunResult, RunSettings
 
 MAX_WIDER = 4
-"""Learning rates that a sweep may try beyond those asked for."""
+"""Learning rates that a sweep may try in addition to the requested ones."""
 
 Train = Callable[[RunSettings], RunResult]
 
@@ -19,8 +19,8 @@ class Case:
     """One optimizer at one number of steps.
 
     Attributes:
-        sweep: The runs of the first seed by rising learning rate.
-        runs: The run with the lowest loss among them, then those of the other seeds at its learning rate.
+        sweep: The runs of the first seed, in order of learning rate.
+        runs: The run of the sweep with the lowest loss, then the runs of the other seeds at its learning rate.
     """
 
     sweep: list[RunResult]
@@ -28,7 +28,7 @@ class Case:
 
     @property
     def best(self) -> RunResult:
-        """The run that won the sweep."""
+        """The best run of the sweep."""
         return self.runs[0]
 
     @property
@@ -48,7 +48,7 @@ class Case:
 
     @property
     def edge(self) -> Literal["smallest", "largest"] | None:
-        """Which edge of the sweep the best learning rate is at, beyond which a better one may lie."""
+        """The edge of the sweep at which the best learning rate is; a better one may lie beyond."""
         if len(self.sweep) == 1:
             return None
         if self.best is self.sweep[0]:
@@ -60,10 +60,10 @@ def run_case(base: RunSettings, train: Train, *, rates: int, widen: bool, seeds:
     """Make all runs of one optimizer at one number of steps.
 
     Args:
-        base: What they share; its learning rate is the middle of the sweep.
+        base: Their common settings; its learning rate is the middle of the sweep.
         train: Makes one run.
-        rates: Learning rates to try, each twice the one before.
-        widen: Go on beyond the edge while the best one is there, by at most ``MAX_WIDER``.
+        rates: Number of learning rates to try, each twice the previous one.
+        widen: Whether to extend the sweep while the best is at its edge, by at most ``MAX_WIDER``.
         seeds: The first one chooses the learning rate.
 
     Returns:

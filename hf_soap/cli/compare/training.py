@@ -1,4 +1,4 @@
-"""One training run of ``hf-soap compare``: a language model through the real Trainer, timed."""
+"""One training run of ``hf-soap compare``: a language model, trained by the real Trainer and timed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class _Blocks(Dataset[dict[str, Tensor]]):
     def __init__(self, blocks: Tensor) -> None:
         self.blocks = blocks
         self.labels = blocks.clone()
-        # Nothing predicts the first token, but the Trainer counts its label when it divides the sum of the losses.
+        # The first token is not predicted, but the Trainer would count its label when it averages the losses.
         self.labels[:, 0] = -100
 
     def __len__(self) -> int:
@@ -50,7 +50,7 @@ class _Blocks(Dataset[dict[str, Tensor]]):
 
 
 class Clock(TrainerCallback):
-    """Times the steps and what of them is the optimizer's, and takes down the evaluations.
+    """Measures the time of the steps and of the optimizer in them, and records the evaluations.
 
     Args:
         on_step: Called with the number of each finished step.
@@ -88,12 +88,12 @@ def train_once(settings: RunSettings, corpus: Corpus, output_dir: Path, on_step:
 
     Args:
         settings: What to train, how and for how long.
-        corpus: What to train and to evaluate on.
+        corpus: Text to train and to evaluate on.
         output_dir: Folder for the final checkpoint.
         on_step: Called with the number of each finished step.
 
     Returns:
-        The loss curves and what they cost.
+        The loss curves and their cost.
 
     Raises:
         ValueError: If the Trainer or the optimizer refuses the settings.
@@ -133,14 +133,14 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def check_settings(settings: RunSettings, corpus: Corpus) -> None:
-    """Have model, Trainer and optimizer refuse wrong settings now, and not when an earlier run has ended.
+    """Check settings with model, Trainer and optimizer now, not only after earlier runs have ended.
 
     Args:
         settings: Settings of one run.
-        corpus: The corpus that it will run on.
+        corpus: The text that it will run on.
 
     Raises:
-        ValueError: If they do.
+        ValueError: If one of them refuses the settings.
     """
     model = _build_model(settings, corpus)
     Trainer.get_optimizer_cls_and_kwargs(_training_arguments(settings, Path()), model)
@@ -162,7 +162,7 @@ def _build_model(settings: RunSettings, corpus: Corpus) -> PreTrainedModel:
         target_modules="all-linear",
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
-    adapted: Any = get_peft_model(model, lora)  # which has all that the Trainer wants of a PreTrainedModel
+    adapted: Any = get_peft_model(model, lora)  # it has all that the Trainer needs of a PreTrainedModel
     return adapted  # type: ignore[no-any-return]
 
 
@@ -185,7 +185,7 @@ def _new_model(settings: RunSettings, corpus: Corpus) -> PreTrainedModel:
             n_layer=settings.layers,
             n_embd=settings.width,
             n_head=settings.heads,
-            # No text is seen twice, so that there is nothing to regularise.
+            # No text is seen twice, so there is no need to regularize.
             resid_pdrop=0.0,
             embd_pdrop=0.0,
             attn_pdrop=0.0,

@@ -1,5 +1,5 @@
 "use strict";
-// The address says what is shown, and a link may too: #hide=soap,mars&axis=seconds&zoom=1&at=120
+// The URL stores what is shown, so that it can be linked: #hide=soap,mars&axis=seconds&zoom=1&at=120
 const charts = JSON.parse(document.getElementById("data").textContent);
 const boxes = [...document.querySelectorAll("#legend input")];
 const axes = [...document.querySelectorAll("input[name=axis]")];
@@ -104,7 +104,7 @@ function drawLine(svg, { series, points }, x, y) {
   for (const point of points) add(svg, "circle", { cx: x(point.x), cy: y(point.mean), r: 2.5, fill: paint });
 }
 
-// Marks the place nearest to `value` and reads out what each curve has there.
+// Marks the position nearest to `value` and shows the value of each curve there.
 function readOut(chart, value) {
   const { axis, lines, x, xs } = chart.view;
   const output = document.getElementById(`${chart.id}-values`);

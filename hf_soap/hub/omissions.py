@@ -1,4 +1,4 @@
-"""What decided about a run and is in no recipe, in words for its card."""
+"""What determined a run but is not in its recipe, in words for the model card."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from hf_soap.hub import adapters, recipes
 
 _PARALLEL = ("fsdp", "deepspeed", "parallelism_config", "mp_parameters")
-"""Fields of TrainingArguments that no recipe holds although they change how numbers are rounded."""
+"""Fields of TrainingArguments that are not in recipes although they change rounding."""
 
 _LIBRARIES = ("transformers", "trl", "accelerate", "peft", "hf_soap", "builtins")
 _BY_DEFAULT = ("DefaultFlowCallback", "PrinterCallback", "ProgressCallback", "NotebookProgressCallback")
@@ -16,35 +16,35 @@ _BY_ARGUMENTS = ("transformers.integrations", "transformers.trainer_jit_checkpoi
 
 
 def of_launch(trainer: Any) -> list[str]:
-    """Says what decided about a run beside its program and the recipe.
+    """Lists what determined a run in addition to its program and the recipe.
 
     Args:
-        trainer: After training, in a process that ``hf-soap run`` started.
+        trainer: A trainer after training, in a process that ``hf-soap run`` started.
 
     Returns:
-        One phrase each.
+        A phrase for each.
     """
     launch = recipes.LAUNCH
     return [*(recipes.options_of_launch(launch, trainer.args)[1] if launch else []), *_parallel(trainer.args)]
 
 
 def of_python(trainer: Any) -> list[str]:
-    """Says what a Trainer was given in Python, for a run whose program is not known.
+    """Lists what a Trainer was given in Python, for a run whose program is not known.
 
     Args:
-        trainer: After training.
+        trainer: A trainer after training.
 
     Returns:
-        One phrase each, the most important first.
+        A phrase for each, the most important first.
     """
     return [*_given(trainer), *_parallel(trainer.args)]
 
 
 def optimizer_was_given(trainer: Any) -> bool:
-    """Whether a program made the optimizer, so that ``optim`` and ``optim_args`` did not count."""
+    """Whether the program created the optimizer, so that ``optim`` and ``optim_args`` had no effect."""
     if getattr(trainer, "optimizer_cls_and_kwargs", None) is not None:
         return True
-    # A class with a way of its own to make an optimizer may pass by where this is noted.
+    # A subclass that creates its optimizer itself may bypass the code that sets this attribute.
     made: bool = vars(trainer).get("_given_optimizer", trainer.optimizer is not None)
     return made
 
@@ -64,9 +64,9 @@ def _given(trainer: Any) -> Iterator[str]:
         yield f"the data collator, {_named(trainer.data_collator)}"
     if optimizer_was_given(trainer):
         name = type(getattr(trainer.optimizer, "optimizer", trainer.optimizer)).__name__
-        yield f"the optimizer, which was made by the program, of the class {name}: optim and optim_args did not count"
+        yield f"the optimizer, a {name} that the program created: optim and optim_args had no effect"
     if vars(trainer).get("_given_scheduler"):
-        yield "the learning rate schedule, which was made by the program: lr_scheduler_type did not count"
+        yield "the learning rate schedule, which the program created: lr_scheduler_type had no effect"
     for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
         value = getattr(trainer, name, None)
         if callable(value) and not _is_of_library(value):
@@ -78,19 +78,19 @@ def _given(trainer: Any) -> Iterator[str]:
     for kind in type(trainer).__mro__:
         changed = [name for name, value in vars(kind).items() if callable(value) and name != "__init__"]
         if kind.__module__.partition(".")[0] not in _LIBRARIES and changed:
-            yield f"the class {kind.__name__}, which has its own {', '.join(changed)}"
+            yield f"the class {kind.__name__}, which defines {', '.join(changed)}"
 
 
 def _parallel(args: Any) -> Iterator[str]:
     if args.world_size > 1:
-        yield f"that {args.world_size} processes trained together"
+        yield f"the number of processes, {args.world_size}"
     for name in _PARALLEL:
         if getattr(args, name, None):
             yield f"the argument {name}"
 
 
 def is_trl(trainer: Any) -> bool:
-    """Whether a Trainer is one of TRL's, or a subclass."""
+    """Whether a Trainer is an instance of one of TRL's classes or of a subclass."""
     return any(kind.__module__.partition(".")[0] == "trl" for kind in type(trainer).__mro__)
 
 

@@ -1,4 +1,4 @@
-"""A model without weights, and the param groups that the Trainer would make of it."""
+"""A model without weights, and the param groups that the Trainer would create for it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ HEADS = (
     "Seq2SeqLM",
     "TextToWaveform",
     "CTC",
-    # Decoders of the above are among the causal language models too, and so are encoders.
+    # Decoders of the above, and encoders, are among the causal language models too.
     "MaskedLM",
     "CausalLM",
     "ObjectDetection",
@@ -31,11 +31,11 @@ HEADS = (
     "TimeSeriesPrediction",
     "PreTraining",
 )
-"""Heads of ``AutoModelFor...`` in the order in which one is chosen: the whole model before a part of it."""
+"""Heads of ``AutoModelFor...`` in the order of preference: a whole model comes before its parts."""
 
 
-class Blueprint(NamedTuple):
-    """A model of which nothing is allocated, and how its class was chosen where nobody named one."""
+class MetaModel(NamedTuple):
+    """A model on the meta device, and how its class was chosen if none was named."""
 
     model: nn.Module
     chosen: str
@@ -48,27 +48,28 @@ def model_without_weights(
     dtype: str = "float32",
     lora_r: int | None = None,
     lora_targets: str | None = None,
-) -> Blueprint:
+) -> MetaModel:
     """Builds a model on the meta device from its config.
 
     Args:
         source: A config.json, a folder with one, or the name of a model on the Hub.
-        model_class: A class of transformers; None takes the one that the config names, else the first of
-            :data:`HEADS` that can be built from such a config, else the model without a head.
+        model_class: A class of transformers. None uses the class that the config names, or else the first of
+            :data:`HEADS` that can be built from the config, or else the model without a head.
         dtype: Dtype of the weights.
-        lora_r: Rank of the LoRA adapters that are trained in place of the weights.
-        lora_targets: Regular expression, or ``"all-linear"``, for the layers that get one; None takes peft's choice.
+        lora_r: Rank of LoRA adapters, which are trained instead of the weights.
+        lora_targets: Regular expression, or ``"all-linear"``, for the layers that get an adapter; None uses peft's
+            default.
 
     Returns:
         The model and how its class was chosen.
 
     Raises:
-        typer.BadParameter: If there is no such config, class or dtype, transformers cannot build the class from the
-            config, or peft is missing or knows no layers of this model.
+        typer.BadParameter: If the config, the class or the dtype does not exist, transformers cannot build the class
+            from the config, peft is not installed, or peft finds no layers to adapt.
     """
     try:
         config: Any = transformers.AutoConfig.from_pretrained(source)
-    except Exception as error:  # transformers checks configs in many ways
+    except Exception as error:  # transformers raises many kinds of errors for configs
         raise typer.BadParameter(
             f"got {source!r}, wanted a config.json, a folder with one, or the name of a model on the Hub: {error}"
         ) from error
@@ -76,35 +77,35 @@ def model_without_weights(
     if not (isinstance(kind, torch.dtype) and kind.is_floating_point):
         raise typer.BadParameter(f"got the dtype {dtype!r}, wanted float32, bfloat16 or float16")
     with torch.device("meta"):
-        model, chosen = _built(config, model_class)
+        model, chosen = _build(config, model_class)
         model.to(kind)
-        return Blueprint(model if lora_r is None else _with_adapters(model, lora_r, lora_targets), chosen)
+        return MetaModel(model if lora_r is None else _with_adapters(model, lora_r, lora_targets), chosen)
 
 
-def _built(config: Any, wanted: str | None) -> tuple[nn.Module, str]:
+def _build(config: Any, wanted: str | None) -> tuple[nn.Module, str]:
     named = wanted or next(iter(config.architectures or ()), None)
     cls = None if named is None else getattr(transformers, named, None)
     if wanted is not None and cls is None:
         raise typer.BadParameter(f"transformers has no class {wanted!r}; name another with --model-class")
     chosen = ""
-    for candidate in _autos(config) if cls is None else [cls]:
+    for candidate in _auto_classes(config) if cls is None else [cls]:
         if cls is None:
             names = "names no class" if named is None else f"names {named}, which transformers does not have"
-            chosen = f"by {candidate.__name__}, since the config {names}; --model-class takes another"
+            chosen = f"by {candidate.__name__}, because the config {names}; use --model-class for another"
         try:
             return (candidate.from_config if hasattr(candidate, "from_config") else candidate)(config), chosen
-        except Exception as error:  # whatever the code of a model raises for a config that is not its own
+        except Exception as error:  # a model's code may raise anything for another model's config
             problem = f"transformers cannot build {candidate.__name__} from this config ({type(error).__name__}: "
             problem += f"{str(error).strip()[:300]}); name another class with --model-class"
     raise typer.BadParameter(problem)
 
 
-def _autos(config: Any) -> list[Any]:
+def _auto_classes(config: Any) -> list[Any]:
     decodes = getattr(config, "is_decoder", False) and not getattr(config, "is_encoder_decoder", False)
-    # Many an encoder may be made a decoder, which is then one by itself.
+    # Many encoders can be configured as decoders, and are then complete models.
     heads = ("CausalLM", *HEADS) if decodes else HEADS
-    autos = [getattr(transformers, f"AutoModelFor{head}", None) for head in heads]
-    return [*(auto for auto in autos if auto and type(config) in auto._model_mapping), transformers.AutoModel]
+    classes = [getattr(transformers, f"AutoModelFor{head}", None) for head in heads]
+    return [*(auto for auto in classes if auto and type(config) in auto._model_mapping), transformers.AutoModel]
 
 
 def _with_adapters(model: Any, r: int, targets: str | None) -> nn.Module:
@@ -114,18 +115,18 @@ def _with_adapters(model: Any, r: int, targets: str | None) -> nn.Module:
         raise typer.BadParameter("--lora-r needs peft: pip install 'hf-soap[peft]'") from error
     try:
         adapted: nn.Module = get_peft_model(model, LoraConfig(r=r, target_modules=targets))
-    except Exception as error:  # of many kinds, for layers that it cannot adapt
+    except Exception as error:  # of many kinds, if it cannot adapt a layer
         raise typer.BadParameter(f"{error} (--lora-targets all-linear takes every linear layer)") from error
     return adapted
 
 
 def trainer_groups(model: Any) -> list[dict[str, Any]]:
-    """Returns the param groups that the Trainer makes: weights that decay, and those that do not."""
-    # The method looks at the model alone, and a Trainer would want the model to have weights.
+    """Returns the param groups that the Trainer creates: parameters with weight decay, and those without."""
+    # The method uses only the model, and a Trainer would need a model with weights.
     decaying = set(transformers.Trainer.get_decay_parameter_names(None, model))  # type: ignore[arg-type]
     trained = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
     return [
-        # Any decay but none: the argument that says how much is the Trainer's.
+        # Any decay but 0: only whether a group decays matters here.
         {"params": [param for name, param in trained if name in decaying], "weight_decay": 0.01},
         {"params": [param for name, param in trained if name not in decaying], "weight_decay": 0.0},
     ]
