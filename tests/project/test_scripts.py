@@ -7,19 +7,17 @@ import os
 import random
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from paths import ROOT
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "scripts"
 STEPS = 30
-sys.path.insert(0, str(SCRIPTS))
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """Runs a function of a test module in several processes that talk by gloo.
 
-python tests/ranks.py MODULE.FUNCTION RANK RANKS MEETING-FILE JSON
+python tests/helpers/ranks.py MODULE.FUNCTION RANK RANKS MEETING-FILE JSON
 """
 
 import faulthandler
@@ -12,8 +12,6 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
-
-TESTS = Path(__file__).parent
 
 
 def run(
@@ -28,7 +26,7 @@ def run(
     meeting = meet_in / f"meeting-{function}-{ranks}-{len(list(meet_in.iterdir()))}"
     environment = {
         **os.environ,
-        "PYTHONPATH": f"{TESTS.parent}:{TESTS}",
+        "PYTHONPATH": os.pathsep.join(sys.path),  # the function may stand in a test module, wherever that lies
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "RANKS_SECONDS": str(seconds),

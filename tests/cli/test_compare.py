@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from comparing import SETTINGS, TINY, ends_with, run_compare
+from paths import ROOT
 
 from hf_soap.cli.compare import report
 from hf_soap.cli.compare.contenders import Contender, per_contender, read_contenders
@@ -22,8 +23,6 @@ from hf_soap.cli.compare.results import EvalPoint, RunLog, RunResult, RunSetting
 from hf_soap.cli.compare.summary import Spread, crossing, equal_loss, summarize
 from hf_soap.cli.compare.sweep import MAX_WIDER, Case, run_case
 from hf_soap.cli.compare.training import train_once
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="session")

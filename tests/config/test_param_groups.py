@@ -7,12 +7,12 @@ import pytest
 import torch
 from family import STEPS, TABLE, Row, parameters_and, rows
 from helpers import assert_same, parameters, snapshot, train
-from hf_soap.checks import check_group_keys
 from torch.nn import Parameter
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
 
 from hf_soap import MARS, SOAP, Shampoo
+from hf_soap.config.checks import check_group_keys
 
 
 @rows

@@ -8,22 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import run_clm
 import tiny
 import torch
 import yaml
 from hub import Hub, sha
 from huggingface_hub import ModelCard
+from paths import PYTHONPATH, ROOT
 from peft import IA3Config, LoraConfig, get_peft_model
 from transformers import HfArgumentParser, Trainer, TrainerCallback
 
 from hf_soap import SOAP, SoapConfig, SoapMetricsCallback, SoapTrainer, SoapTrainerMixin
 from hf_soap.hub import cards, recipes
 
-ROOT = Path(__file__).parents[1]
 RUN_CLM = ROOT / "scripts" / "run_clm.py"
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import run_clm  # noqa: E402
 
 
 def card_of(trainer: Trainer) -> tuple[ModelCard, recipes.Recipe]:
@@ -553,7 +551,6 @@ if __name__ == "__main__":
 QUICK = (
     "--optim soap --learning_rate 1e-2 --max_steps 3 --logging_steps 1 --save_strategy no --report_to none --use_cpu"
 )
-PATHS = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
 
 
 @pytest.fixture
@@ -563,7 +560,7 @@ def plain(tmp_path: Path) -> Path:
 
 
 def run_plain(hub: Hub, folder: Path, *options: str, launcher: tuple[str, ...] = ("-m", "hf_soap")) -> str:
-    done = python(hub, folder, *launcher, "run", "plain.py", *options, PYTHONPATH=PATHS)
+    done = python(hub, folder, *launcher, "run", "plain.py", *options, PYTHONPATH=PYTHONPATH)
     assert done.returncode == 0, done.stderr
     assert "trained to the end" in done.stdout
     return done.stdout + done.stderr
