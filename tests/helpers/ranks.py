@@ -1,17 +1,14 @@
-"""Runs a function of a test module in several processes that talk by gloo.
-
-python tests/helpers/ranks.py MODULE.FUNCTION RANK RANKS MEETING-FILE JSON
-"""
+"""Runs a function in several processes that talk by gloo."""
 
 import faulthandler
 import importlib
-import json
 import os
-import subprocess
-import sys
+import time
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+
+import forks
 
 
 def run(
@@ -24,64 +21,45 @@ def run(
     """
     meet_in.mkdir(parents=True, exist_ok=True)
     meeting = meet_in / f"meeting-{function}-{ranks}-{len(list(meet_in.iterdir()))}"
+    logs = [meeting.with_name(f"{meeting.name}-log-{rank}") for rank in range(ranks)]
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(sys.path),  # the function may stand in a test module, wherever that lies
-        "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "RANKS_SECONDS": str(seconds),
         "RANKS_PATIENCE": str(patience),
     }
     workers = [
-        subprocess.Popen(
-            [sys.executable, __file__, function, str(rank), str(ranks), str(meeting), json.dumps(arguments)],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+        forks.start(
+            _work,
+            *(function, rank, ranks, meeting, arguments),
+            log=log,
+            environment={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
-        for rank in range(ranks)
+        for rank, log in enumerate(logs)
     ]
-    outputs = []
+    end = time.monotonic() + seconds + 30
     for worker in workers:
-        try:
-            outputs.append(worker.communicate(timeout=seconds + 30)[0])
-        except subprocess.TimeoutExpired:
-            for other in workers:
-                other.kill()
-            outputs.append(f"no end within {seconds} s: {worker.communicate()[0]}")
+        worker.join(max(0, end - time.monotonic()))
+    late = [worker.exitcode is None for worker in workers]
+    for worker in workers:
+        worker.kill()
+        worker.join()
     failed = [
-        f"rank {rank}:\n{text}" for rank, (text, w) in enumerate(zip(outputs, workers, strict=True)) if w.returncode
+        f"rank {rank}, {f'no end within {seconds} s' if slow else f'exit code {worker.exitcode}'}:\n{log.read_text()}"
+        for rank, (worker, slow, log) in enumerate(zip(workers, late, logs, strict=True))
+        if worker.exitcode
     ]
     assert not failed, "\n".join(failed)
 
 
-def main() -> None:
+def _work(function: str, rank: int, ranks: int, meeting: Path, arguments: dict[str, Any]) -> None:
     """Is one of the processes."""
-    function, rank, ranks, meeting, arguments = sys.argv[1:]
-    faulthandler.enable()  # gloo aborts where messages do not match
-    faulthandler.dump_traceback_later(int(os.environ["RANKS_SECONDS"]), exit=True)
-    module, _, name = function.partition(".")
-    import torch
     import torch.distributed as dist
 
-    torch.set_num_threads(1)
+    faulthandler.enable()  # gloo aborts where messages do not match
+    faulthandler.dump_traceback_later(int(os.environ["RANKS_SECONDS"]), exit=True)
     patience = timedelta(seconds=int(os.environ["RANKS_PATIENCE"]))
-    dist.init_process_group(
-        "gloo", init_method=f"file://{meeting}", rank=int(rank), world_size=int(ranks), timeout=patience
-    )
-    try:
-        getattr(importlib.import_module(module), name)(**json.loads(arguments))
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-        sys.stdout.flush()
-        os._exit(1)  # the others wait in a collective; communicate() ends them
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks, timeout=patience)
+    module, _, name = function.partition(".")
+    getattr(importlib.import_module(module), name)(**arguments)
     dist.barrier()
-    sys.stdout.flush()
-    os._exit(0)  # gloo's threads sometimes abort at a regular exit
-
-
-if __name__ == "__main__":
-    main()
