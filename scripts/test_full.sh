@@ -41,7 +41,7 @@ summarize .venv
 if $oldest; then
     ensure_venv .venv-oldest '.[dev]' constraints-oldest.txt
     say "pytest with the oldest supported transformers"
-    .venv-oldest/bin/python -m pytest --slow "${arithmetic[@]/#/--ignore=}" "$@" 2>&1 | tee "$log" || failed=1
+    .venv-oldest/bin/python -m pytest -n 2 --dist worksteal --slow "${arithmetic[@]/#/--ignore=}" "$@" 2>&1 | tee "$log" || failed=1
     summarize .venv-oldest
 fi
 
