@@ -279,7 +279,7 @@ def test_reports_of_sweeps_and_horizons() -> None:
     assert "Steps to the loss of `adamw_torch_fused` at\n\n| optimizer | 6 (3.050) | 12 (3.050) |" in text
 
 
-@pytest.mark.parametrize("damage", ["", '{"conditions": {"data"'])
+@pytest.mark.parametrize("damage", [pytest.param("", marks=pytest.mark.slow), '{"conditions": {"data"'])
 def test_a_later_call_makes_only_the_runs_that_are_missing(text: Path, tmp_path: Path, damage: str) -> None:
     """A sweep that was killed lost all of its runs."""
     shared = ["--steps", 4, "--data", text, "--output-dir", tmp_path, *TINY]
