@@ -32,7 +32,7 @@ PY
 }
 
 # Both environments have the same torch, and nothing in these imports transformers.
-arithmetic=(tests/test_{long_runs,numbers,properties,state_machine,optimizers,optimizer_state,soap_and_mars,parity,linalg,storage,nonfinite,bad_input,blocks,reshard,param_groups}.py)
+arithmetic=(tests/{linalg,rules,engine} tests/checkpoint/test_{state_machine,optimizer_state,reshard}.py tests/config/test_param_groups.py tests/optimizers/test_{long_runs,properties,optimizers,bad_input}.py)
 
 failed=0
 bash scripts/test.sh --slow "$@" 2>&1 | tee "$log" || failed=1
@@ -41,7 +41,7 @@ summarize .venv
 if $oldest; then
     ensure_venv .venv-oldest '.[dev]' constraints-oldest.txt
     say "pytest with the oldest supported transformers"
-    .venv-oldest/bin/python -m pytest --slow "${arithmetic[@]/#/--ignore=}" "$@" 2>&1 | tee "$log" || failed=1
+    .venv-oldest/bin/python -m pytest -n 2 --dist worksteal --slow "${arithmetic[@]/#/--ignore=}" "$@" 2>&1 | tee "$log" || failed=1
     summarize .venv-oldest
 fi
 

@@ -39,6 +39,16 @@ def pytest_configure(config: pytest.Config) -> None:
     hypothesis.settings.load_profile("full" if config.getoption("--slow") else "fast")
 
 
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # a process of pytest-xdist
+        session.config.workeroutput["cases"] = dict(CASES)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    CASES.update(getattr(node, "workeroutput", {}).get("cases", {}))
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     if CASES:
         terminalreporter.section("generated cases")

@@ -1,36 +1,25 @@
-"""Runs of the Trainer that are killed again and again, each in a fork of a process that has imported all it takes."""
+"""Runs of the Trainer that are killed again and again."""
 
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import random
-import sys
 import time
 from collections.abc import Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(
-    ["transformers.models.gpt2.modeling_gpt2", "transformers.trainer", "hf_soap.trainer.trainer"]
-)
+import forks
 
 SAVE_STEPS = 3
 
 
 def life(folder: Path, rank: int, ranks: int, meeting: Path, settings: dict[str, Any]) -> None:
     """Trains from the newest whole checkpoint to the end, if it lives so long, and leaves ``end-RANK.pt``."""
-    log = os.open(folder / f"log-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     import torch
 
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
     if ranks > 1:
         torch.distributed.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=ranks)
     from hf_soap.trainer.resume import last_complete_checkpoint
@@ -41,10 +30,8 @@ def life(folder: Path, rank: int, ranks: int, meeting: Path, settings: dict[str,
         torch.distributed.barrier()  # what one finds, the other has found before anything is written
     trainer.train(resume_from_checkpoint=resume)
     torch.save(weights(trainer), folder / f"end-{rank}.pt")
-    sys.stdout.flush()
     if ranks > 1:
         torch.distributed.barrier()
-    os._exit(0)
 
 
 def trainer_for(folder: Path, ranks: int, *, soap_trainer: bool = False, fsdp: str = "", **settings: Any) -> Any:
@@ -101,13 +88,13 @@ class Run:
         """Starts a life; whatever is left of it at the end is killed."""
         self.lives += 1
         meeting = self.folder / f"meeting-{self.lives}"
-        ranks = [
-            FORKS.Process(target=life, args=(self.folder, rank, self.ranks, meeting, self.settings), daemon=True)
-            for rank in range(self.ranks)
-        ]
+        ranks: list[BaseProcess] = []
         try:
-            for process in ranks:
-                process.start()
+            for rank in range(self.ranks):
+                place = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if self.ranks > 1 else {}
+                arguments = (self.folder, rank, self.ranks, meeting, self.settings)
+                log = self.folder / f"log-{rank}"
+                ranks.append(forks.start(life, *arguments, log=log, environment={**os.environ, **place}))
             yield ranks
         finally:
             for process in ranks:

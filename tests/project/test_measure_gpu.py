@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "scripts" / "measure_gpu.py"
 STAGES = ["tests", "steps", "timing", "profile", "kernels", "train"]
 sys.path.insert(0, str(ROOT / "scripts"))

@@ -13,8 +13,8 @@ from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from paths import PYTHONPATH, ROOT
 
-ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hf_soap"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
@@ -230,7 +230,7 @@ def without(missing: set[str], code: str, *arguments: str, status: int = 0) -> s
     check = f"\nassert not {sorted(missing)!r} & sys.modules.keys()".replace("[", "{").replace("]", "}")
     command = [sys.executable, "-c", NOT_INSTALLED + code + (check if status == 0 else "")]
     command += [",".join(sorted(missing)), *arguments]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    environment = {**os.environ, "PYTHONPATH": PYTHONPATH}
     done = subprocess.run(command, capture_output=True, check=False, text=True, timeout=300, env=environment)
     assert done.returncode == status, done.stderr
     return done.stdout if status == 0 else done.stderr

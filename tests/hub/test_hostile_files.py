@@ -14,6 +14,7 @@ import pytest
 from generated import cases
 from hypothesis import example, given
 from hypothesis import strategies as st
+from paths import ROOT
 from typer.testing import CliRunner
 
 from hf_soap.__main__ import app
@@ -22,8 +23,6 @@ from hf_soap.config import options
 from hf_soap.config.configs import SoapConfig
 from hf_soap.config.options import parse_optim_args
 from hf_soap.hub import exchange, keys, plain_yaml, recipes, safety
-
-ROOT = Path(__file__).parents[1]
 
 
 def read(data: bytes | str) -> tuple[Any, str]:

@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 import typer
+from paths import ROOT
 from recipe_texts import VALID, read
 from typer.testing import CliRunner
 
 from hf_soap.__main__ import app
 from hf_soap.cli.run import CHILDREN, with_recipe
 from hf_soap.hub import plain_yaml, recipes
-
-ROOT = Path(__file__).parents[1]
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The launcher

@@ -21,13 +21,11 @@ import pytest
 import torch
 import typer
 from hub import Hub
+from paths import PYTHONPATH, ROOT
 from tiny import TRANSFORMERS_4
 
 from hf_soap.__main__ import app
 from hf_soap.hub import keys
-
-ROOT = Path(__file__).parents[1]
-TESTS = Path(__file__).parent
 
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
 DOCUMENTS += [path for folder in ("docs", "model_cards") for path in sorted((ROOT / folder).glob("*.md"))]
@@ -130,8 +128,8 @@ WAYS = {
     "hf-soap options": Way(slow=False),
     "python scripts/update_readme.py": Way(slow=False),
     "bash scripts/quickstart.sh": Way(f"--steps 2 {TINY}"),
-    "bash scripts/test.sh": Way("tests/test_schema.py"),
-    "bash scripts/test_full.sh": Way("--no-oldest tests/test_schema.py"),
+    "bash scripts/test.sh": Way("tests/config/test_schema.py"),
+    "bash scripts/test_full.sh": Way("--no-oldest tests/config/test_schema.py"),
     "pre-commit install": Way(),
     "source .venv/bin/activate": Way("&& python --version"),
 }
@@ -303,7 +301,7 @@ def on_this_machine(command: str, more: str) -> str:
     if command.startswith("source"):
         return command
     if "--fsdp" in command or "accelerate_fsdp2" in command:
-        command = command.replace("-m hf_soap", "tests/fsdp_on_cpus.py").replace("per_node 8", "per_node 2")
+        command = command.replace("-m hf_soap", "tests/helpers/fsdp_on_cpus.py").replace("per_node 8", "per_node 2")
         command = command.replace("fsdp2.yaml", "fsdp2.yaml --num_processes 2")
     elif command.startswith("accelerate launch"):
         command = command.replace("launch", "launch --cpu --num_processes 1")
@@ -311,7 +309,6 @@ def on_this_machine(command: str, more: str) -> str:
 
 
 def run(command: str, place: Path, programs: Path, environment: Mapping[str, str] = MappingProxyType({})) -> str:
-    path = os.pathsep.join([str(ROOT), str(TESTS)])
     done = subprocess.run(
         ["bash", "-c", command],
         cwd=place,
@@ -319,7 +316,7 @@ def run(command: str, place: Path, programs: Path, environment: Mapping[str, str
             **os.environ,
             "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
             "PYTHON": str(programs / "python"),
-            "PYTHONPATH": path,
+            "PYTHONPATH": PYTHONPATH,
             **environment,
         },
         stdout=subprocess.PIPE,

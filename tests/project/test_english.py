@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 FOLDERS = (
     *("hf_soap/__init__.py", "hf_soap/__main__.py", "hf_soap/cli", "hf_soap/config", "hf_soap/distributed"),

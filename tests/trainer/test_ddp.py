@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from paths import PYTHONPATH
 
 SCRIPT = """
 import os, sys
 import torch
-sys.path.insert(0, {tests!r})
 torch.set_num_threads(1)
 from tiny import Counting, arguments, gpt2
 from hf_soap import SoapTrainer
@@ -23,8 +23,8 @@ args = arguments(folder, optim=optim, optim_args=optim_args or None, per_device_
                  ddp_backend="gloo" if "WORLD_SIZE" in os.environ else None)
 trainer = SoapTrainer(model=model, args=args, train_dataset=Counting())
 trainer.train()
-weights = {{name: value.detach().clone() for name, value in model.named_parameters()}}
-torch.save(weights, f"{{folder}}/weights-{{args.process_index}}.pt")
+weights = {name: value.detach().clone() for name, value in model.named_parameters()}
+torch.save(weights, f"{folder}/weights-{args.process_index}.pt")
 if args.world_size > 1:
     torch.distributed.barrier()
 sys.stdout.flush()
@@ -35,11 +35,11 @@ os._exit(0)
 def weights(folder: Path, processes: int, optim: str, optim_args: str) -> list[dict[str, torch.Tensor]]:
     folder.mkdir()
     script = folder / "train.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent)))
+    script.write_text(SCRIPT)
     launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)] if processes > 1 else []
     done = subprocess.run(
         [sys.executable, *launcher, script, folder, optim, optim_args, str(8 // processes)],
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,

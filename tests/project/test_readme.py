@@ -7,7 +7,7 @@ import pytest
 
 from hf_soap.optimizers.names import OURS
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/optimizers.md"])

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from comparing import SETTINGS, TINY, ends_with, run_compare
+from paths import ROOT
 
 from hf_soap.cli.compare import report
 from hf_soap.cli.compare.contenders import Contender, per_contender, read_contenders
@@ -22,8 +23,6 @@ from hf_soap.cli.compare.results import EvalPoint, RunLog, RunResult, RunSetting
 from hf_soap.cli.compare.summary import Spread, crossing, equal_loss, summarize
 from hf_soap.cli.compare.sweep import MAX_WIDER, Case, run_case
 from hf_soap.cli.compare.training import train_once
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="session")
@@ -280,7 +279,7 @@ def test_reports_of_sweeps_and_horizons() -> None:
     assert "Steps to the loss of `adamw_torch_fused` at\n\n| optimizer | 6 (3.050) | 12 (3.050) |" in text
 
 
-@pytest.mark.parametrize("damage", ["", '{"conditions": {"data"'])
+@pytest.mark.parametrize("damage", [pytest.param("", marks=pytest.mark.slow), '{"conditions": {"data"'])
 def test_a_later_call_makes_only_the_runs_that_are_missing(text: Path, tmp_path: Path, damage: str) -> None:
     """A sweep that was killed lost all of its runs."""
     shared = ["--steps", 4, "--data", text, "--output-dir", tmp_path, *TINY]

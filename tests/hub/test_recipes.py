@@ -14,8 +14,6 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from hf_soap.hub import keys, plain_yaml, recipes
 
-ROOT = Path(__file__).parents[1]
-
 # ---------------------------------------------------------------------------------------------------------------------
 # YAML
 # ---------------------------------------------------------------------------------------------------------------------

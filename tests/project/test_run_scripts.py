@@ -1,21 +1,16 @@
 """What scripts/run_mlm.py and scripts/run_image_classification.py do in their own way, and files of this Python."""
 
 import json
-import sys
 import sysconfig
 from pathlib import Path
 from typing import Any
 
+import _text
 import numpy as np
 import pytest
+import run_image_classification
+import run_mlm
 import torch
-
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import _text  # noqa: E402
-import run_image_classification  # noqa: E402
-import run_mlm  # noqa: E402
 
 QUICK = ["--max_steps=2", "--use_cpu", "--report_to=none", "--disable_tqdm=true", "--save_strategy=no"]
 SOAP = ["--optim=soap", "--learning_rate=1e-2", "--optim_args=precondition_frequency=1"]

@@ -9,16 +9,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import measure_recipe
 import pytest
 from huggingface_hub import ModelCard
+from paths import ROOT
 
 from hf_soap.hub import exchange, recipes
 
-ROOT = Path(__file__).parents[1]
 CARDS = ROOT / "model_cards"
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import measure_recipe  # noqa: E402
 
 RECIPES = {path.stem: exchange.load(str(path)) for path in sorted(CARDS.glob("*.yaml"))}
 ORDER = ["digits-vit", "small-encoder", "small-lm-pretraining", "small-lm-fine-tuning", "small-lm-lora"]

@@ -317,7 +317,10 @@ def test_an_option_has_an_effect_or_is_refused(entry: Entry, option: str) -> Non
 
 def constructor_kwargs(config: type[OptimizerConfig], option: str, value: Any) -> dict[str, Any]:
     kwargs = config().constructor_kwargs()
-    return {**kwargs, **({"betas": (kwargs["betas"][0], value)} if option == "beta2" and "betas" in kwargs else {option: value})}
+    return {
+        **kwargs,
+        **({"betas": (kwargs["betas"][0], value)} if option == "beta2" and "betas" in kwargs else {option: value}),
+    }
 
 
 @pytest.mark.parametrize("variant", ["adamw", "lion", "shampoo", "m"])

@@ -7,7 +7,6 @@ import os
 import random
 import shutil
 import subprocess
-import sys
 import tomllib
 from pathlib import Path
 from types import ModuleType
@@ -16,12 +15,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from paths import ROOT
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "scripts"
 STEPS = 30
-sys.path.insert(0, str(SCRIPTS))
 
 
 @pytest.fixture(scope="module")

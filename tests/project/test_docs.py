@@ -12,7 +12,7 @@ from tiny import Counting, arguments, gpt2
 
 import hf_soap
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 
 import update_readme  # noqa: E402
@@ -100,11 +100,11 @@ def test_figures_of_a_gpu_have_their_place() -> None:
 
 
 def test_tests_that_pages_name_exist() -> None:
-    sources = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("*.py")}
+    sources = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py")}
     defined = set().union(*(re.findall(r"def (\w+)\(", source) for source in sources.values()))
     named = 0
     for page in PAGES:
-        for file, test in re.findall(r"`(?:tests/)?(\w+\.py)?(?:::)?(test_\w+)?`", page.read_text(encoding="utf-8")):
+        for file, test in re.findall(r"`(?:[\w/]+/)?(\w+\.py)?(?:::)?(test_\w+)?`", page.read_text(encoding="utf-8")):
             if test:
                 assert test in defined, f"{name(page)} names {test}, which no file defines"
                 named += 1

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from helpers import gradient, parameters, train
+from paths import ROOT
 from sharded import same_gradients, save, shard, whole
 from torch import nn
 from torch.nn import Parameter
@@ -22,7 +23,7 @@ from hf_soap import MARS, SOAP, OptimizerConfig, Shampoo, ShampooConfig, SoapCon
 from hf_soap.engine.optimizer import BlockOptimizer
 from hf_soap.trainer import registry
 
-FOLDER = Path(__file__).parent / "checkpoints"
+FOLDER = ROOT / "tests" / "checkpoint" / "versions"
 
 SHAPES = [(8, 8), (5, 5), (5, 8), (6,), (4, 3, 3)]
 """No matrix flatter than 8 : 1, no 1 x N and no stack of matrices: such have had other factors since 0.1.0."""

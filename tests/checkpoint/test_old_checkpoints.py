@@ -1,4 +1,4 @@
-"""Checkpoints of earlier versions, on disk as those wrote them; checkpoints/make.py says how they were made."""
+"""Checkpoints of earlier versions, on disk as those wrote them; versions/make.py says how they were made."""
 
 from __future__ import annotations
 

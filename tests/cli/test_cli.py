@@ -14,11 +14,10 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from paths import HELPERS, PYTHONPATH, ROOT
 
 from hf_soap.checkpoint import state_dict
 from hf_soap.cli.run import CHILDREN, prepare
-
-ROOT = Path(__file__).parents[1]
 
 
 def python(*arguments: object, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -162,10 +161,9 @@ def test_unmodified_run_clm_is_killed_and_resumed_under_fsdp(run_clm, tiny_model
     """Two processes, killed behind a checkpoint: the resumed run ends with the weights of one that was left alone."""
     config = {"version": 2, "state_dict_type": "SHARDED_STATE_DICT", "transformer_layer_cls_to_wrap": ["GPT2Block"]}
     (tmp_path / "fsdp.json").write_text(json.dumps(config))
-    tests = Path(__file__).parent
 
     def launch(output, *more):
-        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", tests / "fsdp_on_cpus.py", "run", run_clm]
+        launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", HELPERS / "fsdp_on_cpus.py"]
         data = ["--model_name_or_path", tiny_model, "--train_file", tiny_model / "text.txt", "--block_size", "32"]
         run = ["--do_train", "--output_dir", output, "--max_steps", "8", "--save_steps", "4", "--ddp_backend", "gloo"]
         sharded = ["--fsdp", "full_shard auto_wrap", "--fsdp_config", tmp_path / "fsdp.json"]
@@ -173,13 +171,13 @@ def test_unmodified_run_clm_is_killed_and_resumed_under_fsdp(run_clm, tiny_model
         rest = ["--use_cpu", "--report_to", "none", *more]
         environment = {
             **os.environ,
-            "PYTHONPATH": f"{tests.parent}:{tests}",
+            "PYTHONPATH": PYTHONPATH,
             "OMP_NUM_THREADS": "1",
             "FSDP_VERSION": "2",
             "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
         }
         return subprocess.Popen(
-            [str(part) for part in [sys.executable, *launcher, *data, *run, *sharded, *soap, *rest]],
+            [str(part) for part in [sys.executable, *launcher, "run", run_clm, *data, *run, *sharded, *soap, *rest]],
             env=environment,
             cwd=tmp_path,
             stdout=subprocess.PIPE,

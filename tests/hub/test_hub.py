@@ -8,22 +8,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import run_clm
 import tiny
 import torch
 import yaml
 from hub import Hub, sha
 from huggingface_hub import ModelCard
+from paths import PYTHONPATH, ROOT
 from peft import IA3Config, LoraConfig, get_peft_model
 from transformers import HfArgumentParser, Trainer, TrainerCallback
 
 from hf_soap import SOAP, SoapConfig, SoapMetricsCallback, SoapTrainer, SoapTrainerMixin
 from hf_soap.hub import cards, recipes
 
-ROOT = Path(__file__).parents[1]
 RUN_CLM = ROOT / "scripts" / "run_clm.py"
-sys.path.insert(0, str(ROOT / "scripts"))
-
-import run_clm  # noqa: E402
 
 
 def card_of(trainer: Trainer) -> tuple[ModelCard, recipes.Recipe]:
@@ -537,23 +535,23 @@ class Own:
 
 if __name__ == "__main__":
     own, args = HfArgumentParser((Own, TrainingArguments)).parse_args_into_dataclasses()
-    trainer = Trainer(tiny.gpt2(), args, train_dataset=tiny.Counting(own.rows), eval_dataset=tiny.Counting(8))
-    trainer.train()
-    print("written by training:", sorted(os.listdir(args.output_dir)))
-    trainer.evaluate()
-    trainer.save_model()
-    trainer.save_state()
-    if args.push_to_hub:
-        trainer.push_to_hub()
-    elif own.card:
-        trainer.create_model_card(language="en")
+    for args.output_dir in args.output_dir.split(","):
+        trainer = Trainer(tiny.gpt2(), args, train_dataset=tiny.Counting(own.rows), eval_dataset=tiny.Counting(8))
+        trainer.train()
+        print("written by training:", sorted(os.listdir(args.output_dir)))
+        trainer.evaluate()
+        trainer.save_model()
+        trainer.save_state()
+        if args.push_to_hub:
+            trainer.push_to_hub()
+        elif own.card:
+            trainer.create_model_card(language="en")
     print("trained to the end")
 """
 
 QUICK = (
     "--optim soap --learning_rate 1e-2 --max_steps 3 --logging_steps 1 --save_strategy no --report_to none --use_cpu"
 )
-PATHS = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
 
 
 @pytest.fixture
@@ -563,60 +561,47 @@ def plain(tmp_path: Path) -> Path:
 
 
 def run_plain(hub: Hub, folder: Path, *options: str, launcher: tuple[str, ...] = ("-m", "hf_soap")) -> str:
-    done = python(hub, folder, *launcher, "run", "plain.py", *options, PYTHONPATH=PATHS)
+    done = python(hub, folder, *launcher, "run", "plain.py", *options, PYTHONPATH=PYTHONPATH)
     assert done.returncode == 0, done.stderr
     assert "trained to the end" in done.stdout
     return done.stdout + done.stderr
 
 
 def test_the_trainer_of_transformers_leaves_a_recipe(hub: Hub, plain: Path) -> None:
-    """Under hf-soap run only a SoapTrainer left one; and a program need not ask for a card."""
-    said = run_plain(hub, plain, *QUICK.split(), "--rows", "32", "--output_dir", "first")
-    assert "written by training: ['README.md', 'loss.png', 'recipe.yaml']" in said
-    card, recipe = card_in(plain / "first")
-    assert card.text.count("## Recipe") == card.text.count("## Optimizer") == 1
-    assert (recipe["rows"], recipe["optim"], recipe["learning_rate"]) == (32, "soap", 1e-2)
-    assert "not_in_recipe" not in recipe["provenance"]
-    assert "hf-soap run plain.py --recipe recipe.yaml\n```\n\nThis command repeats the run, bit for bit" in card.text
-    assert "if plain.py takes these options" not in card.text
+    """Under hf-soap run only a SoapTrainer left one; and a program need not ask for a card.
 
-
-def test_a_run_of_a_plain_trainer_is_repeated_and_pushed(hub: Hub, plain: Path) -> None:
-    """With what the evaluation after training gave, since the program writes its card after that."""
-    run_plain(
-        hub,
-        plain,
-        *QUICK.split(),
-        "--report_to=none",
-        "--output_dir",
-        "first",
-        "--push_to_hub",
-        "--hub_model_id",
-        "user/plain",
-    )
+    The run is repeated from the Hub, with what the evaluation after training gave, since the program writes its card
+    after that.
+    """
+    push = ["--push_to_hub", "--hub_model_id", "user/plain"]
+    run_plain(hub, plain, *QUICK.split(), "--output_dir", "first", *push)
     files = hub.files("user/plain")
     assert recipes.embedded(files["README.md"]) == files["recipe.yaml"]
     assert files["README.md"].count(b"## Recipe") == 1
     assert "eval_loss" in recipes.read(files["recipe.yaml"], source="it")["provenance"]["results"]
 
-    run_plain(hub, plain, "--recipe", "user/plain", "--output_dir", "again", "--card")
+    said = run_plain(hub, plain, "--recipe", "user/plain", "--rows", "64", "--output_dir", "again", "--card")
+    assert "written by training: ['README.md', 'loss.png', 'recipe.yaml']" in said
     assert outcome(plain / "again") == outcome(plain / "first")
     card, recipe = card_in(plain / "again")
     assert card.data.language == ["en"]
-    assert card.text.count("## Recipe") == 1
+    assert card.text.count("## Recipe") == card.text.count("## Optimizer") == 1
+    assert (recipe["rows"], recipe["optim"], recipe["learning_rate"]) == (64, "soap", 1e-2)
+    assert "not_in_recipe" not in recipe["provenance"]
     assert recipe["provenance"]["results"].keys() == {"eval_loss", "train_loss"}
+    assert "hf-soap run plain.py --recipe recipe.yaml\n```\n\nThis command repeats the run, bit for bit" in card.text
+    assert "if plain.py takes these options" not in card.text
 
 
 def test_no_card_is_worth_a_run(hub: Hub, plain: Path) -> None:
     """Neither one that cannot be written, nor one that somebody else has written."""
     (plain / "first" / "recipe.yaml").mkdir(parents=True)
-    said = run_plain(hub, plain, *QUICK.split(), "--output_dir", "first", "--card")
-    assert said.count("could not be written; training continues without it: IsADirectoryError") == 2
     (plain / "second").mkdir()
     (plain / "second" / "README.md").write_text("# Mine\n")
-    said = run_plain(hub, plain, *QUICK.split(), "--output_dir", "second")
-    assert (plain / "second" / "README.md").read_text() == "# Mine\n"
+    said = run_plain(hub, plain, *QUICK.split(), "--output_dir", "first,second", "--card")
+    assert said.count("could not be written; training continues without it: IsADirectoryError") == 2
     assert "was not written by a Trainer and is not changed" in said
+    assert (plain / "second" / "README.md").read_text() == "# Mine\n"
     assert recipes.read((plain / "second" / "recipe.yaml").read_bytes(), source="it")["optim"] == "soap"
 
 

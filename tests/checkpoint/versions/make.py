@@ -1,11 +1,12 @@
-"""Makes the checkpoints of an old version, which tests/test_old_checkpoints.py loads with the present code.
+"""Makes the checkpoints of an old version, which tests/checkpoint/test_old_checkpoints.py loads with the present code.
 
 Those in v0_1_0/ were made from a checkout of version 0.1.0 in OLD, with torch 2.13 and transformers 5.23 on a CPU:
 
-    PYTHONPATH=OLD:tests HF_SOAP_SOURCE=OLD OMP_NUM_THREADS=1 python tests/checkpoints/make.py v0_1_0
+    PYTHONPATH=OLD:tests/helpers HF_SOAP_SOURCE=OLD OMP_NUM_THREADS=1 python tests/checkpoint/versions/make.py v0_1_0
 
 They are not made again when the code changes: they stand for the files that users have. What was trained, and with
-which gradients, is said in tests/old_checkpoints.py, so that another version needs no more than a folder of its own.
+which gradients, is said in tests/helpers/old_checkpoints.py, so that another version needs no more than a folder of
+its own.
 
 - NAME.pt: the state dict of each of OPTIMIZERS after STEPS. NAME.weights.pt: the weights at that time, and after MORE.
 - trainer/checkpoint-6: what the Trainer saved, but for its pickled arguments. trainer/weights.pt: the weights after

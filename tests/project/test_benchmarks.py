@@ -1,21 +1,16 @@
 """The benchmarks run, and what they count is right; nobody asserts a time."""
 
-import sys
-from pathlib import Path
-
-import pytest
-import torch
-import typer
-from rich.console import Console
-from typer.testing import CliRunner
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
-
 import bench_async
 import bench_distributed
 import bench_metrics
 import bench_roots
 import bench_step
+import pytest
+import torch
+import typer
+from paths import ROOT
+from rich.console import Console
+from typer.testing import CliRunner
 
 from hf_soap.__main__ import app
 
@@ -94,7 +89,7 @@ def test_bench_distributed_projects(monkeypatch: pytest.MonkeyPatch, capsys: pyt
 def test_bench_distributed_measures_every_mode(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parents[1]}")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     bench_distributed.measure(Console(width=120), "SOAP", 2, 10, 1)
     rows = [line.split("│") for line in capsys.readouterr().out.splitlines() if line.count("│") == 5]
     sent = {row[1].strip(): float(row[3]) for row in rows}
