@@ -50,7 +50,6 @@ class CommonOptions(OptimizerConfig):
 class FactorOptions(CommonOptions):
     """Options of optimizers that keep a factor a side."""
 
-    shampoo_beta: float | None = option(None, "Decay rate of the Kronecker factors; `none` uses beta2.", DECAY_RATE)
     precondition_frequency: int = option(
         10, "Updates between two refreshes of the preconditioner.", AT_LEAST_1, remedy="use 1 to refresh at every step"
     )
@@ -70,9 +69,6 @@ class FactorOptions(CommonOptions):
         False, "Merge small neighbouring dimensions of tensors that have more than two (convolutions)."
     )
     precondition_1d: bool = option(False, "Give vectors a factor too, instead of updating them by Adam.")
-    stagger: bool = option(
-        False, "Tensor number i refreshes i updates earlier, so that refreshes do not all fall on the same step."
-    )
     one_sided: bool = option(False, "Factor only the shorter side of each matrix: less memory and time.")
     block_size: int | None = option(
         None, "Split longer sides into blocks of at most this size, each with its own factors.", AT_LEAST_1
@@ -88,6 +84,16 @@ class FactorOptions(CommonOptions):
         "rank",
         "Sides of LoRA matrices that get a factor: the rank side, both, or none, which is Adam.",
         trainer_only=True,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShampooFactorOptions(FactorOptions):
+    """Options of SOAP's and Shampoo's factors."""
+
+    shampoo_beta: float | None = option(None, "Decay rate of the Kronecker factors; `none` uses beta2.", DECAY_RATE)
+    stagger: bool = option(
+        False, "Tensor number i refreshes i updates earlier, so that refreshes do not all fall on the same step."
     )
 
 
@@ -111,7 +117,7 @@ class AuxiliaryOptions(OptimizerConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SoapConfig(FactorOptions):
+class SoapConfig(ShampooFactorOptions):
     """Options of SOAP, with the defaults of its official implementation (arXiv:2409.11321)."""
 
     name: ClassVar[str] = "soap"
@@ -147,7 +153,7 @@ class KlSoapConfig(SoapConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShampooConfig(FactorOptions):
+class ShampooConfig(ShampooFactorOptions):
     """Options of Shampoo (arXiv:1802.09568, arXiv:2002.09018)."""
 
     name: ClassVar[str] = "shampoo"
@@ -260,7 +266,7 @@ class MarsMConfig(MarsConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MarsSoapConfig(MarsConfig, FactorOptions):
+class MarsSoapConfig(MarsConfig, ShampooFactorOptions):
     """Options of MARS with SOAP: the corrected gradient goes to SOAP."""
 
     name: ClassVar[str] = "mars_soap"

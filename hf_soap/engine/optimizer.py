@@ -1,27 +1,34 @@
-"""The step loop that all optimizers share."""
+"""The torch-facing class: settings, plans, saving and loading; its engine takes the steps."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import logging
+import math
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from functools import partial
-from typing import Any, cast, overload
+from dataclasses import replace
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
-from hf_soap.checkpoint import state_dict
-from hf_soap.config.members import Member, Roster
+from hf_soap.checkpoint import state_dict as checkpoint
+from hf_soap.config import options
+from hf_soap.config.checks import check_group_keys, check_learning_rate, check_number, check_pair
+from hf_soap.config.members import OVERRIDES, Member, Registered, Roster, check_overrides
 from hf_soap.distributed import dtensor
-from hf_soap.distributed.owners import SEEDED, UPDATED, Outcome, Ownership
-from hf_soap.engine.buckets import Bucket, BucketCache, Kind, state_dtype, warn_if_flattened
+from hf_soap.distributed.owners import Ownership
+from hf_soap.engine.buckets import state_dtype
+from hf_soap.engine.loop import Engine
 from hf_soap.engine.plan import Plan
-from hf_soap.engine.refresh import Updated
-from hf_soap.engine.state import PlannedOptimizer
-from hf_soap.engine.step import apply_, directions_of, split_by_first_grad, stack_gradients, step_tensors
-from hf_soap.rules.base import LAYOUT
-from hf_soap.rules.context import NO_METRICS, RuleMetrics, StepContext, adjacent
+from hf_soap.engine.profiling import StepProfiler
+from hf_soap.linalg.elementwise import Rate
+from hf_soap.rules.layout import uncut
 from hf_soap.rules.storage import COUNT, is_own
+
+logger = logging.getLogger(__name__)
 
 
 def unwrapped(optimizer: Any) -> Any:
@@ -29,12 +36,33 @@ def unwrapped(optimizer: Any) -> Any:
     return getattr(optimizer, "optimizer", optimizer)
 
 
-def _among(params: set[Tensor], member: Member) -> bool:
-    return member.param in params
+class BlockOptimizer(torch.optim.Optimizer):
+    """A torch optimizer that knows by which rule each parameter is updated, and what state that takes.
 
+    Subclasses say which rule a tensor follows and how it is cut (:meth:`plan`). State is made at a parameter's first
+    gradient, so that parameters may be moved, replaced or sharded after construction.
 
-class BlockOptimizer(PlannedOptimizer):
-    """The step loop: batches of same-shape blocks, each stepped by its rule."""
+    Attributes:
+        profiler: Measures the steps; None measures nothing. It is not copied or saved.
+    """
+
+    config: type[options.OptimizerConfig]
+    read_at_each_step: ClassVar[tuple[str, ...]] = ("lr", "weight_decay")
+    """Settings that say how far a step goes, and not how: they may change at each step."""
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any]) -> None:
+        self._registered = Registered()
+        self._owner_of: dict[Tensor, int] = {}
+        self.profiler: StepProfiler | None = None
+        self._reset_cache()
+        super().__init__(params, defaults)
+
+    def _reset_cache(self) -> None:
+        self._roster_cache: Roster | None = None
+        self._owners: Ownership | None = None
+        self._owners_roster: Roster | None = None
+        self._consolidated: dict[str, Any] | None = None
+        self._engine = Engine(self)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -63,226 +91,348 @@ class BlockOptimizer(PlannedOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._refreshes.join()
+        engine = self._engine
+        engine.refreshes.join()
         device = next((param.device for group in self.param_groups for param in group["params"]), torch.device("cpu"))
         with nullcontext() if self.profiler is None else self.profiler.stepping(device):
-            if self._guard.admits(self.param_groups, name=type(self).__name__):
+            if engine.step():
                 self._consolidated = None
-                self._refreshes.start()
-                self._step_all(allocate_only=self._is_synthetic())
-                self._refreshes.finish()
-        self._guard.raise_after_too_many(self.param_groups)
+        engine.guard.raise_after_too_many(self.param_groups)
         return loss
 
-    def _step_all(self, *, allocate_only: bool) -> None:
-        owners = self._find_owners()
-        cache = self._bucket_cache(0, lambda member: owners is None or member.param not in owners.owner)
-        if not allocate_only:
-            self._count_empty_parts(cache.empty)
-            for bucket in cache.buckets:
-                self._step_bucket(bucket, bucket.grads())
-        if owners is not None:
-            self._step_owned(owners, allocate_only=allocate_only)
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that were skipped because a gradient was not finite, since construction or load."""
+        self._engine.refreshes.join()
+        return self._engine.guard.skipped
 
-    def _count_empty_parts(self, params: Iterable[Tensor]) -> None:
-        """Counts a step of the parameters of which this rank has nothing: a checkpoint may take any rank's count."""
-        for param in params:
-            step = self._count_of_nothing(param)
-            if param.grad is not None and dtensor.is_sharded(param):
-                step += 1
+    @property
+    def failed_refreshes(self) -> int:
+        """Factors that this rank has, whose basis or root could not be computed, since construction or load."""
+        self._engine.refreshes.join()
+        return self._engine.failures.count()
 
-    def _count_of_nothing(self, param: Tensor) -> Tensor:
-        """Returns the count of steps of a parameter of which this rank has nothing: a checkpoint asks every rank."""
-        state = self.state.setdefault(param, {})
-        if not isinstance(state.get("step"), Tensor):
-            state["step"] = torch.full((), float(state.get("step", 0)), dtype=COUNT, device="cpu")
-        return cast(Tensor, state["step"])
-
-    def _is_synthetic(self) -> bool:
-        """Whether this step is taken to make the state alone, as torch.distributed.checkpoint does before a load."""
-        if any(isinstance(key, Tensor) for key in self.state) or any(group["lr"] for group in self.param_groups):
-            return False
-        params = [member.param for member in self._roster().trained]
-        grads = [dtensor.local_grad(param) for param in params]
-        zero = not any(grad is not None and bool(grad.any()) for grad in grads)
-        return dtensor.agree(zero, params)  # a warmup starts at 0 too, and the gradient of one part may be zero
-
-    def _bucket_cache(self, key: int, belongs: Callable[[Member], bool], *, whole: bool = False) -> BucketCache:
-        """Returns buckets of parameters, built anew where parameters or state were replaced since the last step.
+    def plan(self, group: Mapping[str, Any], shape: Sequence[int], *, part: Sequence[int] | None = None) -> Plan:
+        """Returns rule and layout of a tensor, made from the current settings.
 
         Args:
-            key: 0, or the number of the exchange with owners.
-            belongs: Says which trained parameters are meant.
-            whole: Whether whole parameters are stepped, as their owner does, or this rank's parts.
+            group: The settings that hold for it.
+            shape: Shape of the whole tensor.
+            part: Shape of the largest part that a rank has of it, where it is sharded: that is what is laid out.
         """
-        roster, cache = self._roster(), self._buckets.get(key)
-        kept = cache is not None and cache.fits(self.state)
-        if cache is not None and kept and (cache.roster is roster or cache.roster.same_settings(roster)):
-            return cache
-        # Settings changed, and for all ranks: then each must hear of what does not fit the state of one of them.
-        together = (
-            cache is not None and roster.same_parameters(cache.roster) and not roster.same_settings(cache.roster)
-        )
-        error = None
-        if cache is None or not kept or not cache.replan(roster, self.plan_of):
-            try:
-                self._buckets[key] = self._new_buckets(cache, roster, belongs, whole=whole)
-                if cache is not None:
-                    cache.release(self._buckets[key], self.state)
-            except Exception as caught:
-                error = caught
-        if together and self._shares_parameters():
-            (wrong,) = dtensor.summed([float(error is not None)], roster.trained[0].param)
-            if wrong:
-                dtensor.raise_together(error)
-        if error is not None:
-            raise error
-        return self._buckets[key]
+        raise TypeError(f"{type(self).__name__} plans nothing; use SOAP or another subclass of BlockOptimizer")
 
-    def _shares_parameters(self) -> bool:
-        """Whether other ranks have parts or state of the same parameters; all ranks say the same."""
-        if dtensor.ranks() == 1:
+    def plan_of(self, settings: Mapping[str, Any], param: Tensor) -> Plan:
+        """Returns rule and layout of what this rank steps of a parameter: its part, or all where it has an owner.
+
+        Ranks decide alike, by the largest part: a smaller one is padded to the same blocks.
+
+        Args:
+            settings: The settings that hold for the parameter; see :meth:`members`.
+            param: The parameter.
+        """
+        shard = dtensor.shard_of(param)
+        if math.prod(dtensor.stack_sizes(param)) == 1 or self.owned(settings, param):
+            return self.plan(settings, shard.whole)
+        plan = self.plan(settings, shard.whole, part=shard.largest)
+        if plan.entrywise:
+            return replace(plan, layout=uncut(shard.size))
+        return replace(plan, layout=plan.layout.fitted(shard.largest, shard.size))
+
+    def owned(self, settings: Mapping[str, Any], param: Tensor) -> bool:
+        """Whether one rank preconditions the whole of a parameter for all."""
+        if settings["shard_mode"] != "owner" or dtensor.ranks() == 1 or not param.numel():
             return False
-        sharded = any(dtensor.is_sharded(member.param) for member in self._roster().trained)
-        return sharded or self._find_owners() is not None
+        plan = self.plan(settings, param.shape)
+        return not (dtensor.is_sharded(param) and plan.traits.is_elementwise)
 
-    def _new_buckets(
-        self, cache: BucketCache | None, roster: Roster, belongs: Callable[[Member], bool], *, whole: bool
-    ) -> BucketCache:
-        """Builds what :meth:`_bucket_cache` returns; what is left of the old buckets is kept."""
-        shapes = {} if cache is None else cache.shapes()
-        dormant, empty = [], []
-        kinds: dict[Kind, list[tuple[Member, torch.Size]]] = {}
-        for member in filter(belongs, roster.trained):
-            param, part = member.param, dtensor.local(member.param)
-            known = self.state.get(param, {})
-            # Ranks save together what they share: its state is made at once. All else waits for its first gradient.
-            if not (whole or "step" in known or param.grad is not None or dtensor.is_sharded(param)):
-                dormant.append(member)
-                continue
-            if not part.numel() and not (whole and param.numel()):
-                self._count_of_nothing(param)
-                empty.append(param)
-                continue
-            self._refuse_other_shape(member, shapes.get(param, param.shape), known)
-            plan = self.plan_of(member.settings, param)
-            if LAYOUT in known:  # an entry of a state dict
-                self._adopt(member, plan)
-            warn_if_flattened(plan.layout, param)
-            kind = plan, state_dtype(param), param.device
-            kinds.setdefault(kind, []).append((member, param.shape if whole else part.shape))
-        buckets = [] if cache is None else cache.still_serving(kinds, self.state)
-        # What is left gets stacks of its own: growing the old ones would hold them twice for a moment.
-        buckets += [Bucket(plan, rest, self.state, dtype=dtype) for (plan, dtype, _), rest in kinds.items() if rest]
-        return BucketCache(roster, dormant, empty, buckets)
+    def rates(self, group: Mapping[str, Any], plan: Plan) -> Rate:
+        """Returns learning rate and weight decay of what a group's parameters with this plan do at the next step."""
+        return group["lr"], group["weight_decay"]
 
-    def _refuse_other_shape(self, member: Member, before: torch.Size, known: Mapping[str, Any]) -> None:
-        if member.param.shape != before and any(map(is_own, known)):
+    def members(self) -> list[Member]:
+        """Returns all parameters, frozen ones too, each with the settings that hold for it."""
+        return self.roster().members
+
+    def roster(self) -> Roster:
+        """Returns the parameters as they are now.
+
+        Raises:
+            ValueError: If DeepSpeed or FSDP1 has put flat vectors in their place.
+        """
+        if self._roster_cache is None or not self._roster_cache.fits(self.param_groups):
+            self._registered.update(self.param_groups)
+            names = [name for name in self.defaults if name not in self.read_at_each_step]
+            self._roster_cache = Roster(self.param_groups, names)
+        return self._roster_cache
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, also after the first step; its settings are checked like the constructor's.
+
+        Args:
+            param_group: ``params``, and settings that differ from the constructor's. ``overrides`` may hold a mapping
+                for each of its parameters, of settings that differ from the group's.
+
+        Raises:
+            ValueError: If a setting is wrong, or a parameter is complex.
+        """
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            check_overrides(group, self.defaults)
+            for own in group.get(OVERRIDES) or [dict[str, Any]()]:
+                self._check_group({**group, **own})
+        except Exception:
+            self.param_groups.pop()
+            raise
+        self._registered.add(group)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        check_group_keys(group, self.defaults)
+        check_learning_rate(group["lr"])
+        check_number("weight_decay", group["weight_decay"])
+        if group["differentiable"]:
             raise ValueError(
-                f"{member.name} has changed its shape from {tuple(before)} to {tuple(member.param.shape)} since its "
-                "state was made, wanted the same shape: the state would be scrambled; delete optimizer.state[param] "
-                "to let it start anew, or put another parameter in its place"
+                f"got differentiable=True, wanted False: {type(self).__name__} changes state and weights in place"
             )
+        names = options.option_fields(self.config)
+        values = {key: value for key, value in group.items() if key in names}
+        if "betas" in group:
+            values["beta1"], values["beta2"] = check_pair("betas", group["betas"])
+        options.check_values(self.config, values)
+        for param in group["params"]:
+            dtensor.check_placements(param)
+            # Frozen weights of a quantised model may be integers; they never reach a step.
+            if param.is_complex() or (param.requires_grad and not param.is_floating_point()):
+                raise ValueError(
+                    f"parameters must be real floating point, got {param.dtype} of shape {tuple(param.shape)}; "
+                    "hold a complex weight as torch.view_as_real(weight)"
+                )
 
-    def _adopt(self, member: Member, plan: Plan) -> None:
-        """Takes over an entry of a state dict that was put into the state as it is."""
-        known = self.state[member.param]
-        saved = {role: value for role, value in known.items() if is_own(role)}
-        job = state_dict.Saved(member, plan, saved, self._wanted_state(member), None, self._bare_plan(member))
-        states, _ = state_dict.restored([job], together=False, ours=True)
-        for role in saved:
-            del known[role]
-        known.update(states[member.param])
+    def find_owners(self) -> Ownership | None:
+        """Says who preconditions what; None where every rank steps what it has."""
+        if dtensor.ranks() == 1 or all(group["shard_mode"] != "owner" for group in self.param_groups):
+            return None
+        roster = self.roster()
+        trained = roster.trained
+        if self._owners is not None and roster is not self._owners_roster:
+            owned = [member.param for member in trained if self.owned(member.settings, member.param)]
+            self._owners = self._owners if self._owners.owns_exactly(owned) else None
+            self._owners_roster = roster
+        if self._owners is None or not self._owners.fits([member.param for member in trained]):
+            params, loads = [], []
+            for member in trained:
+                if self.owned(member.settings, member.param):
+                    params.append(member.param)
+                    loads.append((self.plan_of(member.settings, member.param).work(), self._bytes_of(member)))
+            dtypes = [state_dtype(param) for param in params]
+            among = [member.param for member in trained]
+            self._owners = Ownership(params, loads, dtypes, among=among, known=self._owner_of)
+            self._owner_of |= self._owners.owner
+            self._owners_roster = roster
+            self._engine.bucketing.clear()
+        return self._owners
 
-    def _step_bucket(
-        self, bucket: Bucket, grads: Sequence[Tensor | None], outcomes: dict[Tensor, Outcome] | None = None
-    ) -> None:
-        """Steps the members of a bucket that have a gradient; with ``outcomes`` only says where they should go."""
-        plan = bucket.plan
-        steps = [int(count) for count in bucket.steps.tolist()]
-        fresh, ready = split_by_first_grad(bucket, grads, steps)
-        of_group = {number: self.rates(self.param_groups[number], plan) for number in dict.fromkeys(bucket.groups)}
-        rates = [of_group[number] for number in bucket.groups]
-        metrics = self._metrics_of(plan)
-        size = bucket.tensors_per_chunk(watched=metrics.watches)
-        alike = outcomes is None and not dtensor.is_sharded(bucket.params[0])
-        replicas = dtensor.ReplicaGroup() if plan.splits_refreshes and alike and dtensor.ranks() > 1 else None
-        with bucket.exact_arithmetic(), bucket.stepping() as under_way:
-            for seeding, flags in ((True, fresh), (False, ready)):
-                for first, last in adjacent(flags, size):
-                    under_way[:] = first, last
-                    t = tuple(step + 1 - plan.traits.first_grad_seeds for step in steps[first:last])
-                    bucket.steps[first:last].add_(1)
-                    context = StepContext(
-                        layout=plan.layout,
-                        t=t,
-                        index=tuple(bucket.index[first:last]),
-                        background=self._background,
-                        replicas=replicas,
-                        metrics=metrics,
-                        failures=self._failures,
-                        later=plan.refreshes_later,
-                    )
-                    given = [grad for grad in grads[first:last] if grad is not None]
-                    if plan.maximize:
-                        given = list(torch._foreach_neg(given))
-                    directions: list[Tensor] = []
-                    if seeding:
-                        grad = stack_gradients(given, bucket, context)
-                        with bucket.working(first, last, context) as state:
-                            plan.rule.seed(grad, state, context)
-                    elif outcomes is None:
-                        step_tensors(bucket, first, last, given, context, rates[first:last])
-                    else:
-                        directions = directions_of(bucket, first, last, given, context)
-                    if outcomes is not None:
-                        for place, param in enumerate(bucket.params[first:last]):
-                            outcomes[param] = (SEEDED, None) if seeding else (UPDATED, directions[place])
-                    if not seeding and plan.refreshes_later:
-                        self._refreshes.note(Updated(bucket, first, last, context))
-                    under_way[:] = 0, 0
+    def __getstate__(self) -> dict[str, Any]:
+        self._engine.refreshes.join()
+        # A view is pickled with its whole stack, once for each parameter in it.
+        state = checkpoint.detach_state(super().__getstate__())
+        return {**state, "state": defaultdict(dict, state["state"])}
 
-    def _metrics_of(self, plan: Plan) -> RuleMetrics:
-        return NO_METRICS if self.profiler is None else self.profiler.of(plan.label)
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # A load comes by here too, and changes neither what this was made for nor who owns and measures it.
+        self.__dict__.setdefault("_registered", Registered())
+        self.__dict__.setdefault("_owner_of", {})
+        self.__dict__.setdefault("profiler", None)
+        self._reset_cache()
 
-    def _step_owned(self, owners: Ownership, *, allocate_only: bool) -> None:
-        """Steps the parameters that have owners, round by round, with the next round's gradients under way."""
-        for param in owners.owner:
-            if not owners.owns(param):
-                self._count_of_nothing(param)
-        coming = leaving = None
-        for number, params in enumerate(owners.rounds):
-            grads: dict[Tensor, Tensor] = {}
-            if not allocate_only:
-                coming = coming or owners.start_gradients(params)
-                grads, coming = owners.finish_gradients(params, coming), None
-                if number + 1 < len(owners.rounds):
-                    coming = owners.start_gradients(owners.rounds[number + 1])
-            outcomes: dict[Tensor, Outcome] = {}
-            mine = {param for param in params if owners.owns(param)}
-            cache = self._bucket_cache(1 + number, partial(_among, mine), whole=True)
-            if not allocate_only:
-                for bucket in cache.buckets:
-                    self._step_bucket(bucket, [grads.get(param) for param in bucket.params], outcomes)
-                if leaving is not None:
-                    self._follow(owners.finish_directions(*leaving), owners)
-                leaving = params, owners.start_directions(params, outcomes)
-        if leaving is not None:
-            self._follow(owners.finish_directions(*leaving), owners)
+    @torch.inference_mode(False)
+    def state_dict(self) -> dict[str, Any]:
+        """Returns a copy of the state: flat tensors by role for each parameter, and the param groups.
 
-    def _follow(self, outcomes: dict[Tensor, Outcome], owners: Ownership) -> None:
-        """Takes the step that owners have decided on, on this rank's parts of the parameters."""
-        alike: dict[tuple[int, Plan], list[tuple[Tensor, Tensor]]] = {}
-        for member in self._roster().trained:
+        Of sharded parameters it is made of DTensors; with ``shard_mode="owner"`` all ranks must call this together.
+
+        The tensors are copies: the optimizer holds views of stacks, and saving one would write its whole stack.
+        """
+        self._engine.refreshes.join()
+        if self._consolidated is not None:
+            return self._consolidated
+        if self.spreads_state() and any(isinstance(key, Tensor) for key in self.state):
+            raise RuntimeError(
+                "the state of whole parameters lies with their owners, wanted on one rank: call consolidate() on all "
+                "ranks before state_dict(), as SoapTrainer does; the plain Trainer cannot save shard_mode='owner' "
+                "under DDP"
+            )
+        return self._state_dict(to_first=False)
+
+    def consolidate(self) -> None:
+        """Brings the state that owners hold to rank 0, whose next :meth:`state_dict` returns it; a step drops it.
+
+        Only for ``shard_mode="owner"`` with whole parameters (DDP); all ranks must call it.
+        """
+        self._engine.refreshes.join()
+        if self.spreads_state():
+            self._consolidated = self._state_dict(to_first=True)
+
+    def spreads_state(self) -> bool:
+        """Whether owners hold state of parameters that are not sharded."""
+        owners = self.find_owners()
+        return owners is not None and any(not dtensor.is_sharded(param) for param in owners.owner)
+
+    def _state_dict(self, *, to_first: bool) -> dict[str, Any]:
+        # A hook like any other, but the first, so that those of the user see what is saved.
+        handle = self.register_state_dict_post_hook(lambda _, plain: self._packed(plain, to_first), prepend=True)
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
+
+    def _packed(self, plain: dict[str, Any], to_first: bool) -> dict[str, Any]:
+        owners = self.find_owners()
+        keys = [key for group in plain["param_groups"] for key in group["params"]]
+        # In the order of the groups: ranks gather what they have in the order in which they find it.
+        state = {key: plain["state"][key] for key in keys if key in plain["state"]}
+        for key, member in zip(keys, self.members(), strict=True):
+            known = state.get(key, {})
+            if not any(map(is_own, known)):
+                continue
+            plan, wanted = self.plan_of(member.settings, member.param), self.wanted_state(member)
+            owner = self._owner_of.get(member.param) if owners is not None else None
+            if owner is None:
+                state[key] = checkpoint.packed(member.param, plan, known, wanted)
+            else:
+                state[key] = checkpoint.packed_of_owner(member.param, plan, known, wanted, owner, to_first=to_first)
+        return {**plain, "state": {**state, **{key: v for key, v in plain["state"].items() if key not in state}}}
+
+    @torch.inference_mode(False)
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads state by copying it, in the dtype it was saved in.
+
+        The learning rate comes from the checkpoint, as a scheduler expects, and so do betas that one cycles; all other
+        settings stay as they are now. All ranks that share parameters must call this together.
+
+        Args:
+            state_dict: What :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: If the groups, a parameter's roles or a shape differ from what the current settings need; on
+                all ranks, where one finds that.
+        """
+        self._engine.refreshes.join()
+        states: dict[Tensor, dict[str, Any]] = {}
+        rates = [group["lr"] for group in self.param_groups]
+
+        def take(_: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            # torch casts loaded state to the parameter's dtype, which would round float32 factors of a bf16 model.
+            given = checkpoint.regrouped(self.param_groups, given)
+            found, ours = self._restored(given)
+            states.update(found)
+            groups = checkpoint.merged_groups(self.param_groups, given["param_groups"], self.defaults)
+            return {"state": checkpoint.foreign_state(given["state"], ours), "param_groups": groups}
+
+        def put(_: torch.optim.Optimizer) -> None:
+            shared = Counter(map(id, rates))
+            for group, rate in zip(self.param_groups, rates, strict=True):
+                if isinstance(rate, Tensor) and isinstance(group["lr"], Tensor) and shared[id(rate)] == 1:
+                    group["lr"] = rate.fill_(float(group["lr"]))  # whoever holds it goes on with it
+            for param, state in states.items():
+                self.state[param].update(state)
+
+        # Hooks like any other, but between those of the user, who see what was saved and what was loaded.
+        hooks = (
+            self.register_load_state_dict_pre_hook(take),
+            self.register_load_state_dict_post_hook(put, prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _restored(self, state_dict: dict[str, Any]) -> tuple[dict[Tensor, dict[str, Any]], set[Any]]:
+        """Returns the family's state in a state dict by parameter, and the keys under which it was."""
+        checkpoint.refuse_float8(state_dict)
+        owners = self.find_owners()
+        members = {member.param: member for member in self.members()}
+        jobs, keys = [], set()
+        for param, key, saved in checkpoint.saved_state(self.param_groups, state_dict):
+            keys.add(key)
+            member, owner = members[param], None
+            if self.owned(member.settings, param):
+                owner = self._owner_of.setdefault(param, 0)  # 0 takes what is frozen
+            plan = self.plan_of(member.settings, param)
+            jobs.append(
+                checkpoint.Saved(member, plan, saved, self.wanted_state(member), owner, self.bare_plan(member))
+            )
+        spread = owners is not None or any(dtensor.is_sharded(param) for param in members)
+        spread = spread or any(
+            dtensor.is_sharded(v) for job in jobs for v in job.saved.values() if isinstance(v, Tensor)
+        )
+        ours = checkpoint.is_of_family(state_dict["param_groups"])
+        if not jobs and not ours:
+            checkpoint.refuse_state_of_others(state_dict, self.members())
+        states, estimated = checkpoint.restored(jobs, together=spread and dtensor.ranks() > 1, ours=ours)
+        if estimated and dtensor.rank() == 0:
+            logger.warning(
+                "%d parameters were saved in other parts (another number of ranks or block size). Momentum carries "
+                "over; factors are put together from the old parts, and second moments estimated from them.",
+                estimated,
+            )
+        return states, keys
+
+    def bare_plan(self, member: Member) -> Plan:
+        """What the settings of a parameter would make of it if no side had a factor."""
+        return self.plan({**member.settings, "max_precond_dim": 0}, member.param.shape)
+
+    def fits(self, saved: Mapping[str, Mapping[str, tuple[int, ...]]]) -> bool:
+        """Whether state of these shapes was saved by as many ranks and in the same parts as there are now.
+
+        Parameters of which nothing was saved had no gradient by then, and say nothing.
+
+        Args:
+            saved: Shapes by name of the parameter and role.
+        """
+        own = [self._packed_shapes(member) for member in self.members() if member.param.requires_grad]
+        mine, theirs = (Counter(tuple(sorted(one.items())) for one in shapes) for shapes in (own, saved.values()))
+        sharded = any(dtensor.is_sharded(member.param) for member in self.members())
+        return mine == theirs if sharded else theirs <= mine
+
+    def _packed_shapes(self, member: Member) -> dict[str, tuple[int, ...]]:
+        plan, whole = self.plan_of(member.settings, member.param), self.owned(member.settings, member.param)
+        return checkpoint.packed_shapes(member.param, plan, self.wanted_state(member), whole=whole)
+
+    def wanted_state(self, member: Member) -> dict[str, Tensor]:
+        """Shapes and dtypes of the state of this rank's part of a parameter, on the meta device."""
+        return planned_state(self.plan_of(member.settings, member.param), member.param)
+
+    def state_bytes(self) -> int:
+        """Returns the bytes of state of all trainable parameters on this rank, whether it was made already or not."""
+        return sum(self.state_bytes_of_parameters().values())
+
+    def state_bytes_of_parameters(self) -> dict[Tensor, int]:
+        """Returns the bytes of state that this rank keeps of each trainable parameter; see :meth:`state_bytes`."""
+        owners = self.find_owners()
+        sizes = {}
+        for member in self.roster().trained:
             param = member.param
-            happened, direction = outcomes.get(param, (0, None))
-            if happened and not owners.owns(param):
-                self.state[param]["step"] += 1
-            if happened == UPDATED and direction is not None and direction.numel():
-                kind = member.number, self.plan_of(member.settings, param)
-                alike.setdefault(kind, []).append((dtensor.local(param), direction))
-        for (number, plan), pairs in alike.items():
-            weights, directions = ([pair[i] for pair in pairs] for i in (0, 1))
-            rates = [self.rates(self.param_groups[number], plan)] * len(pairs)
-            with self._metrics_of(plan).watching(weights):
-                apply_(weights, directions, rates, decay_last=plan.decay_last)
+            if owners is not None and param in owners.owner:
+                sizes[param] = self._bytes_of(member) if owners.owns(param) else COUNT.itemsize
+            elif dtensor.local(param).numel():
+                sizes[param] = self._bytes_of(member)
+        return sizes
+
+    def _bytes_of(self, member: Member) -> int:
+        return bytes_of(self.wanted_state(member))
+
+
+def planned_state(plan: Plan, param: Tensor) -> dict[str, Tensor]:
+    """Returns shapes and dtypes, on the meta device, of the state that a plan keeps of a parameter."""
+    device = torch.device("meta")
+    state = plan.allocate(1, dtype=state_dtype(param), device=device)
+    return {**state, "step": torch.zeros((), dtype=COUNT, device=device)}
+
+
+def bytes_of(state: Mapping[str, Tensor]) -> int:
+    """Returns the size of tensors."""
+    return sum(value.numel() * value.element_size() for value in state.values())

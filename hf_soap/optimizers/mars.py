@@ -168,7 +168,7 @@ class MARS(AuxiliaryRates):
                 if self.exact:
                     with self.at_previous_weights():
                         closure()
-        if self.exact and not self._corrected and not self._is_synthetic():
+        if self.exact and not self._corrected and not self._engine.is_synthetic():
             raise RuntimeError(
                 "exact MARS got gradients without their correction, wanted the same minibatch's gradients at the "
                 "previous weights too; train with hf_soap.SoapTrainer, or in a loop of your own run the backward pass "
@@ -225,7 +225,7 @@ class MARS(AuxiliaryRates):
 
         If the body raises, weights and gradients are put back as they were.
         """
-        self._refreshes.join()
+        self._engine.refreshes.join()
         stash = [(member, member.param, member.param.grad) for member in self.members() if member.param.requires_grad]
         moved = [(local(p), local(p).detach().clone(), self._previous(member)) for member, p, _ in stash]
         try:

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from hf_soap.distributed import owners
 from hf_soap.engine.buckets import LAUNCH_BYTES, state_dtype, temporary_bytes
-from hf_soap.engine.optimizer import BlockOptimizer
+from hf_soap.engine.optimizer import BlockOptimizer, bytes_of, planned_state
 from hf_soap.engine.plan import Plan
-from hf_soap.engine.state import bytes_of, planned_state
 from hf_soap.rules.storage import COUNT
 
 Mode = Literal["local", "owner", "ddp", "ddp, owner"]

@@ -138,7 +138,7 @@ def test_cycled_betas_are_those_of_each_step(row: Row, schedule: str, tensor: bo
         scheduler, seen = SCHEDULES[schedule](optimizer), set()
         for step in range(STEPS - 1):
             if anew:
-                optimizer._buckets.clear()
+                optimizer._engine.bucketing.clear()
             train(optimizer, params, [step])
             scheduler.step()
             seen.add(optimizer.param_groups[0]["betas"])
@@ -196,7 +196,7 @@ def test_settings_that_are_changed_in_place_are_seen() -> None:
     assert set(optimizer.state[param]) == {"exp_avg", "exp_avg_sq", "step"}
     optimizer.param_groups[0]["betas"][0] = 0.5
     optimizer.step()
-    assert optimizer._buckets[0].buckets[0].plan.rule.beta1 == 0.5  # type: ignore[attr-defined]
+    assert optimizer._engine.bucketing.caches()[0].buckets[0].plan.rule.beta1 == 0.5  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("name", ["lr", "weight_decay", "nonfinite", "shard_mode", "lr_1d", "exact", "nonsense"])

@@ -283,7 +283,8 @@ def test_training_goes_on_without_decompositions(
     failing(monkeypatch, how, every)
     train(optimizer, params, range(when, 12))
     newton = any(group.get("root_method") == "newton" for group in optimizer.param_groups)  # products alone
-    factored = any(role.startswith("factor_") for entry in optimizer.state.values() for role in entry) and not newton
+    plans = [optimizer.plan_of(member.settings, member.param) for member in optimizer.members()]
+    factored = not newton and any(spec.kind == "factor" for plan in plans for spec in plan.state_spec.values())
     assert (optimizer.failed_refreshes > 0) == factored
     assert diagnostics(optimizer)["optimizer/failed_refreshes"] == optimizer.failed_refreshes
     for place, (param, start) in enumerate(zip(params, parameters(), strict=True)):

@@ -183,7 +183,7 @@ def goes_on_from_others(names: list[str], sharded: bool = True, tolerance: float
         for source in (resume.FULL, resume.SHARDED):
             model = shard(network()) if sharded else network()
             put(model, run["weights"])
-            optimizer, said = OPTIMIZERS[name](model.parameters()), Messages("hf_soap.engine.state")
+            optimizer, said = OPTIMIZERS[name](model.parameters()), Messages("hf_soap.engine.optimizer")
             optimizer.load_state_dict(state_dict.read(folder / source))
             exact = name in ("mars", "mars_lion", "mars_shampoo")  # no factors: nothing is estimated
             warned = [text for text in said.texts if "saved in other parts" in text]

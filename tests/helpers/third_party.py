@@ -77,7 +77,8 @@ class SPlusRule(Rule):
         for side in context.layout.sides:
             values, basis = context.decompose(matrices.eigenbasis, state[f"covariance_{side}"])
             known, finite = state[f"eigenvectors_{side}"], context.finite_mask(values, basis)
-            known.copy_(torch.where(finite, basis, known))
+            start = torch.where(known.flatten(1).any(1)[:, None, None], known, matrices.eye_like(known))
+            known.copy_(torch.where(finite, basis, start))
 
 
 class SPlus(hf_soap.ConfiguredOptimizer):

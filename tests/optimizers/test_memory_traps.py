@@ -214,5 +214,5 @@ def test_a_group_for_each_parameter_keeps_their_stack() -> None:
             [{"params": [param], "lr": 1e-3 * (1 + i), "weight_decay": 0.1 * i} for i, param in enumerate(params)]
         )
         train(optimizer, params, range(2))
-        (bucket,) = optimizer._buckets[0].buckets
+        (bucket,) = optimizer._engine.bucketing.caches()[0].buckets
         assert len(bucket.params) == 12

@@ -1,0 +1,209 @@
+"""The step loop that all optimizers share, and its two ways of stepping: what a rank has, or what it owns."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from hf_soap.config.members import Member
+from hf_soap.distributed import dtensor
+from hf_soap.distributed.owners import SEEDED, UPDATED, Outcome, Ownership
+from hf_soap.engine.background import Background
+from hf_soap.engine.bucketing import Bucketing, PlannedOptimizer
+from hf_soap.engine.buckets import Bucket
+from hf_soap.engine.failures import Failures
+from hf_soap.engine.nonfinite import NonfiniteGuard
+from hf_soap.engine.plan import Plan
+from hf_soap.engine.refresh import Refreshes, Updated
+from hf_soap.engine.step import apply_, directions_of, split_by_first_grad, stack_gradients, step_tensors
+from hf_soap.rules.context import NO_METRICS, RuleMetrics, StepContext, adjacent
+
+
+class Engine:
+    """Steps the parameters of an optimizer: batches of same-shape blocks, each by its rule.
+
+    Args:
+        optimizer: Whose parameters and state these are, and what their plans are.
+
+    Attributes:
+        bucketing: Their buckets.
+        guard: Checks gradients and counts skipped steps.
+        failures: Counts decompositions that failed.
+        background: Work beside the training loop.
+        refreshes: Refreshes that come after the step.
+    """
+
+    def __init__(self, optimizer: PlannedOptimizer) -> None:
+        self.optimizer = optimizer
+        self.bucketing = Bucketing(optimizer)
+        self.guard = NonfiniteGuard()
+        self.failures = Failures()
+        self.background = Background(self.failures)
+        self.refreshes = Refreshes()
+
+    def step(self) -> bool:
+        """Takes a step, unless a gradient is not finite; returns whether it did."""
+        name = type(self.optimizer).__name__
+        if not self.guard.admits(self.optimizer.param_groups, name=name):
+            return False
+        owners, allocate_only = self.optimizer.find_owners(), self.is_synthetic()
+        self.refreshes.start()
+        LocalStep(owners).take(self, allocate_only=allocate_only)
+        if owners is not None:
+            OwnerStep(owners).take(self, allocate_only=allocate_only)
+        self.refreshes.finish()
+        return True
+
+    def is_synthetic(self) -> bool:
+        """Whether this step is taken to make the state alone, as torch.distributed.checkpoint does before a load."""
+        if any(isinstance(key, Tensor) for key in self.optimizer.state) or any(
+            group["lr"] for group in self.optimizer.param_groups
+        ):
+            return False
+        params = [member.param for member in self.optimizer.roster().trained]
+        grads = [dtensor.local_grad(param) for param in params]
+        zero = not any(grad is not None and bool(grad.any()) for grad in grads)
+        return dtensor.agree(zero, params)  # a warmup starts at 0 too, and the gradient of one part may be zero
+
+    def metrics_of(self, plan: Plan) -> RuleMetrics:
+        """Returns what records the updates of a plan."""
+        profiler = self.optimizer.profiler
+        return NO_METRICS if profiler is None else profiler.of(plan.label)
+
+    def step_bucket(
+        self, bucket: Bucket, grads: Sequence[Tensor | None], outcomes: dict[Tensor, Outcome] | None = None
+    ) -> None:
+        """Steps the members of a bucket that have a gradient; with ``outcomes`` only says where they should go."""
+        plan = bucket.plan
+        steps = [int(count) for count in bucket.steps.tolist()]
+        fresh, ready = split_by_first_grad(bucket, grads, steps)
+        of_group = {
+            number: self.optimizer.rates(self.optimizer.param_groups[number], plan)
+            for number in dict.fromkeys(bucket.groups)
+        }
+        rates = [of_group[number] for number in bucket.groups]
+        metrics = self.metrics_of(plan)
+        size = bucket.tensors_per_chunk(watched=metrics.watches)
+        alike = outcomes is None and not dtensor.is_sharded(bucket.params[0])
+        replicas = dtensor.ReplicaGroup() if plan.splits_refreshes and alike and dtensor.ranks() > 1 else None
+        with bucket.exact_arithmetic(), bucket.stepping() as under_way:
+            for seeding, flags in ((True, fresh), (False, ready)):
+                for first, last in adjacent(flags, size):
+                    under_way[:] = first, last
+                    t = tuple(step + 1 - plan.traits.first_grad_seeds for step in steps[first:last])
+                    bucket.steps[first:last].add_(1)
+                    context = StepContext(
+                        layout=plan.layout,
+                        t=t,
+                        index=tuple(bucket.index[first:last]),
+                        background=self.background,
+                        replicas=replicas,
+                        metrics=metrics,
+                        failures=self.failures,
+                        later=plan.refreshes_later,
+                    )
+                    given = [grad for grad in grads[first:last] if grad is not None]
+                    if plan.maximize:
+                        given = list(torch._foreach_neg(given))
+                    directions: list[Tensor] = []
+                    if seeding:
+                        grad = stack_gradients(given, bucket, context)
+                        with bucket.working(first, last, context) as state:
+                            plan.rule.seed(grad, state, context)
+                    elif outcomes is None:
+                        step_tensors(bucket, first, last, given, context, rates[first:last])
+                    else:
+                        directions = directions_of(bucket, first, last, given, context)
+                    if outcomes is not None:
+                        for place, param in enumerate(bucket.params[first:last]):
+                            outcomes[param] = (SEEDED, None) if seeding else (UPDATED, directions[place])
+                    if not seeding and plan.refreshes_later:
+                        self.refreshes.note(Updated(bucket, first, last, context))
+                    under_way[:] = 0, 0
+
+
+class LocalStep:
+    """Every rank steps what it has: its parts of sharded parameters, and whole parameters.
+
+    Args:
+        owners: Who preconditions what; None where nothing has an owner. What has one is not stepped here.
+    """
+
+    def __init__(self, owners: Ownership | None) -> None:
+        self.owners = owners
+
+    def take(self, engine: Engine, *, allocate_only: bool) -> None:
+        """Takes the step; ``allocate_only`` makes the state and changes nothing."""
+        cache = engine.bucketing.of(0, self._belongs)
+        if allocate_only:
+            return
+        for param in cache.empty:  # a checkpoint may take any rank's count
+            step = engine.bucketing.count_of(param)
+            if param.grad is not None and dtensor.is_sharded(param):
+                step += 1
+        for bucket in cache.buckets:
+            engine.step_bucket(bucket, bucket.grads())
+
+    def _belongs(self, member: Member) -> bool:
+        return self.owners is None or member.param not in self.owners.owner
+
+
+class OwnerStep:
+    """Every rank steps whole matrices that it owns, and sends the directions to the ranks that have the weights.
+
+    Args:
+        owners: Who preconditions what.
+    """
+
+    def __init__(self, owners: Ownership) -> None:
+        self.owners = owners
+
+    def take(self, engine: Engine, *, allocate_only: bool) -> None:
+        """Steps the parameters that have owners, round by round, with the next round's gradients under way."""
+        owners = self.owners
+        for param in owners.owner:
+            if not owners.owns(param):
+                engine.bucketing.count_of(param)
+        coming = leaving = None
+        for number, params in enumerate(owners.rounds):
+            grads: dict[Tensor, Tensor] = {}
+            if not allocate_only:
+                coming = coming or owners.start_gradients(params)
+                grads, coming = owners.finish_gradients(params, coming), None
+                if number + 1 < len(owners.rounds):
+                    coming = owners.start_gradients(owners.rounds[number + 1])
+            outcomes: dict[Tensor, Outcome] = {}
+            mine = {param for param in params if owners.owns(param)}
+            cache = engine.bucketing.of(1 + number, partial(_among, mine), whole=True)
+            if not allocate_only:
+                for bucket in cache.buckets:
+                    engine.step_bucket(bucket, [grads.get(param) for param in bucket.params], outcomes)
+                if leaving is not None:
+                    self._follow(engine, owners.finish_directions(*leaving))
+                leaving = params, owners.start_directions(params, outcomes)
+        if leaving is not None:
+            self._follow(engine, owners.finish_directions(*leaving))
+
+    def _follow(self, engine: Engine, outcomes: dict[Tensor, Outcome]) -> None:
+        """Takes the step that owners have decided on, on this rank's parts of the parameters."""
+        alike: dict[tuple[int, Plan], list[tuple[Tensor, Tensor]]] = {}
+        for member in engine.optimizer.roster().trained:
+            param = member.param
+            happened, direction = outcomes.get(param, (0, None))
+            if happened and not self.owners.owns(param):
+                engine.optimizer.state[param]["step"] += 1
+            if happened == UPDATED and direction is not None and direction.numel():
+                kind = member.number, engine.optimizer.plan_of(member.settings, param)
+                alike.setdefault(kind, []).append((dtensor.local(param), direction))
+        for (number, plan), pairs in alike.items():
+            weights, directions = ([pair[i] for pair in pairs] for i in (0, 1))
+            rates = [engine.optimizer.rates(engine.optimizer.param_groups[number], plan)] * len(pairs)
+            with engine.metrics_of(plan).watching(weights):
+                apply_(weights, directions, rates, decay_last=plan.decay_last)
+
+
+def _among(params: set[Tensor], member: Member) -> bool:
+    return member.param in params
