@@ -122,7 +122,7 @@ def meshes_of_two_dimensions() -> None:
             optimizer.load_state_dict(state)
             same_gradients(again, optimizer, range(6, 10))
             assert_equal(whole(again), want, f"{cut.__name__}, {name}")
-            losses = train(again, optimizer, [0] * 30)
+            losses = train(again, optimizer, [0] * 8)
             assert losses[-1] < losses[0], f"{cut.__name__}, {name}: {losses}"
 
 
