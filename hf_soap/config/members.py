@@ -67,7 +67,18 @@ class Roster:
 
     def fits(self, groups: Groups) -> bool:
         """Whether the groups have not changed since."""
-        return len(groups) == len(self._seen) and all(map(self._same, groups, self._seen))
+        if len(groups) != len(self._seen):
+            return False
+        for group, (params, trained, settings, overrides) in zip(groups, self._seen, strict=True):
+            now = group["params"]
+            if len(now) != len(params) or any(a is not b for a, b in zip(now, params, strict=True)):
+                return False
+            if any(param.requires_grad is not flag for param, flag in zip(now, trained, strict=True)):
+                return False
+            found = [tuple(value) if type(value) is list else value for value in map(group.get, self._names)]
+            if found != settings or [*(group.get(OVERRIDES) or ())] != overrides:
+                return False
+        return True
 
     def same_parameters(self, other: Roster) -> bool:
         """Whether another roster has the same trained parameters, in the same groups and positions."""
@@ -86,9 +97,6 @@ class Roster:
         settings = [tuple(value) if type(value) is list else value for value in map(group.get, self._names)]
         overrides = [dict(own) for own in group.get(OVERRIDES) or ()]
         return params, [param.requires_grad for param in params], settings, overrides
-
-    def _same(self, group: Mapping[str, Any], seen: Seen) -> bool:
-        return _is_same(self._read(group), seen)
 
 
 Seen = tuple[list[Tensor], list[bool], list[Any], list[dict[str, Any]]]

@@ -37,7 +37,7 @@ Kind = tuple[Plan, torch.dtype, torch.device]
 class Bucket:
     """The stacked state of all tensors with the same blocks, handed out to ``optimizer.state[p]`` as views.
 
-    A cache, never the truth: :meth:`intact` tells whether the state still lives here. Where it was replaced (a load, a
+    A cache, never the truth: :meth:`intact` tells whether it is still valid. Where it was replaced (a load, a
     deepcopy, a swapped parameter) the optimizer builds the bucket anew from what it finds in the state.
     """
 
@@ -66,13 +66,13 @@ class Bucket:
         self.groups = [member.number for member, _ in members]
         self.params = [member.param for member, _ in members]
         self.shapes = [shape for _, shape in members]
-        self._kinds = [_kind_of(param) for param in self.params]
+        self._kinds = [(param.shape, param.dtype, param.device) for param in self.params]
         self._cut = any(map(dtensor.is_sharded, self.params))
         device = self.params[0].device
         self.stacks = plan.allocate(len(members), dtype=dtype, device=device)
         self.steps = torch.zeros(len(members), dtype=COUNT, device="cpu")
         self._bytes_of_step = max(1, temporary_bytes(plan, dtype))
-        fuses = plan.traits.has_fused_step and plan.state_format.is_identity and not plan.decay_last
+        fuses = plan.traits.has_fused_step and plan.keeps_as_computed and not plan.decay_last
         parts = self.weights(0, len(members)) if fuses else []
         self.fuses = bool(parts) and all(
             part.shape == plan.layout.block and part.dtype == dtype and part.is_contiguous() for part in parts
@@ -134,7 +134,7 @@ class Bucket:
     def working(self, first: int, last: int, context: StepContext) -> Iterator[dict[str, Tensor]]:
         """State of the tensors first..last-1 to compute with, which is put back as it is kept on leaving."""
         kept, storage = self.rows(first, last), self.plan.state_format
-        if storage.is_identity:
+        if self.plan.keeps_as_computed:
             yield kept
             return
         specs = self.plan.state_spec
@@ -179,12 +179,11 @@ class Bucket:
         """Yields each parameter with the shape, dtype and device that it had when the bucket was made."""
         return zip(self.params, self._kinds, strict=True)
 
-    def unchanged(self) -> bool:
-        """Whether the parameters are of the same shapes and kinds as when the bucket was made."""
-        return self._kinds == list(map(_kind_of, self.params))
-
     def intact(self, state: Mapping[Tensor, dict[str, Any]]) -> bool:
-        """Whether every tensor's state is still the view that was handed out."""
+        """Whether the parameters are as they were, and the state of each is still the view that was handed out."""
+        # model.double() keeps the parameters.
+        if self._kinds != [(param.shape, param.dtype, param.device) for param in self.params]:
+            return False
         nothing: dict[str, Any] = {}  # and none for a defaultdict to make
         try:
             known = [state.get(param, nothing) for param in self.params]
@@ -209,14 +208,10 @@ class Bucket:
 def temporary_bytes(plan: Plan, dtype: torch.dtype) -> int:
     """Estimates what the step of one tensor needs beside its state, for as long as it takes."""
     needs = plan.layout.blocks * dtype.itemsize * plan.rule.workspace(plan.layout)
-    if not plan.state_format.is_identity:
+    if not plan.keeps_as_computed:
         computed = plan.computed(1, dtype=dtype, device=torch.device("meta"))
         needs += sum(value.numel() * value.element_size() for value in computed.values())
     return needs
-
-
-def _kind_of(param: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
-    return param.shape, param.dtype, param.device  # model.double() keeps the parameters
 
 
 @dataclass
@@ -239,7 +234,7 @@ class BucketCache:
         """Whether parameters and state are still those that the buckets were made from."""
         if any(member.param.grad is not None for member in self.dormant):
             return False
-        return all(bucket.unchanged() and bucket.intact(state) for bucket in self.buckets)
+        return all(bucket.intact(state) for bucket in self.buckets)
 
     def still_serving(
         self, kinds: Mapping[Kind, list[tuple[Member, torch.Size]]], state: Mapping[Tensor, dict[str, Any]]
@@ -250,7 +245,7 @@ class BucketCache:
             kinds: Members to be stepped and their shapes, by what happens to them; changed in place.
             state: The optimizer's state.
         """
-        intact = [bucket for bucket in self.buckets if bucket.unchanged() and bucket.intact(state)]
+        intact = [bucket for bucket in self.buckets if bucket.intact(state)]
         kept = []
         for kind, entries in kinds.items():
             members = {member.param: member for member, _ in entries}

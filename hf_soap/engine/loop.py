@@ -49,12 +49,14 @@ class Engine:
         name = type(self.optimizer).__name__
         if not self.guard.admits(self.optimizer.param_groups, name=name):
             return False
-        owners, allocate_only = self.optimizer.find_owners(), self.is_synthetic()
-        self.refreshes.start()
-        LocalStep(owners).take(self, allocate_only=allocate_only)
+        owners = self.optimizer.find_owners()
+        allocate_only = not any(group["lr"] for group in self.optimizer.param_groups) and self.is_synthetic()
+        self.refreshes.noted.clear()  # of a step that was broken off
+        LOCAL.take(self, owners, allocate_only=allocate_only)
         if owners is not None:
-            OwnerStep(owners).take(self, allocate_only=allocate_only)
-        self.refreshes.finish()
+            OWNED.take(self, owners, allocate_only=allocate_only)
+        if self.refreshes.noted:
+            self.refreshes.finish()
         return True
 
     def is_synthetic(self) -> bool:
@@ -121,23 +123,16 @@ class Engine:
                         for place, param in enumerate(bucket.params[first:last]):
                             outcomes[param] = (SEEDED, None) if seeding else (UPDATED, directions[place])
                     if not seeding and plan.refreshes_later:
-                        self.refreshes.note(Updated(bucket, first, last, context))
+                        self.refreshes.noted.append(Updated(bucket, first, last, context))
                     under_way[:] = 0, 0
 
 
 class LocalStep:
-    """Every rank steps what it has: its parts of sharded parameters, and whole parameters.
+    """Every rank steps what it has: its parts of sharded parameters, and whole parameters."""
 
-    Args:
-        owners: Who preconditions what; None where nothing has an owner. What has one is not stepped here.
-    """
-
-    def __init__(self, owners: Ownership | None) -> None:
-        self.owners = owners
-
-    def take(self, engine: Engine, *, allocate_only: bool) -> None:
-        """Takes the step; ``allocate_only`` makes the state and changes nothing."""
-        cache = engine.bucketing.of(0, self._belongs)
+    def take(self, engine: Engine, owners: Ownership | None, *, allocate_only: bool) -> None:
+        """Takes the step of all parameters that have no owner; ``allocate_only`` makes their state alone."""
+        cache = engine.bucketing.of(0, lambda member: owners is None or member.param not in owners.owner)
         if allocate_only:
             return
         for param in cache.empty:  # a checkpoint may take any rank's count
@@ -147,23 +142,12 @@ class LocalStep:
         for bucket in cache.buckets:
             engine.step_bucket(bucket, bucket.grads())
 
-    def _belongs(self, member: Member) -> bool:
-        return self.owners is None or member.param not in self.owners.owner
-
 
 class OwnerStep:
-    """Every rank steps whole matrices that it owns, and sends the directions to the ranks that have the weights.
+    """Every rank steps whole matrices that it owns, and sends the directions to the ranks that have the weights."""
 
-    Args:
-        owners: Who preconditions what.
-    """
-
-    def __init__(self, owners: Ownership) -> None:
-        self.owners = owners
-
-    def take(self, engine: Engine, *, allocate_only: bool) -> None:
+    def take(self, engine: Engine, owners: Ownership, *, allocate_only: bool) -> None:
         """Steps the parameters that have owners, round by round, with the next round's gradients under way."""
-        owners = self.owners
         for param in owners.owner:
             if not owners.owns(param):
                 engine.bucketing.count_of(param)
@@ -182,18 +166,18 @@ class OwnerStep:
                 for bucket in cache.buckets:
                     engine.step_bucket(bucket, [grads.get(param) for param in bucket.params], outcomes)
                 if leaving is not None:
-                    self._follow(engine, owners.finish_directions(*leaving))
+                    self._follow(engine, owners, owners.finish_directions(*leaving))
                 leaving = params, owners.start_directions(params, outcomes)
         if leaving is not None:
-            self._follow(engine, owners.finish_directions(*leaving))
+            self._follow(engine, owners, owners.finish_directions(*leaving))
 
-    def _follow(self, engine: Engine, outcomes: dict[Tensor, Outcome]) -> None:
+    def _follow(self, engine: Engine, owners: Ownership, outcomes: dict[Tensor, Outcome]) -> None:
         """Takes the step that owners have decided on, on this rank's parts of the parameters."""
         alike: dict[tuple[int, Plan], list[tuple[Tensor, Tensor]]] = {}
         for member in engine.optimizer.roster().trained:
             param = member.param
             happened, direction = outcomes.get(param, (0, None))
-            if happened and not self.owners.owns(param):
+            if happened and not owners.owns(param):
                 engine.optimizer.state[param]["step"] += 1
             if happened == UPDATED and direction is not None and direction.numel():
                 kind = member.number, engine.optimizer.plan_of(member.settings, param)
@@ -203,6 +187,9 @@ class OwnerStep:
             rates = [engine.optimizer.rates(engine.optimizer.param_groups[number], plan)] * len(pairs)
             with engine.metrics_of(plan).watching(weights):
                 apply_(weights, directions, rates, decay_last=plan.decay_last)
+
+
+LOCAL, OWNED = LocalStep(), OwnerStep()
 
 
 def _among(params: set[Tensor], member: Member) -> bool:

@@ -92,12 +92,14 @@ class BlockOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         engine = self._engine
-        engine.refreshes.join()
+        if engine.refreshes.in_progress:
+            engine.refreshes.join()
         device = next((param.device for group in self.param_groups for param in group["params"]), torch.device("cpu"))
         with nullcontext() if self.profiler is None else self.profiler.stepping(device):
             if engine.step():
                 self._consolidated = None
-        engine.guard.raise_after_too_many(self.param_groups)
+        if engine.guard.in_a_row:
+            engine.guard.raise_after_too_many(self.param_groups)
         return loss
 
     @property

@@ -42,9 +42,8 @@ class Plan:
     @cached_property
     def refreshes_later(self) -> bool:
         """Whether refreshes come after the step: not where that would round state once more."""
-        return (
-            self.overlaps and self.state_format.is_identity and bool(self.layout.sides) and self.traits.refreshes_last
-        )
+        factored = bool(self.layout.sides)
+        return self.overlaps and self.keeps_as_computed and factored and self.traits.refreshes_last
 
     @cached_property
     def traits(self) -> Traits:
@@ -61,6 +60,11 @@ class Plan:
     def entrywise(self) -> bool:
         """Whether all state has the tensor's own shape and coordinates, so that it can be cut anew."""
         return all(spec.kind == "moment" for spec in self.state_spec.values())
+
+    @cached_property
+    def keeps_as_computed(self) -> bool:
+        """Whether state is kept in the form that it is computed in."""
+        return self.state_format.is_identity
 
     @cached_property
     def state_format(self) -> Storage:

@@ -65,7 +65,7 @@ class RecordingMetrics(RuleMetrics):
         self._sums: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
 
     @property
-    def watches(self) -> bool:
+    def watches(self) -> bool:  # type: ignore[override]
         """Whether this step is due."""
         return self._profiler.due
 

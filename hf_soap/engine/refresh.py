@@ -38,35 +38,32 @@ class Updated:
 
 
 class Refreshes:
-    """What steps leave to be refreshed, at once or beside what the device does until the next step."""
+    """What steps leave to be refreshed: at once, or while the device runs the next forward and backward pass.
+
+    Attributes:
+        noted: Tensors that the current step has updated.
+        in_progress: What is being refreshed on another stream, and the stream that it was launched from.
+    """
 
     def __init__(self) -> None:
-        self._updated: list[Updated] = []
+        self.noted: list[Updated] = []
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
-        self._under_way: list[tuple[Updated, torch.cuda.Stream]] = []
-
-    def note(self, updated: Updated) -> None:
-        """Takes note of tensors that a step has updated."""
-        self._updated.append(updated)
-
-    def start(self) -> None:
-        """Forgets what an unfinished step has noted."""
-        self._updated = []
+        self.in_progress: list[tuple[Updated, torch.cuda.Stream]] = []
 
     def finish(self) -> None:
-        """Refreshes what is due after the step."""
-        for one in self._updated:
+        """Refreshes what is due of the noted tensors."""
+        for one in self.noted:
             if any(one.bucket.plan.rule.due(one.context)):
                 with self._aside(one):
                     one.refresh()
 
     def join(self) -> None:
         """Lets the device go on when the refreshes under way are done; the host does not wait."""
-        for updated, launched_from in self._under_way:
+        for updated, launched_from in self.in_progress:
             device = updated.bucket.params[0].device
             for stream in (launched_from, torch.cuda.current_stream(device)):
                 stream.wait_stream(self._streams[device])
-        self._under_way = []
+        self.in_progress = []
 
     def _aside(self, updated: Updated) -> AbstractContextManager[object]:
         """On a GPU, sends refreshes that may overlap to a stream of their own, after all that was sent so far."""
@@ -80,5 +77,5 @@ class Refreshes:
         stream.wait_stream(current)
         for stack in bucket.stacks.values():
             stack.record_stream(stream)  # whoever drops the optimizer now must not get their memory yet
-        self._under_way.append((updated, current))  # and so the finite check that it reads stays, too
+        self.in_progress.append((updated, current))  # and so the finite check that it reads stays, too
         return torch.cuda.stream(stream)

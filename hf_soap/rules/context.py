@@ -42,10 +42,8 @@ class FailureCount(Protocol):
 class RuleMetrics:
     """What rules and the step loop report of the tensors of one rule; this one takes no notice."""
 
-    @property
-    def watches(self) -> bool:
-        """Whether this step measures how far it moves the weights."""
-        return False
+    watches = False
+    """Whether this step measures how far it moves the weights."""
 
     def watching(self, weights: Sequence[Tensor]) -> AbstractContextManager[None]:
         """Measures how far the block moves weights, in the steps that are due."""
