@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from hf_soap.linalg import elementwise
-from hf_soap.rules.base import Rule, State, StateSpec, WrappingRule, moment
+from hf_soap.rules.base import Rule, State, StateSpec, Traits, WrappingRule, moment
 from hf_soap.rules.context import StepContext
 from hf_soap.rules.layout import Layout
 
@@ -44,6 +44,10 @@ class MarsRule(WrappingRule):
         """Declares the inner rule's state and, unless exact, the previous gradient."""
         specs = self.inner.state_spec(layout)
         return specs if self.exact else {**specs, "prev_grad": moment(layout)}
+
+    def traits(self, layout: Layout) -> Traits:
+        """As the inner rule, but for the clipping: it is to the norm of the whole tensor."""
+        return replace(self.inner.traits(layout), is_elementwise=False)
 
     def describe(self, layout: Layout) -> str:
         """Returns the inner rule with MARS before it."""

@@ -72,12 +72,15 @@ class Storage:
         if tensors.keys() == like.keys() and all(_alike(tensors[role], like[role]) for role in like):
             return dict(known)
         state = decoded(tensors, specs, torch.float32)
-        kept = {role: value for role, value in state.items() if role not in specs}
-        for role in state.keys() & specs.keys():
+        # What is unknown, or has another shape than it should, stays as it is: the check of the state reports it.
+        fitting = {
+            role for role, value in state.items() if role in specs and tuple(value.shape[1:]) == specs[role].shape
+        }
+        kept = {role: value for role, value in state.items() if role not in fitting}
+        for role in fitting:
             shape, dtype = self.form(specs[role], state[role].dtype)
-            rows = state[role].shape[0] if state[role].dim() else 1
-            kept[role] = torch.zeros(rows, *shape, dtype=dtype, device=state[role].device)
-        self.encode_(kept, {role: state[role] for role in state.keys() & specs.keys()}, specs, None)
+            kept[role] = torch.zeros(state[role].shape[0], *shape, dtype=dtype, device=state[role].device)
+        self.encode_(kept, {role: state[role] for role in fitting}, specs, None)
         rest = {role: value for role, value in known.items() if role not in tensors}
         return {**kept, **rest}
 

@@ -156,6 +156,8 @@ def test_frozen_parameters_may_be_of_any_kind(row: Row) -> None:
 def test_a_wrong_setting_of_a_new_group_changes_nothing(row: Row) -> None:
     _, optimizer = trained(row, steps=4)
     for wrong in ({"betas": (0.9, 1.0)}, {"betas": 0.9}, {"lr": -1.0}, {"weight_decay": torch.nan}, {"eps": "small"}):
+        if wrong.keys() - optimizer.defaults.keys():
+            continue
         with pytest.raises(ValueError, match=r"must be .*got"):
             optimizer.add_param_group({"params": [Parameter(torch.zeros(2))], **wrong})
     assert len(optimizer.param_groups) == 1

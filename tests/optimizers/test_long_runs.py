@@ -15,7 +15,7 @@ from helpers import parameters, train
 from torch import Tensor
 from torch.nn import Parameter
 
-from hf_soap.optimizers.names import ENTRIES
+from hf_soap.optimizers.names import ENTRIES, OURS
 from hf_soap.rules.storage import decoded
 
 
@@ -27,7 +27,7 @@ def entry(name: str, **options: Any) -> Callable[[list[Parameter], float], Any]:
 
 LATE = {"asynchronous": True, "delay": 5}
 MEMBERS: dict[str, Callable[[list[Parameter], float], Any]] = {
-    **{name: entry(name) for name in ENTRIES},
+    **{config.name: entry(config.name) for configs in OURS.values() for config in configs},
     "one-sided": entry("soap", one_sided=True),
     "factorized": entry("soap", factorized=True),
     "staggered": entry("soap", stagger=True),

@@ -103,6 +103,7 @@ WAYS = {
     "python scripts/measure_recipe.py": Way(),
     "python scripts/measure_gpu.py --rehearse": Way(),
     "python scripts/measure_gpu.py --list": Way(slow=False),
+    "python scripts/count_path.py": Way(slow=False),
     "python scripts/update_readme.py --gpu": Way(behind="python scripts/measure_gpu.py --minutes"),
     "python scripts/measure_gpu.py --minutes": Way("--rehearse --stages kernels"),
     "python scripts/measure_gpu.py --stages": Way("--rehearse --stages kernels"),
