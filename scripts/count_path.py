@@ -9,7 +9,7 @@ and files that say what SOAP computes, the import levels, and the files that an 
 from __future__ import annotations
 
 import ast
-import subprocess
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,11 +91,11 @@ def imported(path: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def mentioning(name: str, own: str) -> list[str]:
-    """Returns the files of the package that mention a name, but for those of its own."""
-    command = ["git", "grep", "-l", "-w", name, "--", "hf_soap"]
-    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False).stdout
-    return [path for path in said.split() if Path(path).name != own]
+def mentioning(pattern: str) -> list[str]:
+    """Returns the files of the package in whose code a regular expression is found, but for muon.py."""
+    paths = [path for path in sorted(PACKAGE.rglob("*.py")) if path.name != "muon.py"]
+    found = [path for path in paths if re.search(pattern, path.read_text(encoding="utf-8"))]
+    return [str(path.relative_to(ROOT)) for path in found]
 
 
 def main() -> None:
@@ -107,15 +107,8 @@ def main() -> None:
     lines = sum(len((PACKAGE / file).read_text(encoding="utf-8").splitlines()) for file in READING)
     print(f"what SOAP computes is in {lines} lines of {len(READING)} files: {', '.join(READING)}")
     print(f"{import_levels()} import levels")
-    print(f"Muon touches {', '.join(imports_muon())} beside its own files")
-    print(f"the third-party rule touches {', '.join(mentioning('SPlus', '')) or 'no file'} of the package")
-
-
-def imports_muon() -> list[str]:
-    """Returns the files of the package that name its class or config in code, but for its own."""
-    command = ["git", "grep", "-lwE", "import Muon|MuonConfig", "--", "hf_soap"]
-    said = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    return [path for path in said.split() if Path(path).name != "muon.py"]
+    print(f"Muon touches {', '.join(mentioning('import Muon|MuonConfig'))} beside its own files")
+    print(f"the third-party rule touches {', '.join(mentioning('SPlus')) or 'no file'} of the package")
 
 
 if __name__ == "__main__":
