@@ -171,8 +171,8 @@ def refuse_float8(state_dict: dict[str, Any]) -> None:
     if any(group.get("state_dtype") == "float8" for group in state_dict["param_groups"]):
         raise ValueError(
             "the checkpoint was saved with state_dtype='float8', which no longer exists; wanted float32 or bfloat16. "
-            "With the version of hf_soap that wrote it, load it into an optimizer with state_dtype='bfloat16' and save "
-            "that; or start without the optimizer's state"
+            "With the version of hf_soap that wrote it, load it into an optimizer with state_dtype='bfloat16' and "
+            "save that; or start without the optimizer's state"
         )
 
 
