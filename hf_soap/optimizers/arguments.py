@@ -50,8 +50,7 @@ def resolve(args: TrainingArguments) -> options.OptimizerConfig:
 
 
 def changed_adam_arguments(args: TrainingArguments) -> dict[str, float]:
-    """Returns the options that ``adam_beta1``, ``adam_beta2`` and ``adam_epsilon`` set to a value that is not their
-    default."""
+    """Returns the options set by those of ``adam_beta1``, ``adam_beta2`` and ``adam_epsilon`` that were changed."""
     return {
         option: getattr(args, argument)
         for option, (argument, default) in HF_ADAM.items()
