@@ -1,6 +1,6 @@
-"""What a state dict holds, how it is loaded, and how state is cut anew for other ranks.
+"""What a state dict holds, how it is loaded, and how state is resharded for other ranks.
 
-May import ``rules`` and what stands below them.
+May import ``rules`` and the folders below it.
 """
 
 from hf_soap.checkpoint.state_dict import read

@@ -12,7 +12,7 @@ def check_state(known: Mapping[str, Any], wanted: Mapping[str, Tensor], name: st
     """Checks that saved state has the roles and shapes that the current settings need.
 
     Args:
-        known: The family's state of one parameter as found, by role.
+        known: The package's saved state of one parameter, by role.
         wanted: Tensors of the right shapes, by role; ``step`` included.
         name: Name of the parameter, for the message.
         shape: Its shape, for the message.
@@ -29,7 +29,7 @@ def check_state(known: Mapping[str, Any], wanted: Mapping[str, Tensor], name: st
             + "; ".join(
                 f"{role} got {got.get(role, 'nothing')}, wanted {want.get(role, 'nothing')}" for role in differ
             )
-            + ". Resume with the optimizer and the optim_args that wrote the checkpoint. To go on with the weights "
-            "alone, remove the optimizer's state from the checkpoint (the file optimizer.pt; under FSDP the file "
-            "optimizer.bin or the folder optimizer_0); the learning rate then starts its schedule again"
+            + ". Resume with the optimizer and the optim_args that wrote the checkpoint. To keep only the weights, "
+            "remove the optimizer's state from the checkpoint (the file optimizer.pt; under FSDP the file "
+            "optimizer.bin or the folder optimizer_0); the learning rate schedule then starts again"
         )

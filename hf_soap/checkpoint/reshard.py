@@ -1,8 +1,8 @@
-"""State of a tensor that was cut in one way, made to fit another: other ranks, other blocks, one process.
+"""Reshards the state of a tensor: for another number of ranks, for other blocks, or for one process.
 
-Momentum and everything else that has the tensor's coordinates carries over exactly. Factors are put together from what
-the old parts hold: each contributes in proportion to the entries that it shares with a new block, and correlations
-between entries that no old factor saw count as zero.
+Momentum and all other state in the tensor's coordinates carries over exactly. Factors are assembled from those of the
+old parts. Each contributes in proportion to the entries that it shares with a new block. Correlations that no old
+factor contains count as zero.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from hf_soap.rules.layout import Layout
 from hf_soap.rules.storage import COUNT, decoded
 
 Ranges = tuple[tuple[int, int], ...]
-"""(first, end) for each dimension."""
+"""(start, end) for each dimension."""
 
 
 @dataclass(frozen=True)
 class Piece:
-    """State of one part of a tensor, as one rank held it.
+    """The state of one part of a tensor, as one rank held it.
 
     Attributes:
         shard: Where the part lies.
@@ -42,7 +42,7 @@ class Piece:
 
 
 def describe(shard: Shard, layout: Layout) -> Tensor:
-    """Returns shard and layout as one vector of int64, of the same length on all ranks, to be saved with the state."""
+    """Encodes shard and layout as one int64 vector, of the same length on all ranks, to be saved with the state."""
     numbers = [len(shard.whole), len(layout.view)]
     for values in (shard.whole, shard.offset, shard.size, shard.largest, layout.view, layout.grid, layout.block):
         numbers += values
@@ -50,12 +50,12 @@ def describe(shard: Shard, layout: Layout) -> Tensor:
 
 
 def understand(described: Tensor, state: Mapping[str, Tensor], rule: Rule) -> Piece:
-    """Returns the piece whose shard and layout :func:`describe` made a vector of, with its state to compute with."""
+    """Decodes the vector of :func:`describe`, and returns the piece with its state in the form to compute with."""
     dims, modes, *numbers = described.tolist()
     rest = iter(numbers)
     whole, offset, size, largest = (tuple(itertools.islice(rest, dims)) for _ in range(4))
     view, grid, block = (tuple(itertools.islice(rest, modes)) for _ in range(3))
-    # The sides that have a factor are those of which one was saved.
+    # The factored sides are those with a saved factor.
     layout = Layout(view, grid, block, tuple(range(modes)))
     specs = rule.state_spec(layout)
     factors = {spec.mode for role, spec in specs.items() if spec.kind == "factor" and role in state}
@@ -66,7 +66,7 @@ def understand(described: Tensor, state: Mapping[str, Tensor], rule: Rule) -> Pi
 def reshard(
     pieces: Sequence[Piece], rule: Rule, layout: Layout, shard: Shard, wanted: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Makes the state of one part of a tensor from the state of other parts that cover it.
+    """Computes the state of one part of a tensor from the state of other parts that cover it.
 
     Args:
         pieces: Saved state of all old parts, on one device.
@@ -98,7 +98,7 @@ def reshard(
         gradient = state.get("exp_avg", state.get("prev_grad"))
         for role, spec in specs.items():
             if spec.kind == "factor" and spec.mode is not None and gradient is not None and not state[role].any():
-                # A side that had no factor: as from a first gradient.
+                # A side that had no factor starts as from a first gradient.
                 matrices.add_gram_(state[role], gradient, spec.mode, beta=0.0, alpha=1.0)
         context = StepContext(layout, (int(step) - rule.traits(layout).first_grad_seeds,), (0,))
         rule.rebuild({role: value for role, value in state.items() if role != PREV_PARAM}, context)
@@ -114,7 +114,7 @@ def _overlap(one: Shard, other: Shard) -> Ranges | None:
 
 
 def _part(piece: Piece, role: str, shard: Shard) -> tuple[Ranges, Tensor]:
-    """What a piece has of a role with the tensor's coordinates within ``shard``, and where that lies."""
+    """Returns the part of a piece's moment that lies within ``shard``, and its ranges."""
     ranges = _overlap(piece.shard, shard) or ()
     tensor = piece.layout.from_blocks(piece.state[role], piece.shard.size)
     own = zip(ranges, piece.shard.offset, strict=True)
@@ -132,7 +132,7 @@ def _joined(parts: Sequence[tuple[Ranges, Tensor]], shard: Shard, dtype: torch.d
 def _fill_axis(
     target: Tensor, role: str, spec: StateSpec, pieces: Sequence[Piece], layout: Layout, shard: Shard
 ) -> None:
-    """Adds up what the blocks of old pieces know of one mode of each new block: a factor, or a vector."""
+    """Sums the contributions of old blocks to a factor or vector of each new block."""
     new, axis = _block_ranges(layout, shard), spec.mode
     assert axis is not None
     for piece in pieces:
@@ -158,7 +158,7 @@ def _fill_axis(
 
 
 def _matches(old: Sequence[tuple[int, int]], new: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, int, int]]:
-    """Yields (number of the old range, of the new one, first, end) of every overlap."""
+    """Yields (index of the old range, index of the new range, start, end) for each overlap."""
     for i, (a, b) in enumerate(old):
         for j, (c, d) in enumerate(new):
             if max(a, c) < min(b, d):
@@ -173,7 +173,7 @@ def _number(place: Sequence[int], grid: Sequence[int]) -> int:
 
 
 def _block_ranges(layout: Layout, shard: Shard) -> list[list[tuple[int, int]]] | None:
-    """For each mode, where its blocks lie in the whole tensor; None if merging mixed a mode with a cut dimension."""
+    """Returns each mode's block ranges in the whole tensor; None if a mode merges a sharded dimension with others."""
     sizes, wholes, offsets = iter(shard.size), iter(shard.whole), iter(shard.offset)
     ranges = []
     for extent, count, block in zip(layout.view, layout.grid, layout.block, strict=True):

@@ -1,7 +1,7 @@
 """What a state dict holds and how it is loaded.
 
-A checkpoint holds flat tensors and plain numbers per parameter, keyed by role, so that it says nothing about how state
-was stacked in memory.
+A checkpoint holds flat tensors and plain numbers per parameter, keyed by role. It does not depend on how state was
+stacked in memory.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from hf_soap.rules.storage import COUNT, Storage, decoded, is_own
 logger = logging.getLogger(__name__)
 
 RATES = ("lr", "initial_lr")
-"""Group entries that a checkpoint decides: a scheduler continues from them."""
+"""Group entries that come from the checkpoint: a scheduler continues from them."""
 
 CYCLED = "max_momentum"
-"""Group entry by which OneCycleLR and CyclicLR say that they change the first of the betas at each step."""
+"""Group entry with which OneCycleLR and CyclicLR indicate that they change the first beta at each step."""
 
 NAMES = "param_names"
 
@@ -51,22 +51,22 @@ class StatePlan(Protocol):
 
     @property
     def entrywise(self) -> bool:
-        """Whether all state has the tensor's own shape and coordinates, so that it can be cut anew."""
+        """Whether all state has the tensor's own shape and coordinates, so that it can be resharded exactly."""
 
     @property
     def state_spec(self) -> dict[str, StateSpec]:
-        """What the state consists of, by role."""
+        """Specs of the state by role."""
 
     @property
     def state_format(self) -> Storage:
-        """How the state is kept between steps."""
+        """How the state is stored between steps."""
 
     def computed(self, tensors: int, *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-        """Returns fresh state by role for a number of tensors, as the rule computes with it."""
+        """Returns new state by role for a number of tensors, in the form that the rule computes with."""
 
 
 def detach_state(state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Returns ``state_dict`` with every tensor of the family's state copied out of the stack it is a view of."""
+    """Returns ``state_dict`` with copies in place of all state tensors of this package, which are views of stacks."""
     state = {
         key: {role: _detached(role, value) for role, value in entry.items()} if isinstance(key, Tensor) else entry
         for key, entry in state_dict["state"].items()
@@ -79,7 +79,7 @@ def _detached(role: Any, value: Any) -> Any:
 
 
 def regrouped(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> dict[str, Any]:
-    """Returns a state dict whose groups hold as many parameters as an optimizer's, in the same order.
+    """Returns a state dict with the groups of an optimizer: as many parameters in each, in the same order.
 
     Checkpoints of version 0.1.0 have a group for each rule; names say which parameter is which.
 
@@ -88,10 +88,10 @@ def regrouped(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> dict[
         state_dict: What was saved.
 
     Returns:
-        The state dict as it is where the groups are alike.
+        The state dict itself if the groups match already.
 
     Raises:
-        ValueError: If number or sizes of the groups differ, and there are no names to go by.
+        ValueError: If the number or sizes of the groups differ, and the names do not match.
     """
     saved = state_dict["param_groups"]
     got, want = [len(group["params"]) for group in saved], [len(group["params"]) for group in groups]
@@ -101,7 +101,7 @@ def regrouped(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> dict[
     names = [name for group in groups for name in group.get(NAMES, ())]
     if not (len(names) == len(set(names)) == len(where) == sum(want) == sum(got) and where.keys() == set(names)):
         raise ValueError(
-            f"the checkpoint has param groups of {got} parameters, this optimizer has groups of {want}; "
+            f"the checkpoint has param groups of {got} parameters, wanted groups of {want} as in this optimizer; "
             "load it with the same model and the same grouping options in optim_args"
         )
     arranged = []
@@ -116,13 +116,13 @@ def regrouped(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> dict[
 def merged_groups(
     groups: list[dict[str, Any]], saved: list[dict[str, Any]], settings: Collection[str]
 ) -> list[dict[str, Any]]:
-    """Returns saved groups with current settings in the place of the saved ones.
+    """Returns saved groups with the current settings instead of the saved ones.
 
-    Learning rates come from the checkpoint, and what else schedulers keep in a group: a scheduler continues from it.
+    Learning rates and other entries of schedulers come from the checkpoint, since a scheduler continues from them.
 
     Args:
         groups: The optimizer's param groups.
-        saved: As many saved groups.
+        saved: Equally many saved groups.
         settings: Names of the optimizer's settings.
     """
     merged = []
@@ -134,7 +134,7 @@ def merged_groups(
         changed = {k: (old[k], v) for k, v in current.items() if k in old and _plain(old[k]) != _plain(v)}
         if changed:
             words = ", ".join(f"{key}={value!r} (saved {before!r})" for key, (before, value) in changed.items())
-            logger.info("Settings that differ from the checkpoint's; the current ones are used: %s", words)
+            logger.info("These settings differ from the checkpoint; the current ones are used: %s", words)
         merged.append({**{k: v for k, v in old.items() if k != OVERRIDES}, **current})
     return merged
 
@@ -142,7 +142,7 @@ def merged_groups(
 def saved_state(
     groups: list[dict[str, Any]], state_dict: dict[str, Any]
 ) -> Iterator[tuple[Tensor, Any, dict[str, Any]]]:
-    """Yields (parameter, key in the state dict, the family's saved state by role) where there is such state."""
+    """Yields (parameter, key in the state dict, saved state by role) for parameters with state of this package."""
     for old, new in zip(state_dict["param_groups"], groups, strict=True):
         for key, param in zip(old["params"], new["params"], strict=True):
             saved = {role: value for role, value in state_dict["state"].get(key, {}).items() if is_own(role)}
@@ -151,7 +151,7 @@ def saved_state(
 
 
 def refuse_state_of_others(state_dict: dict[str, Any], members: Sequence[Member]) -> None:
-    """Refuses a state dict that has state of the parameters, but nothing that the family knows.
+    """Rejects a state dict that has state of the parameters, but none of this package.
 
     Raises:
         ValueError: If another optimizer saved it.
@@ -163,25 +163,25 @@ def refuse_state_of_others(state_dict: dict[str, Any], members: Sequence[Member]
 
 
 def refuse_float8(state_dict: dict[str, Any]) -> None:
-    """Refuses state with moments in 8 bits, which development versions before 0.1.0 could keep.
+    """Rejects state with 8-bit moments, which development versions before 0.1.0 could save.
 
     Raises:
         ValueError: If a param group was saved with ``state_dtype="float8"``.
     """
     if any(group.get("state_dtype") == "float8" for group in state_dict["param_groups"]):
         raise ValueError(
-            "the checkpoint was saved with state_dtype='float8', which is gone; wanted float32 or bfloat16. With the "
-            "version of hf_soap that wrote it, load it into an optimizer with state_dtype='bfloat16' and save that; "
-            "or start without the optimizer's state"
+            "the checkpoint was saved with state_dtype='float8', which no longer exists; wanted float32 or bfloat16. "
+            "With the version of hf_soap that wrote it, load it into an optimizer with state_dtype='bfloat16' and "
+            "save that; or start without the optimizer's state"
         )
 
 
 def foreign_state(state: Mapping[Any, Any], ours: Collection[Any]) -> dict[Any, Any]:
-    """Returns what else there is in the state of a state dict: entries of wrappers, which torch keeps by itself.
+    """Returns the rest of the state of a state dict: entries of wrappers, which torch keeps itself.
 
     Args:
         state: The state.
-        ours: Keys of the parameters that have state of the family.
+        ours: Keys of the parameters that have state of this package.
     """
     foreign: dict[Any, Any] = {}
     for key, entry in state.items():
@@ -192,22 +192,22 @@ def foreign_state(state: Mapping[Any, Any], ours: Collection[Any]) -> dict[Any, 
 
 
 def is_of_family(groups: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether param groups were saved by an optimizer of the family."""
+    """Whether param groups were saved by an optimizer of this package."""
     return all("rule" in group and "shard_mode" in group for group in groups)
 
 
 def packed(param: Tensor, plan: StatePlan, state: dict[str, Any], wanted: dict[str, Tensor]) -> dict[str, Any]:
-    """Returns a copy of a parameter's state that means the same to all ranks and to other numbers of them.
+    """Returns a copy of a parameter's state that any number of ranks can load.
 
     Args:
         param: The parameter.
         plan: How this rank's part of it is cut.
-        state: Its state by role; a rank that has nothing of a sharded parameter holds only ``step``.
+        state: Its state by role; a rank with an empty part of a sharded parameter holds only ``step``.
         wanted: Tensors with the shapes of all roles.
 
     Returns:
-        State by role. What has the tensor's coordinates has its shape; all else of a sharded parameter is stacked over
-        the ranks, see :func:`hf_soap.distributed.dtensor.to_stack`, with a role that says how each was cut.
+        State by role. State in the tensor's coordinates has its shape. Other state of a sharded parameter is stacked
+        over the ranks, see :func:`hf_soap.distributed.dtensor.to_stack`, with a role that says how each part was cut.
     """
     part, whole = dtensor.local(param), plan.entrywise
     saved: dict[str, Any] = {}
@@ -218,7 +218,7 @@ def packed(param: Tensor, plan: StatePlan, state: dict[str, Any], wanted: dict[s
         if not dtensor.is_sharded(param):
             saved[role] = value.detach().clone()
         elif role == "step" and (whole or not dtensor.stack_sizes(param)):
-            saved[role] = value.detach().clone()  # all ranks count alike, and any number of them may load it
+            saved[role] = value.detach().clone()  # all ranks count alike, and any number of ranks may load it
         elif role == "step":
             saved[role] = dtensor.to_stack(param, value.detach().clone().to(part.device))
         elif whole:
@@ -243,7 +243,7 @@ def packed_of_owner(
         state: Its state by role on its owner, elsewhere ``step`` alone.
         wanted: Tensors with the shapes of all roles.
         owner: The owner's rank.
-        to_first: Bring the state to rank 0, instead of spreading it over the ranks that share the parameter.
+        to_first: Send the state to rank 0 instead of distributing it over the ranks that share the parameter.
 
     Returns:
         State by role.
@@ -277,7 +277,7 @@ def _whole(param: Tensor) -> dtensor.Shard:
 def packed_shapes(
     param: Tensor, plan: StatePlan, wanted: dict[str, Tensor], *, whole: bool
 ) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of what is saved of a parameter, by role; ``whole`` says that it has an owner."""
+    """Returns the shapes of a parameter's saved state by role; ``whole`` says that it has an owner."""
     stack, entrywise = () if whole else dtensor.stack_sizes(param), plan.entrywise
     shapes = {role: (*stack, *like.shape) for role, like in wanted.items()}
     if entrywise and dtensor.is_sharded(param) and not whole:
@@ -289,15 +289,16 @@ def packed_shapes(
 
 @dataclass(frozen=True)
 class Saved:
-    """The saved state of a parameter, and what this rank wants of it.
+    """The saved state of a parameter, and the part that this rank needs.
 
     Attributes:
         member: The parameter.
-        plan: How what this rank steps of it is cut.
-        saved: Its saved state by role: plain tensors, or DTensors that are cut as :func:`packed` does.
+        plan: How the part that this rank steps is cut.
+        saved: Its saved state by role: plain tensors, or DTensors cut as by :func:`packed`.
         wanted: Tensors with the right shapes, by role.
-        owner: The rank that wants all of it; None where each wants its part.
-        bare: What the same settings make of the whole parameter without factors, as of one that was cut too thin.
+        owner: The rank that needs all of it; None if each rank needs its part.
+        bare: The plan of the whole parameter with the same settings but no factors, as for parts that are too thin for
+            them.
     """
 
     member: Member
@@ -309,29 +310,29 @@ class Saved:
 
     @property
     def cut(self) -> bool:
-        """Whether a part of the state is wanted."""
+        """Whether this rank needs only a part of the state."""
         return self.owner is None and dtensor.is_sharded(self.member.param)
 
     @property
     def shard(self) -> dtensor.Shard:
-        """Where lies what is wanted."""
+        """The shard that this rank needs."""
         return dtensor.shard_of(self.member.param) if self.cut else _whole(self.member.param)
 
     @property
     def is_known(self) -> bool:
-        """Whether the state says how it was cut, or is what these settings keep where no side has a factor."""
+        """Whether the state says how it was cut, or is that of a parameter without factors."""
         if LAYOUT in self.saved:
             return True
         kept = self.bare.computed(1, dtype=torch.float32, device=torch.device("meta"))
         return "step" in self.saved and _sizes(self.saved) == _sizes(kept)
 
     def gathered(self) -> Saved:
-        """Returns the same with whole tensors in place of DTensors; all ranks must call this together."""
+        """Returns a copy with whole tensors instead of DTensors. All ranks must call this together."""
         whole = {k: dtensor.gathered(v) if isinstance(v, Tensor) else v for k, v in self.saved.items()}
         return replace(self, saved=whole)
 
     def counted(self) -> Saved:
-        """Returns the same with a whole count of steps; all ranks must call this together."""
+        """Returns a copy with the step count as a whole tensor. All ranks must call this together."""
         step = self.saved.get("step")
         return (
             replace(self, saved={**self.saved, "step": dtensor.gathered(step)}) if isinstance(step, Tensor) else self
@@ -341,20 +342,19 @@ class Saved:
 def restored(jobs: Sequence[Saved], *, together: bool, ours: bool) -> tuple[dict[Tensor, dict[str, Any]], int]:
     """Returns copies of saved state on the devices of the parameters, in the saved dtypes.
 
-    Ranks agree on what is put together anew before any of them asks the others for their parts, and on errors before
-    any of them raises: what is wrong may be so with one rank's part alone.
+    Before any rank gathers parts, all ranks agree on which state to reshard. Before any rank raises, all agree on
+    errors, since an error may concern the part of one rank only.
 
     Args:
-        jobs: What was saved of each parameter, in the same order on every rank.
+        jobs: The saved state of each parameter, in the same order on every rank.
         together: Whether ranks load together.
-        ours: Whether an optimizer of the family saved it; state of another one is never made to fit.
+        ours: Whether an optimizer of this package saved it. State of another optimizer is never converted.
 
     Returns:
-        State by parameter and role, and of how many parameters some of it is estimated, because it was cut in other
-        parts.
+        State by parameter and role, and the number of parameters with estimated state, because it was cut differently.
 
     Raises:
-        ValueError: If roles or shapes differ in a way that cannot be bridged; on all ranks, where they load together.
+        ValueError: If roles or shapes differ in a way that cannot be converted; on all ranks if they load together.
     """
     jobs = [job.counted() if together else job for job in jobs]
     found = [None if job.owner is not None else _as_it_was(job) for job in jobs]
@@ -367,7 +367,7 @@ def restored(jobs: Sequence[Saved], *, together: bool, ours: bool) -> tuple[dict
         if is_cut_anew and together:
             job = job.gathered()
         if error is not None:
-            continue  # but for what the others wait for
+            continue  # other ranks wait for the gathering only
         try:
             states[job.member.param], guessed = _restored(job, state, ours=ours)
             estimated += guessed
@@ -384,7 +384,7 @@ def _misfit(job: Saved, caught: Exception) -> ValueError:
     roles = ", ".join(f"{role} {tuple(getattr(value, 'shape', ()))}" for role, value in job.saved.items())
     shape = tuple(job.member.param.shape)
     error = ValueError(
-        f"the optimizer state of {job.member.name}, of shape {shape}, cannot be put together from {roles}: {caught}. "
+        f"the optimizer state of {job.member.name}, of shape {shape}, cannot be assembled from {roles}: {caught}. "
         "Resume with the optimizer and the optim_args that wrote the checkpoint, or start without its state"
     )
     error.__cause__ = caught
@@ -415,7 +415,7 @@ def _restored(job: Saved, state: dict[str, Tensor] | None, *, ours: bool) -> tup
 
 
 def _as_it_was(job: Saved) -> dict[str, Tensor] | None:
-    """What this rank steps of saved state, or None if it was cut in another way; asks no other rank."""
+    """Returns this rank's part of saved state, or None if it was cut differently. No other rank is asked."""
     param, plan, wanted, cut = job.member.param, job.plan, job.wanted, job.cut
     own = reshard.describe(job.shard, plan.layout)
     entrywise, described = plan.entrywise, job.saved.get(LAYOUT)
@@ -457,7 +457,7 @@ def _sizes(state: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _own_place(param: Tensor, value: Tensor) -> Tensor | None:
-    """This rank's place of stacked state, or None if it was not stacked over these ranks."""
+    """Returns this rank's place in stacked state, or None if it was not stacked over these ranks."""
     stack = dtensor.stack_sizes(param)
     if tuple(value.shape[: len(stack)]) != stack:
         return None
@@ -469,7 +469,7 @@ def _own_place(param: Tensor, value: Tensor) -> Tensor | None:
 
 
 def _own_part(param: Tensor, value: Tensor) -> Tensor | None:
-    """This rank's part of state in the tensor's coordinates, or None if it has other ones."""
+    """Returns this rank's part of state in the tensor's coordinates, or None if it has other coordinates."""
     if dtensor.is_sharded(value):
         alike = value.shape == param.shape and dtensor.local(value).shape == dtensor.local(param).shape
         return dtensor.local(value) if alike else None
@@ -480,12 +480,12 @@ def _own_part(param: Tensor, value: Tensor) -> Tensor | None:
 
 
 def _pieces(job: Saved) -> list[reshard.Piece]:
-    """The parts that saved state consists of, on the CPU; what other ranks have of it was gathered."""
+    """Returns the parts of saved state on the CPU. The parts of other ranks were gathered before."""
     param, saved = job.member.param, job.saved
     plain = {role: v if isinstance(v, Tensor) else torch.tensor(v, device="cpu") for role, v in saved.items()}
     plain = {role: value.detach().cpu() for role, value in plain.items()}
     described = plain.pop(LAYOUT, None)
-    if described is None:  # the tensor was not cut, and its steps may be stacked all the same
+    if described is None:  # the tensor was not cut, but its step counts may still be stacked
         layout = uncut(param.shape)
         state = {role: value.reshape(1, *layout.view) for role, value in plain.items() if role != "step"}
         state = decoded(state, {}, torch.float32)
@@ -499,7 +499,7 @@ def _pieces(job: Saved) -> list[reshard.Piece]:
 
 
 def saved_shapes(source: Path) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Shapes of the family's saved state by name of the parameter and role."""
+    """Returns the shapes of this package's saved state by parameter name and role."""
     if source.is_file():
         found = {
             name: {role: tuple(getattr(value, "shape", ())) for role, value in entry.items() if is_own(role)}
@@ -519,7 +519,7 @@ def saved_shapes(source: Path) -> dict[str, dict[str, tuple[int, ...]]]:
 
 
 def read(source: Path) -> dict[str, Any]:
-    """Reads a whole optimizer state into the CPU's memory: a file, or a folder of torch.distributed.checkpoint."""
+    """Reads a whole optimizer state into CPU memory: a file, or a folder of torch.distributed.checkpoint."""
     whole: dict[str, Any]
     if source.is_file():
         whole = torch.load(source, map_location="cpu", mmap=True, weights_only=True)
@@ -529,7 +529,7 @@ def read(source: Path) -> dict[str, Any]:
 
 
 def has_settings(source: Path, groups: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a folder of torch.distributed.checkpoint has all settings of param groups; else torch cannot load it.
+    """Whether a folder of torch.distributed.checkpoint has all settings of param groups, as torch requires.
 
     Args:
         source: The folder, which an earlier version may have written.
@@ -548,7 +548,7 @@ def _settings(group: Mapping[str, Any]) -> set[Any]:
 
 
 def read_part(source: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Reads what this rank has of an optimizer state that as many ranks saved; all ranks must call this together.
+    """Reads this rank's part of an optimizer state that equally many ranks saved. All ranks must call this together.
 
     Args:
         source: A folder of torch.distributed.checkpoint.
@@ -573,7 +573,7 @@ def _read_groups(source: Path) -> list[dict[str, Any]]:
 
 
 def read_weights(source: Path) -> dict[str, Tensor]:
-    """Reads all weights of a file, or of a folder of torch.distributed.checkpoint, into the memory of the CPU."""
+    """Reads all weights of a file, or of a folder of torch.distributed.checkpoint, into CPU memory."""
     weights: dict[str, Tensor]
     if source.suffix == ".safetensors":
         from safetensors.torch import load_file
@@ -587,29 +587,29 @@ def read_weights(source: Path) -> dict[str, Tensor]:
 
 
 def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
-    """Loads whole weights into a model, sharded or not; every rank must have them and call this.
+    """Loads whole weights into a model, sharded or not. Every rank must have them and call this.
 
     Args:
         model: The model.
-        weights: By name; those of adapters may lack the adapter's name, as peft saves them.
+        weights: Weights by name. Names of adapter weights may omit the adapter's name, as peft saves them.
 
     Raises:
-        ValueError: If a name is unknown, or a trainable parameter is left out.
+        ValueError: If a name is unknown, or a trainable parameter is missing.
     """
     names = dict(model.named_parameters(remove_duplicate=False))
     known = {*model.state_dict(), *names}
-    adapters: Any = getattr(model, "active_adapters", ())  # of peft's models; a method of all others
+    adapters: Any = getattr(model, "active_adapters", ())  # a property of peft's models, a method of all others
     if callable(adapters):
         adapters = adapters() if getattr(model, "_hf_peft_config_loaded", False) else ()
     short = {name.replace(f".{adapter}", ""): name for adapter in adapters for name in names}
     renamed = {name if name in known else short.get(name, name): value for name, value in weights.items()}
     unknown = sorted(renamed.keys() - known)
     loaded = {names[name] for name in renamed if name in names}  # tied weights are saved under one of their names
-    left_out = sorted(name for name, param in names.items() if param.requires_grad and param not in loaded)
-    if unknown or left_out:
+    missing = sorted(name for name, param in names.items() if param.requires_grad and param not in loaded)
+    if unknown or missing:
         raise ValueError(
-            f"the saved weights do not fit the model: unknown are {unknown[:3]}, left out are {left_out[:3]}; resume "
-            "with the model, the adapters and the kind of state dict that wrote the checkpoint"
+            f"the saved weights do not fit the model: unknown names are {unknown[:3]}, missing are {missing[:3]}; "
+            "resume with the model, the adapters and the kind of state dict that wrote the checkpoint"
         )
     if not any(dtensor.is_sharded(param) for param in names.values()):
         model.load_state_dict(renamed, strict=False)
@@ -620,7 +620,7 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor]) -> None:
 
 
 def _read_folder(source: Path, *keys: str) -> dict[str, Any]:
-    """Reads a folder of torch.distributed.checkpoint on this rank alone: all of it, or what lies under the keys."""
+    """Reads a folder of torch.distributed.checkpoint on this rank alone: all of it, or the part under the keys."""
     from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
     from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.state_dict_loader import _load_state_dict

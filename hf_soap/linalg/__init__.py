@@ -1,4 +1,4 @@
 """Linear algebra and arithmetic on batches of matrices and vectors: pure functions of tensors.
 
-Imports nothing else of this package.
+Imports nothing else from this package.
 """

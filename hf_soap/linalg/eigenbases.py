@@ -1,4 +1,4 @@
-"""Eigenbases of Kronecker factors, brought up to date by batched decompositions: tensors are (..., n, n)."""
+"""Eigenbases of Kronecker factors, refreshed by batched decompositions. Tensors are (..., n, n)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from hf_soap.linalg.matrices import eye_like, one_by_one, safe_scale, symmetrize
 def refresh(factor: Tensor) -> tuple[Tensor, Tensor]:
     """One orthogonal iteration on a factor that is kept in its own eigenbasis.
 
-    With L = Q L̂ Qᵀ, the textbook refresh qr(L Q) = qr(Q L̂) has the orthogonal part Q·qr(L̂), so that the
-    decomposition of the small-norm-off-diagonal L̂ says all, and R̃Q̃ is the factor in the new basis.
+    With L = Q L̂ Qᵀ, the textbook refresh qr(L Q) = qr(Q L̂) has the orthogonal part Q·qr(L̂). It is therefore enough
+    to decompose L̂ = Q̃R̃, which is nearly diagonal. R̃Q̃ is the factor in the new basis.
 
     Args:
         factor: L̂ (blocks, n, n), symmetric, with its diagonal in descending order.
@@ -37,13 +37,13 @@ def refresh(factor: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def cholesky_qr(factor: Tensor) -> Tensor:
-    """The orthogonal factor of a QR decomposition by products of float64 matrices.
+    """Computes the orthogonal factor of a QR decomposition by products of float64 matrices.
 
-    On GPUs Householder's reflections, one after the other, are what a refresh waits for, and so are Cholesky
-    decompositions and triangular solves of large matrices. Here both work on small diagonal blocks only; all else is
-    products. Columns are scaled, the Gram matrix is shifted at first, and a second pass removes what condition
-    numbers of 1e8 leave. Directions that a factor knows nothing of are held apart by float32's spacing at the largest
-    eigenvalue. The host does not wait.
+    On GPUs, sequential algorithms dominate a refresh: Householder reflections, and also Cholesky decompositions and
+    triangular solves of large matrices. Here the last two work on small diagonal blocks only, and everything else is
+    products. Columns are scaled, the first Gram matrix is shifted, and a second pass removes the error that condition
+    numbers of 1e8 leave. Directions in which a factor is zero are kept apart by a shift of float32's spacing at the
+    largest eigenvalue. The host does not wait.
 
     Args:
         factor: (blocks, n, n), float32, symmetric positive semi-definite up to rounding.
@@ -60,7 +60,7 @@ def cholesky_qr(factor: Tensor) -> Tensor:
 
 
 CHOLESKY_ENTRIES = 2**26
-"""Entries of the factors that :func:`cholesky_qr` works on at once: it takes about 32 bytes for each."""
+"""Number of factor entries that :func:`cholesky_qr` works on at once. It takes about 32 bytes for each."""
 
 LEAF = 128
 """Largest diagonal block that is left to cuSOLVER's Cholesky decomposition."""
@@ -77,7 +77,7 @@ def _cholesky_qr(factor: Tensor) -> Tensor:
         gram.diagonal(dim1=-2, dim2=-1).add_(shift)
         basis = _times_upper(basis, _inverse_cholesky(gram).mT)
     found = basis.to(factor.dtype)
-    # Of a matrix that keeps the length of a few vectors in general position it can be said that it is orthonormal.
+    # A matrix counts as orthonormal if QᵀQ maps a few vectors in general position to themselves.
     probes = torch.arange(8 * n, dtype=factor.dtype, device=factor.device).sin_().view(n, 8)
     off = (found.mT @ (found @ probes) - probes).norm(dim=-2).amax(-1) / probes.norm(dim=-2).amax()
     sound = (off < 1e-5)[:, None, None]  # false for NaN
@@ -85,14 +85,14 @@ def _cholesky_qr(factor: Tensor) -> Tensor:
 
 
 def _strips(n: int) -> Iterator[tuple[int, int]]:
-    """Yields the first and the end of a quarter of the columns, or of all where products are small."""
+    """Yields the start and end of each quarter of the columns, or of all columns if the matrix is small."""
     width = -(-n // 4) if n >= 8 * LEAF else n
     for first in range(0, n, width):
         yield first, min(n, first + width)
 
 
 def _lower_gram(basis: Tensor) -> Tensor:
-    """Returns AᵀA (blocks, n, n) of ``basis``; above its diagonal blocks it may be zero instead."""
+    """Returns AᵀA (blocks, n, n) of ``basis``. Entries above the diagonal blocks may be zero instead."""
     gram = torch.zeros_like(basis)
     for first, end in _strips(basis.shape[-1]):
         gram[:, first:, first:end] = basis[:, :, first:].mT @ basis[:, :, first:end]
@@ -100,7 +100,7 @@ def _lower_gram(basis: Tensor) -> Tensor:
 
 
 def _times_upper(basis: Tensor, upper: Tensor) -> Tensor:
-    """Returns the product (blocks, n, n) with an upper triangular matrix."""
+    """Returns ``basis @ upper`` (blocks, n, n), where ``upper`` is upper triangular."""
     product = torch.empty_like(basis)
     for first, end in _strips(basis.shape[-1]):
         product[:, :, first:end] = basis[:, :, :end] @ upper[:, :end, first:end]
@@ -108,7 +108,7 @@ def _times_upper(basis: Tensor, upper: Tensor) -> Tensor:
 
 
 def _inverse_cholesky(gram: Tensor) -> Tensor:
-    """Returns the inverse of the lower Cholesky factor of (blocks, n, n), of which the lower triangle is read."""
+    """Returns the inverse of the lower Cholesky factor of ``gram`` (blocks, n, n). Only the lower triangle is read."""
     n = gram.shape[-1]
     if n <= LEAF:
         lower, _ = torch.linalg.cholesky_ex(gram)
@@ -136,7 +136,7 @@ def _solves_by_products(factor: Tensor) -> bool:
 
 
 def _symmetric_product(upper: Tensor, basis: Tensor) -> Tensor:
-    """Returns the product of an upper triangular matrix and another, (blocks, n, n), that is known to be symmetric."""
+    """Returns ``upper @ basis`` (blocks, n, n), where ``upper`` is triangular and the product is symmetric."""
     n = upper.shape[-1]
     if not _in_panels(upper):
         return symmetrize(upper @ basis)
@@ -151,21 +151,21 @@ def _symmetric_product(upper: Tensor, basis: Tensor) -> Tensor:
 
 
 def _in_panels(matrix: Tensor) -> bool:
-    """Whether matrices are worked through in panels, so that what is known to be zero is not multiplied."""
+    """Whether matrices are processed in panels, which skips products with known zeros."""
     return matrix.device.type == "cpu" and matrix.shape[-1] >= 4 * PANEL
 
 
 def qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Decomposes square matrices into an orthogonal and an upper triangular one.
 
-    LAPACK forms the orthogonal factor at a third of the speed of a product. On a CPU, matrices that are large enough
-    are worked through in panels, so that nearly all work is products.
+    LAPACK forms the orthogonal factor at a third of the speed of a product. On a CPU, large matrices are processed in
+    panels, so that nearly all work is products.
 
     Args:
         matrix: (blocks, n, n).
 
     Returns:
-        Q and R, (blocks, n, n) each; signs are LAPACK's.
+        Q and R, (blocks, n, n) each, with LAPACK's signs.
 
     Source:
         Compact WY representation: Schreiber and Van Loan, SIAM J. Sci. Stat. Comput. 10 (1989); T from VᵀV: Puglisi,
@@ -200,13 +200,14 @@ PANEL = 128
 
 
 def sorted_refresh(factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`refresh` of factors whose diagonals may be in any order.
+    """Sorts the diagonals of factors and calls :func:`refresh`.
 
     Args:
         factor: L̂ (blocks, n, n), symmetric.
 
     Returns:
-        The order (blocks, n) that sorts the diagonals, largest first, and what :func:`refresh` returns for that.
+        The order (blocks, n) that sorts the diagonals, largest first, and the results of :func:`refresh` for the
+        sorted factors.
     """
     order = factor.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
     rows = factor.gather(-2, order.unsqueeze(-1).expand_as(factor))
@@ -216,8 +217,8 @@ def sorted_refresh(factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 def orthonormalize(basis: Tensor) -> Tensor:
     """One Newton–Schulz step towards the nearest orthonormal basis, Q(3I − QᵀQ)/2.
 
-    Products of thousands of rotations drift off orthonormality by rounding alone; one step squares the error away.
-    Singular values near √3 would become 0, and larger ones would grow: a basis that may have such is scaled first.
+    A product of thousands of rotations loses orthonormality to rounding. One step squares the error. Singular values
+    near √3 would become 0 and larger ones would grow, so a basis that may have such values is scaled first.
 
     Args:
         basis: (..., n, n), already orthonormal to about 1e-2.
@@ -227,7 +228,7 @@ def orthonormalize(basis: Tensor) -> Tensor:
     """
     basis = basis / safe_scale(basis)
     gram = basis.mT @ basis
-    # The largest row sum bounds the largest eigenvalue. It stays near 1 for what is nearly orthonormal.
+    # The largest row sum bounds the largest eigenvalue. It is near 1 for a nearly orthonormal basis.
     reach = gram.abs().sum(-1).amax(-1)[..., None, None]
     reach = torch.where(reach > 2, reach, 1.0)
     gram.div_(reach).mul_(-0.5).diagonal(dim1=-2, dim2=-1).add_(1.5)
@@ -235,9 +236,9 @@ def orthonormalize(basis: Tensor) -> Tensor:
 
 
 def off_diagonal_share(factor: Tensor) -> Tensor:
-    """Returns ‖A − diag A‖_F / ‖A‖_F of each matrix (..., n, n): 0 for an exact eigenbasis, nan-free at A = 0."""
+    """Returns ‖A − diag A‖_F / ‖A‖_F of each matrix (..., n, n): 0 for an exact eigenbasis and for A = 0."""
     scaled = factor / safe_scale(factor)
     total = scaled.square().sum((-2, -1))
-    # The difference of two sums would be off by their rounding: 3e-4 in the share of a diagonal matrix in float32.
+    # Subtracting two sums would leave their rounding error: 3e-4 in the share of a diagonal float32 matrix.
     scaled.diagonal(dim1=-2, dim2=-1).zero_()
     return (scaled.square().sum((-2, -1)) / total.clamp_(min=torch.finfo(factor.dtype).tiny)).sqrt_()

@@ -21,7 +21,7 @@ def adam_direction(
         exp_avg_sq: Second moment, same shape and dtype, changed in place.
         beta1: Decay rate of the first moment.
         beta2: Decay rate of the second moment.
-        eps: Added to the root of the second moment as it is, before any bias correction.
+        eps: Added to the root of the second moment before any bias correction.
 
     Returns:
         The direction, a new tensor.
@@ -38,12 +38,12 @@ def adam_direction(
 def fused_adam_direction(
     grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, *, beta1: float, beta2: float, eps: float
 ) -> Tensor:
-    """As :func:`adam_direction`, in one pass of torch's fused kernel in place of six.
+    """Computes :func:`adam_direction` in one pass of torch's fused kernel instead of six passes.
 
-    On a CPU it rounds entries that fill no vector of 64 bytes in another way than the rest: for blocks of which none
-    has such entries, or the result depends on where in the batch a block lies.
+    On a CPU, the kernel rounds the entries after the last full vector of 64 bytes differently. Blocks must have no
+    such entries (see :func:`fuses_evenly`); otherwise the result depends on where in the batch a block lies.
     """
-    # From weights of zero, at a rate of -1, so late that the bias corrections are 1.
+    # A step from zero weights at a learning rate of -1, so late that the bias corrections are 1.
     direction = torch.zeros_like(grad, memory_format=torch.contiguous_format)
     torch._fused_adamw_(
         [direction],
@@ -65,28 +65,28 @@ def fused_adam_direction(
 
 
 def fuses_evenly(block: Sequence[int], device: torch.device) -> bool:
-    """Whether :func:`fused_adam_direction` treats all entries of blocks of this shape alike."""
+    """Whether :func:`fused_adam_direction` rounds all entries of blocks of this shape alike."""
     return device.type != "cpu" or math.prod(block) % LANES == 0
 
 
 LANES = 16
-"""Entries of float32 in a CPU's longest vector."""
+"""Number of float32 entries in a CPU's longest vector."""
 
 
 def changed_by_kernel(tensors: Sequence[Tensor]) -> None:
-    """Notes that tensors were changed: torch's fused Adam leaves their versions as they were, which autograd reads."""
+    """Increments the versions of tensors, which autograd reads. Torch's fused Adam does not increment them."""
     torch.autograd.graph.increment_version(tensors)
 
 
 @lru_cache(maxsize=64)
 def step_count(number: float, device: torch.device) -> Tensor:
-    """Returns a number of updates as torch's fused kernels take it; the tensors of a model mostly share theirs."""
+    """Returns a number of updates in the form that torch's fused kernels take. Most tensors of a model share one."""
     return torch.full((), float(number), dtype=torch.float32, device=device)
 
 
 @cache
 def _very_late(device: torch.device) -> Tensor:
-    """As :func:`step_count`, so late that bias corrections are 1."""
+    """Returns a step count so late that the bias corrections are 1."""
     return torch.full((), math.inf, dtype=torch.float32, device=device)
 
 
@@ -117,7 +117,7 @@ def mars_correction(grad: Tensor, prev_grad: Tensor, *, beta1: float, gamma: flo
 def norms(tensors: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
     """Returns the Euclidean norm of each tensor, computed in ``dtype``.
 
-    For the norm of a whole tensor torch takes one thread of a CPU; those of rows keep all busy.
+    On a CPU, torch computes the norm of a whole tensor in one thread. The norms of its rows keep all threads busy.
     """
     return list(torch._foreach_norm([_rows(tensor, dtype) for tensor in tensors], 2, dtype))
 
@@ -132,10 +132,10 @@ def _rows(tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 THREADED = 2**16
-"""Entries of a tensor from which on further threads are worth their start."""
+"""Number of entries from which more threads are worth their start-up time."""
 
 ROW = 2048
-"""Entries that a norm takes at once where memory allows it: shorter ones cost a fifth more."""
+"""Length of the rows whose norms are taken, if the tensor is contiguous. Shorter rows cost a fifth more."""
 
 
 def factorized_adam_direction(
@@ -147,7 +147,7 @@ def factorized_adam_direction(
         grad: (blocks, m, n).
         exp_avg: First moment, (blocks, m, n), changed in place.
         row: r, moving average of the mean squares of the rows, (blocks, m), changed in place.
-        column: c, the same of the columns, (blocks, n), changed in place.
+        column: c, the same for the columns, (blocks, n), changed in place.
         beta1: Decay rate of the first moment.
         beta2: Decay rate of the second moment.
         eps: Added to √V.
@@ -168,20 +168,20 @@ def factorized_adam_direction(
 
 
 def squarable(tensor: Tensor) -> Tensor:
-    """Bounds entries in place so that sums of their squares are finite: gradients that grew by 10^15 at once."""
+    """Clamps entries in place so that sums of their squares are finite, even if gradients grow by 10^15 at once."""
     bound = torch.finfo(tensor.dtype).max ** 0.4
     return tensor.clamp_(-bound, bound)
 
 
 def along(values: Tensor, mode: int, dim: int) -> Tensor:
-    """Shapes (blocks, d_mode) to broadcast along mode ``mode`` of a tensor with ``dim`` dimensions, blocks counted."""
+    """Reshapes (blocks, d_mode) to broadcast along mode ``mode`` of a tensor with ``dim`` dimensions in all."""
     return values.view(values.shape[0], *[values.shape[1] if i == mode + 1 else 1 for i in range(1, dim)])
 
 
 def graft_denominator(
     kind: str, exp_avg_sq: Tensor, grad: Tensor, *, beta2: float, eps: float, debias: float | Tensor
 ) -> Tensor:
-    """Updates a second moment in place and returns what the grafted rule divides its gradient by.
+    """Updates a second moment in place and returns the denominator of the grafted rule.
 
     Args:
         kind: ``"adagrad"`` (sum of squares), ``"rmsprop"`` (moving average) or ``"adam"`` (debiased moving average).
@@ -220,7 +220,7 @@ def _equal(one: Rate, other: Rate) -> bool:
     if one is other:
         return True
     (lr, decay), (other_lr, other_decay) = one, other
-    tensors = isinstance(lr, Tensor) or isinstance(other_lr, Tensor)  # whose values the device may have
+    tensors = isinstance(lr, Tensor) or isinstance(other_lr, Tensor)  # reading their values may wait for the device
     return decay == other_decay and (lr is other_lr if tensors else bool(lr == other_lr))
 
 
@@ -239,13 +239,13 @@ def take_step_(
         directions: Of the same shapes and dtypes, used up.
         lr: Learning rate, a number or a tensor of one element.
         weight_decay: Decoupled weight decay, arXiv:1711.05101.
-        decay_last: Decay what the update left, as SOAP's official implementation does, instead of what it found.
+        decay_last: Decay the weights after the update instead of before it, as SOAP's official implementation does.
     """
     weights, steps = list(params), [direction.contiguous() for direction in directions]
     if isinstance(lr, Tensor):
-        lr = lr.reshape(()).to(steps[0].device)  # foreach takes a scalar, and not a vector of one entry
+        lr = lr.reshape(()).to(steps[0].device)  # foreach takes a scalar but not a vector of one entry
     elif all(map(Tensor.is_contiguous, weights)):
-        # One pass in place of three. A decay behind the update shrinks what the update added, too.
+        # One pass instead of three. A decay after the update also shrinks the update.
         kept = 1 - lr * weight_decay if decay_last else 1.0
         if kept > 0:
             torch._fused_sgd_(

@@ -1,4 +1,4 @@
-"""Inverse roots of Kronecker factors, and what else brings singular values to where they belong, batched."""
+"""Batched inverse roots of Kronecker factors, and orthogonalization by Newton–Schulz."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hf_soap.linalg.matrices import eigenbasis, eye_like, power, safe_scale, sym
 
 
 def newton_schulz(matrix: Tensor, *, eps: float, steps: int = 5) -> Tensor:
-    """Brings the singular values of matrices near 1 and leaves their singular vectors.
+    """Brings the singular values of matrices close to 1 and keeps their singular vectors.
 
     Args:
         matrix: (..., rows, cols).
@@ -26,9 +26,9 @@ def newton_schulz(matrix: Tensor, *, eps: float, steps: int = 5) -> Tensor:
     wide: Tensor = matrix.mT if matrix.shape[-2] > matrix.shape[-1] else matrix
     scale = safe_scale(wide)
     x: Tensor = wide / scale
-    # A number over a tensor is the number times 1 / scale, which may be infinite where the quotient is not.
+    # torch computes number / tensor as number * (1 / tensor), which may overflow where the quotient does not.
     norm = x.flatten(-2).norm(dim=-1)[..., None, None] + torch.full_like(scale, eps) / scale
-    x = x / norm.clamp_(min=torch.finfo(x.dtype).tiny)  # zeros stay zeros without eps too
+    x = x / norm.clamp_(min=torch.finfo(x.dtype).tiny)  # zeros stay zeros even without eps
     for _ in range(steps):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
@@ -42,8 +42,8 @@ def inverse_root(matrix: Tensor, *, exponent: float, ridge: float, method: str =
         matrix: A, (..., n, n), float32 or float64.
         exponent: Below 0; for ``"newton"`` -1/exponent must be a whole number.
         ridge: Relative to the largest eigenvalue. An eigenvalue that it leaves at 0 is mapped to 0, as in the
-            pseudo-inverse, so that a zero matrix has the root 0. Without a ridge, eigh counts as 0 what is not above
-            the rounding of the largest eigenvalue.
+            pseudo-inverse, so that a zero matrix has the root 0. Without a ridge, ``"eigh"`` takes eigenvalues below
+            the rounding error of the largest one as 0.
         method: ``"eigh"``, or ``"newton"`` for the coupled Newton iteration; matrices on which that does not converge
             are solved by eigh.
 
@@ -62,7 +62,7 @@ def inverse_root(matrix: Tensor, *, exponent: float, ridge: float, method: str =
     values, unit = values.clamp(min=0.0), scale.squeeze(-1)
     if ridge:
         values = values + ridge * values[..., :1]
-    else:  # what is smaller is rounding in eigh: of rows that are exactly zero it made roots of 1e22
+    else:  # smaller values are rounding errors of eigh, which gave roots of 1e22 for zero rows
         values = values * (values > torch.finfo(values.dtype).eps * values[..., :1])
     powers = torch.where(values > 0, power(values, exponent), 0.0 * values) * power(unit, exponent)  # NaN stays NaN
     return symmetrize((basis * powers.unsqueeze(-2)) @ basis.mT)
@@ -73,9 +73,9 @@ def coupled_newton(
 ) -> tuple[Tensor, Tensor]:
     """Computes (A + ridge·λ_max·I)^(-1/order) by matrix products only.
 
-    X ← X T and M ← Tᵖ M with T = ((p+1) I - M)/p, from M = zA and X = z^(1/p) I, z = (p+1)/(2 λ_max): M goes to I
-    and X to the root as long as X commutes with A. A stale root does not commute with A, and the iteration that
-    starts from one gives it back with M = I, so that every call starts from the identity.
+    X ← X T and M ← Tᵖ M with T = ((p+1) I - M)/p, from M = zA and X = z^(1/p) I, z = (p+1)/(2 λ_max): M converges to I
+    and X to the root as long as X commutes with A. A stale root does not commute with A, and an iteration that starts
+    from one returns it with M = I. Every call therefore starts from the identity.
 
     Args:
         matrix: A, (..., n, n), symmetric positive semi-definite, float32 or float64.
@@ -83,7 +83,7 @@ def coupled_newton(
         ridge: Relative to the largest eigenvalue.
         tolerance: Bound on the largest entry of M - I at which a matrix counts as solved; None takes 1e-5 in float32
             and 1e-10 in float64.
-        iterations: Give up after so many.
+        iterations: Give up after this many.
 
     Returns:
         The roots (..., n, n) and whether each converged, (...,), bool.
@@ -107,17 +107,17 @@ def coupled_newton(
         t = ((order + 1) * eye - m) / order
         new_x, new_m = x @ t, torch.linalg.matrix_power(t, order) @ m
         new_error = (new_m - eye).abs().amax((-2, -1))
-        # Past its best accuracy rounding makes an iterate worse: each matrix keeps its best. One that is solved keeps
-        # what it has, whatever else is in the batch.
+        # Past the best accuracy, rounding makes an iterate worse, so each matrix keeps its best iterate. A solved
+        # matrix keeps its result, whatever other matrices are in the batch.
         better = ((new_error < error) | (error > 0.5)) & (error > tolerance)
         keep = better[..., None, None]
         x, m, error = torch.where(keep, new_x, x), torch.where(keep, new_m, m), torch.where(better, new_error, error)
         if not bool(better.any()):
             break
-    # The best accuracy of an ill-conditioned matrix lies above the tolerance, and is good enough for a root.
+    # An ill-conditioned matrix may never reach the tolerance, and still be accurate enough for a root.
     good_enough = 1e-3 if matrix.dtype == torch.float32 else 1e-6
     root = symmetrize(x)
-    # M is near I for other roots of A too, with negative eigenvalues, where the norm was far too small an estimate.
+    # If the norm was estimated far too small, M may be near I for another root of A, one with negative eigenvalues.
     _, indefinite = torch.linalg.cholesky_ex(root)
     converged = (error <= max(tolerance, good_enough)) & (indefinite == 0)
     root = root * power(scale, -1 / order)
@@ -132,16 +132,17 @@ def spectral_norm(matrix: Tensor, iterations: int = 30) -> Tensor:
         iterations: Products with a vector.
 
     Returns:
-        (...,): from below, and within a few percent unless the start is nearly orthogonal to the eigenvector.
+        (...,), an estimate from below, within a few percent unless the start is nearly orthogonal to the eigenvector.
 
     Source:
         Scaling by it instead of the Frobenius norm saves Newton iterations: DASH, arXiv:2602.02016.
     """
     if matrix.device.type == "cpu" and matrix.shape[:-2].numel() > 1:
-        # A batched product with a vector sums in another order than a single one: each as if it were alone.
+        # A batched product with a vector sums in a different order than a single one, so each matrix is solved alone.
         flat = matrix.reshape(-1, 1, *matrix.shape[-2:])
         return torch.cat([spectral_norm(one, iterations) for one in flat]).view(matrix.shape[:-2])
-    # A start that no symmetry of the matrix makes orthogonal to the eigenvector, the same on every rank and run.
+    # No symmetry of the matrix makes this start orthogonal to the eigenvector. It is the same on every rank and in
+    # every run.
     n, scale = matrix.shape[-1], safe_scale(matrix)
     matrix = matrix / scale
     vector = torch.arange(1, n + 1, dtype=matrix.dtype, device=matrix.device).sin_().add_(1.5)

@@ -1,6 +1,6 @@
 """Batched linear algebra on Kronecker factors: tensors are (..., n, n) in float32 or float64.
 
-Everything here runs in the dtype that it is given; :mod:`hf_soap.linalg.precision` keeps TF32 away.
+Everything here computes in the dtype of its input. :mod:`hf_soap.linalg.precision` prevents TF32.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ def symmetrize(matrix: Tensor) -> Tensor:
 
 
 def eye_like(matrix: Tensor) -> Tensor:
-    """Returns the identity (n, n) in dtype and on the device of ``matrix`` (..., n, n)."""
+    """Returns the identity (n, n) with the dtype and device of ``matrix`` (..., n, n)."""
     return torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
 
 
 def safe_scale(matrix: Tensor) -> Tensor:
-    """Returns what to divide matrices (..., m, n) by so that sums of squares of their entries are in range.
+    """Returns a divisor for each matrix (..., m, n) that keeps sums of squares of its entries in range.
 
-    Float32 squares lose everything below 1e-23 and overflow above 1e19, and factors are squares already.
+    In float32, squares of entries below 1e-23 vanish, and squares of entries above 1e19 overflow. Entries of factors
+    are squares already.
 
     Returns:
-        (..., 1, 1): a power of two that brings the largest entry into [1, 2), so that dividing is exact; 1 where the
-        largest entry is neither below 2⁻⁴⁰ nor above 2⁴⁰, so that most matrices stay as they are.
+        (..., 1, 1): 1 where the largest entry is between 2⁻⁴⁰ and 2⁴⁰ or 0, so that most matrices stay as they are;
+        else the power of two that brings the largest entry into [1, 2), so that the division is exact.
     """
     if not matrix.numel():
         return matrix.new_ones(*matrix.shape[:-2], 1, 1)
@@ -43,8 +44,8 @@ def safe_scale(matrix: Tensor) -> Tensor:
 def power(rows: Tensor, exponent: float) -> Tensor:
     """Returns ``rows`` (..., k) to the power of ``exponent``, each row computed by itself.
 
-    CPUs take several numbers at once and the last ones alone, which rounds them in another way: in one go, a row would
-    depend on where it lies in the batch.
+    CPUs process several numbers at once, but the last few one by one, which rounds them differently. If all rows were
+    computed together, a row would depend on its place in the batch.
     """
     return torch.cat([row**exponent for row in rows.reshape(-1, rows.shape[-1]).split(1)]).view(rows.shape)
 
@@ -52,7 +53,7 @@ def power(rows: Tensor, exponent: float) -> Tensor:
 def pack(matrix: Tensor) -> Tensor:
     """Folds symmetric matrices (..., n, n) to (..., n // 2 + 1, n), which holds one triangle.
 
-    The lower right corner is laid under the diagonal of the upper left one.
+    The lower right corner is stored below the diagonal of the upper left one.
     """
     n = matrix.shape[-1]
     rows = n // 2 + 1
@@ -64,7 +65,7 @@ def pack(matrix: Tensor) -> Tensor:
 
 
 def unpack(folded: Tensor) -> Tensor:
-    """Unfolds what :func:`pack` made of symmetric matrices."""
+    """Restores the symmetric matrices that :func:`pack` folded."""
     rows, n = folded.shape[-2:]
     matrix = folded.new_empty(*folded.shape[:-2], n, n)
     left, right = folded[..., :rows], folded[..., rows:]
@@ -77,7 +78,7 @@ def unpack(folded: Tensor) -> Tensor:
 
 
 def unfold(tensor: Tensor, mode: int) -> Tensor:
-    """Lays out mode ``mode`` of a batch of blocks as the rows of a batch of matrices.
+    """Unfolds mode ``mode`` of a batch of blocks into the rows of a batch of matrices.
 
     Args:
         tensor: (blocks, d_1, ..., d_k).
@@ -95,7 +96,7 @@ def mode_product(tensor: Tensor, matrix: Tensor, mode: int) -> Tensor:
 
     Args:
         tensor: (blocks, d_1, ..., d_k).
-        matrix: (blocks, d_mode, r), typically an orthonormal basis; pass ``basis.mT`` for the way back.
+        matrix: (blocks, d_mode, r), typically an orthonormal basis; pass ``basis.mT`` to rotate back.
         mode: Which of the k modes, counted from 0.
 
     Returns:
@@ -134,24 +135,24 @@ def add_gram_(factor: Tensor, tensor: Tensor, mode: int, *, beta: float, alpha: 
 
 
 def eigenbasis(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigendecomposition with the largest eigenvalue first.
+    """Computes eigendecompositions with the largest eigenvalue first.
 
-    LAPACK gives up on many singular float32 matrices: it raises, or it returns NaN without a word. The factor of an
-    embedding whose batch lacks most tokens is one of them. Such matrices are solved again, each by itself.
+    LAPACK fails on many singular float32 matrices: it raises, or returns NaN without an error. One example is the
+    factor of an embedding when most tokens do not occur in the batch. Such matrices are solved again one by one.
 
     Args:
         matrix: (..., n, n), symmetric, float32 or float64.
 
     Returns:
-        Eigenvalues (..., n), descending, and the basis (..., n, n) with one eigenvector a column. NaN for a matrix
-        that is not finite.
+        Eigenvalues (..., n), descending, and the basis (..., n, n) with eigenvectors as columns. NaN for a matrix that
+        is not finite.
     """
     try:
         values, basis = torch.linalg.eigh(matrix)
     except torch.linalg.LinAlgError:
         values, basis = one_by_one(_eigh, matrix, (1, 2))
     else:
-        if not matrix.is_meta:  # which has no numbers to look at
+        if not matrix.is_meta:  # a meta tensor has no values to check
             # On a GPU this makes the host wait, as eigh itself does.
             for place in map(tuple, (~_is_sound(values, basis)).nonzero().tolist()):
                 values[place], basis[place] = _eigh_of_hard(matrix[place])
@@ -167,27 +168,27 @@ def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _is_sound(values: Tensor, basis: Tensor) -> Tensor:
-    """Says of each decomposition whether its values are finite and its vectors have length 1, (...,), bool."""
+    """Returns for each decomposition whether its values are finite and its vectors have length 1, (...,), bool."""
     lengths = torch.linalg.vector_norm(basis, dim=-2)
     sound: Tensor = values.isfinite().all(-1) & ((lengths - 1).abs() < 1e-3).all(-1)  # false for NaN
     return sound
 
 
 JITTERS = (0.0, 2.0**-48, 2.0**-40, 2.0**-32, 2.0**-24)
-"""Relative to the largest entry: how far the diagonal is moved, one after the other, until eigh succeeds."""
+"""Sizes of the jitter on the diagonal, relative to the largest entry. They are tried in order until eigh succeeds."""
 
 
 def _eigh_of_hard(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Decomposes a matrix on which eigh gave up, in float64 and without the rows and columns that are zero.
+    """Decomposes a matrix on which eigh failed, in float64 and without its zero rows and columns.
 
-    Many equal eigenvalues are what eigh gives up on. Zero rows bring most of them, and have known eigenvectors. Where
-    eigh still gives up, a jitter on the diagonal, a different one for each row, tells the others apart.
+    eigh fails where many eigenvalues are equal. Zero rows cause most of these, and their eigenvectors are known. If
+    eigh still fails, a jitter on the diagonal, different for each row, separates the others.
 
     Args:
         matrix: (n, n), symmetric.
 
     Returns:
-        Eigenvalues (n,), ascending, and the basis (n, n), in the dtype of the matrix; NaN if nothing helps.
+        Eigenvalues (n,), ascending, and the basis (n, n), in the dtype of the matrix; NaN if no jitter helps.
     """
     failed = matrix.new_full(matrix.shape[-1:], torch.nan), torch.full_like(matrix, torch.nan)
     if not bool(matrix.isfinite().all()):
@@ -206,7 +207,7 @@ def _eigh_of_hard(matrix: Tensor) -> tuple[Tensor, Tensor]:
             continue
         if jitter:
             values = (basis * (inner @ basis)).sum(-2)
-        # Rounding of float64 is no eigenvalue, and an inverse root would make much of it.
+        # Float64 rounding errors are not eigenvalues, and an inverse root would amplify them.
         noise = len(inner) * torch.finfo(inner.dtype).eps * scale
         values = torch.where(values.abs() > noise, values, 0.0)
         values = torch.cat([values, values.new_zeros(len(matrix) - len(inner))])
@@ -221,12 +222,12 @@ def _eigh_of_hard(matrix: Tensor) -> tuple[Tensor, Tensor]:
 def one_by_one(
     solve: Callable[[Tensor], tuple[Tensor, ...]], matrix: Tensor, dims: Sequence[int]
 ) -> tuple[Tensor, ...]:
-    """Solves each matrix of a batch by itself, so that one on which a solver gives up does not stop the others.
+    """Solves each matrix of a batch by itself, so that a failure on one does not stop the others.
 
     Args:
-        solve: Works on (n, n), or raises.
+        solve: Solves one matrix (n, n), or raises.
         matrix: (..., n, n).
-        dims: 1 or 2 for each result of a matrix that is (n,) or (n, n).
+        dims: For each result of ``solve``, 1 if it is (n,) and 2 if it is (n, n).
 
     Returns:
         The results (..., n) or (..., n, n); NaN for a matrix on which the solver raises.
@@ -234,7 +235,8 @@ def one_by_one(
     *batch, n, _ = matrix.shape
     flat = matrix.reshape(-1, n, n)
     results = [matrix.new_full((len(flat), *[n] * dim), torch.nan) for dim in dims]
-    # LAPACK's layout: products of another one round in other ways, and the other matrices shall not notice.
+    # LAPACK's memory layout: products with another layout round differently, and one failure must not change the other
+    # matrices.
     results = [result.mT if result.dim() == 3 else result for result in results]
     for place, one in enumerate(flat):
         with suppress(torch.linalg.LinAlgError):

@@ -1,4 +1,4 @@
-"""Which arithmetic float32 matrix products use: the fastest that is exact, never TF32 or bf16 unless asked."""
+"""The arithmetic of float32 matrix products: the fastest exact one, and TF32 or bf16 only on request."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from typing import Any, ClassVar
 import torch
 
 EXACT, REDUCED = "ieee", {"cpu": "bf16", "cuda": "tf32"}
-"""Names of torch's settings for products of float32 matrices: in float32, or in less where that is faster."""
+"""Names of torch's settings for products of float32 matrices: in float32, or in a reduced precision that is faster."""
 
 SMALLEST, LARGEST = 128, 8192
-"""Longest sides of matrices that oneDNN may multiply in place of MKL. It starts too slowly for smaller ones; sums over
-larger ones it may split in a way that depends on how many matrices are multiplied at once."""
+"""Bounds on the longest side of matrices that oneDNN may multiply instead of MKL. It starts too slowly for smaller
+matrices. For larger ones it may split sums in a way that depends on how many matrices are multiplied at once."""
 
 FLAT = 16
-"""MKL keeps matrices that have no more rows than this, such as those of LoRA, while no factor belongs to their longer
-side: there it is up to twice as fast."""
+"""MKL multiplies matrices with at most this many rows, such as those of LoRA, if only their shorter side has a factor.
+There it is up to twice as fast as oneDNN."""
 
 
 class float32_products:
-    """Multiplies float32 matrices exactly within the context, whatever the program has set for its model.
+    """Multiplies float32 matrices in float32 within the context, whatever the program has set for its model.
 
-    Factors do not survive less: at a spread of 1e7 between eigenvalues TF32 loses the small ones altogether. On a CPU
-    that has no matrix unit for bf16, oneDNN computes what torch calls its bf16 mode in float32, and on AMD processors
-    about twice as fast as MKL; there it is used.
+    Factors need that precision: if eigenvalues differ by a factor of 1e7, TF32 loses the small ones. On a CPU without
+    a matrix unit for bf16, oneDNN computes in float32 even in torch's bf16 mode. On AMD processors that is about twice
+    as fast as MKL, so it is used wherever it is exact.
 
     Args:
         block: Shape of the blocks that the matrices belong to.
@@ -68,7 +68,7 @@ def onednn_is_exact() -> bool:
             settings.fp32_precision = REDUCED["cpu"]
             got = torch.bmm(one, other).double()
             want = one.double() @ other.double()
-            # All entries are positive: float32 sums err by 1e-6 of the result, bf16 entries by 1e-3.
+            # All entries are positive: the relative error is 1e-6 in float32, and 1e-3 with bf16 entries.
             if ((got - want).abs() > 2e-5 * want).any():
                 return False
     finally:
@@ -77,7 +77,7 @@ def onednn_is_exact() -> bool:
 
 
 class _Legacy:
-    """The one setting for all devices that torch has before 2.9, under the names of the newer ones."""
+    """Torch's single setting for all devices before 2.9, under the names of the newer settings."""
 
     NAMES: ClassVar = {EXACT: "highest", "tf32": "high", "bf16": "medium"}
 
@@ -93,7 +93,7 @@ class _Legacy:
 
 @cache
 def _settings(device: str) -> Any:
-    """Where torch keeps its setting for products on a kind of device; None for a kind that has none."""
+    """Returns the object with torch's setting for products on a kind of device; None for a kind without one."""
     if device not in REDUCED:
         return None
     backend = torch.backends.mkldnn if device == "cpu" else torch.backends.cuda

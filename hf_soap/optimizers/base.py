@@ -1,4 +1,4 @@
-"""What optimizers are made of: settings into plans, constructors that follow from a config, rates of AdamW."""
+"""Shared parts of optimizers: plans from settings, constructors from a config, and the rates of AdamW."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from hf_soap.rules.storage import Storage
 
 
 class ConfiguredOptimizer(BlockOptimizer):
-    """An optimizer whose constructor follows from its config: a subclass sets ``config`` and defines ``plan``.
+    """An optimizer whose constructor takes the options of its config. A subclass sets ``config`` and defines ``plan``.
 
     Args:
         params: Parameters, named parameters, or groups of either. A group may override any setting.
         lr: Learning rate, a number or a tensor of one element; None takes the config's.
         weight_decay: Decoupled weight decay.
-        options: Options of the config; ``beta1`` and ``beta2`` as the pair ``betas``, where it has both.
+        options: Options of the config. If it has both ``beta1`` and ``beta2``, they are given as the pair ``betas``.
 
     Raises:
         ValueError: If an option is unknown, of the wrong type or out of range, or a parameter is complex.
@@ -43,13 +43,13 @@ class ConfiguredOptimizer(BlockOptimizer):
 
 
 def default_settings(config: type[options.OptimizerConfig]) -> dict[str, Any]:
-    """Returns the settings of an optimizer with this config, but for learning rate and decay, at their defaults."""
+    """Returns the default settings of an optimizer with this config, except for learning rate and decay."""
     torch_settings = {"maximize": False, "foreach": None, "fused": None, "differentiable": False}
     return {**config().constructor_kwargs(), **torch_settings, "rule": config.name}
 
 
 def state_options(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what a plan says of state and refreshes, from the settings of a param group."""
+    """Returns the arguments of a plan that concern state and refreshes, from the settings of a param group."""
     return {
         "storage": Storage(group["state_dtype"], group.get("pack_factors", False)),
         "maximize": group["maximize"],
@@ -59,7 +59,7 @@ def state_options(group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def plan_factors(group: Mapping[str, Any], shape: Sequence[int], *, part: Sequence[int] | None) -> Layout:
-    """Cuts a tensor, or a part of one, as the settings of a param group say; ``rule="adam"`` factors no side."""
+    """Returns the layout of a tensor, or of a part, by the settings of a group; ``rule="adam"`` factors no side."""
     return plan_layout(
         shape,
         max_precond_dim=group["max_precond_dim"],
@@ -75,7 +75,7 @@ def plan_factors(group: Mapping[str, Any], shape: Sequence[int], *, part: Sequen
 
 
 class AuxiliaryRates(BlockOptimizer):
-    """Learning rate, betas and decay of their own for what an optimizer leaves to AdamW: plans that are auxiliary.
+    """Adds a separate learning rate, betas and decay for the tensors that AdamW updates, whose plans are auxiliary.
 
     For configs with :class:`hf_soap.config.configs.AuxiliaryOptions`.
     """
@@ -83,8 +83,8 @@ class AuxiliaryRates(BlockOptimizer):
     read_at_each_step: ClassVar[tuple[str, ...]] = ("lr", "weight_decay", "lr_1d", "weight_decay_1d")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group, and notes the learning rate that ``lr_1d`` is in proportion to."""
-        if isinstance(param_group, dict):  # torch refuses all else
+        """Adds a group, and stores the learning rate to which ``lr_1d`` is in proportion."""
+        if isinstance(param_group, dict):  # torch refuses everything else
             param_group.setdefault("base_lr", float(param_group.get("lr", self.defaults["lr"])))
         super().add_param_group(param_group)
 
@@ -93,10 +93,10 @@ class AuxiliaryRates(BlockOptimizer):
         beta1, beta2 = check_pair("betas_1d", group["betas_1d"])
         options.check_values(self.config, {"beta1_1d": beta1, "beta2_1d": beta2})
         if group["lr_1d"] is not None and group["base_lr"] == 0:
-            raise ValueError("lr must be > 0 where lr_1d is set, got 0; lr_1d follows lr in proportion")
+            raise ValueError("lr must be > 0 if lr_1d is set, got 0; lr_1d changes in proportion to lr")
 
     def rates(self, group: Mapping[str, Any], plan: Plan) -> Rate:
-        """Returns the group's rates, or those of AdamW where the plan is auxiliary."""
+        """Returns the group's rates, or those of AdamW if the plan is auxiliary."""
         lr, decay = group["lr"], group["weight_decay"]
         if not plan.auxiliary:
             return lr, decay

@@ -34,11 +34,10 @@ BOTH_SIDES: Overrides = {"one_sided": False, "max_aspect_ratio": None}
 
 
 def with_overrides(params: Iterable[Any], model: nn.Module | None, config: OptimizerConfig) -> list[dict[str, Any]]:
-    """Says for each parameter which settings differ from those of its param group; the first match wins.
+    """Determines for each parameter which settings differ from those of its param group. The first match wins.
 
-    In this order: ``adam_modules``, ``one_sided_modules``, adapters (``lora_sides``), embeddings and output
-    head where the optimizer leaves them to Adam, the optimizer's defaults.
-    Tied weights are found under each of their names.
+    The order is: ``adam_modules``, ``one_sided_modules``, adapters (``lora_sides``), embeddings and output head if the
+    optimizer updates them by Adam, the optimizer's defaults. Tied weights match under each of their names.
 
     Args:
         params: Param groups as the Trainer makes them, or parameters.
@@ -46,8 +45,8 @@ def with_overrides(params: Iterable[Any], model: nn.Module | None, config: Optim
         config: The options.
 
     Returns:
-        The same groups in the same order, empty ones too, since a scheduler may have a function for each; with names
-        where a model was given, and with the settings of each parameter under ``overrides`` where any differ.
+        The same groups in the same order, including empty ones, since a scheduler may have a function for each. They
+        have names if a model was given, and ``overrides`` with the settings of each parameter if any differ.
 
     Raises:
         ValueError: If a pattern matches no trainable parameter, or there is no model to match it with.
@@ -72,7 +71,7 @@ def with_overrides(params: Iterable[Any], model: nn.Module | None, config: Optim
     sides = getattr(config, "lora_sides", "rank")
     if model is None and sides != "rank":
         logger.warning(
-            "lora_sides=%s cannot be followed without the model, whose names say which matrices are an adapter's. "
+            "lora_sides=%s has no effect without the model, whose names say which matrices belong to an adapter. "
             "Shapes decide instead: a matrix flatter than %s : 1 gets a factor on its short side.",
             sides,
             getattr(config, "max_aspect_ratio", None),
@@ -97,13 +96,13 @@ def with_overrides(params: Iterable[Any], model: nn.Module | None, config: Optim
 def routing_table(optimizer: BlockOptimizer) -> str:
     """Returns a text table of an optimizer's parameters: rule, tensors, parameters and the memory of its factors.
 
-    Of sharded parameters it counts what this rank has, or, with ``shard_mode="owner"``, the whole.
+    For sharded parameters it counts this rank's part, or, with ``shard_mode="owner"``, the whole.
 
     Args:
         optimizer: Any optimizer of the family, before or after its first step.
 
     Returns:
-        One line per rule, and a heading.
+        A heading, and one line per rule.
     """
     totals: dict[str, list[int]] = {}
     for member in optimizer.members():
@@ -125,7 +124,7 @@ def routing_table(optimizer: BlockOptimizer) -> str:
 
 
 def describe(plan: Plan, *, owned: bool) -> str:
-    """Says in a few words what happens to a tensor.
+    """Describes in a few words how a tensor is updated.
 
     Args:
         plan: Its plan.
@@ -138,7 +137,7 @@ def describe(plan: Plan, *, owned: bool) -> str:
 
 
 def _listed(params: Any) -> list[Tensor]:
-    """Lists what torch takes in a group: one tensor, or an iterable of tensors or of (name, tensor)."""
+    """Lists the parameters of a group as torch accepts them: a tensor, or an iterable of tensors or (name, tensor)."""
     listed = [params] if isinstance(params, Tensor) else list(params)
     return [param[1] if isinstance(param, tuple) else param for param in listed]
 
@@ -146,7 +145,7 @@ def _listed(params: Any) -> list[Tensor]:
 def _names(model: nn.Module) -> dict[Tensor, list[str]]:
     names: defaultdict[Tensor, list[str]] = defaultdict(list)
     for name, param in model.named_parameters(remove_duplicate=False):
-        names[param].append(name.replace("_orig_mod.", ""))  # which a compiled model puts in front
+        names[param].append(name.replace("_orig_mod.", ""))  # a prefix that compiled models add
     return dict(names)
 
 
@@ -158,7 +157,7 @@ def _embeddings(model: nn.Module) -> set[Tensor]:
 
 
 def _adapters(model: nn.Module) -> set[Tensor]:
-    """Returns the parameters that adapters of peft add: those of its layers, and of its prompts."""
+    """Returns the parameters that peft adapters add: those of its layers and of its prompts."""
     found: set[Tensor] = set()
     for module in model.modules():
         for name in getattr(module, "adapter_layer_names", ()):
@@ -187,5 +186,5 @@ def _overrides(
         return None
     if param.dim() == 2:
         return {"rank": ONE_SIDED, "both": BOTH_SIDES, "none": ADAM}[config.lora_sides]
-    # Blocks of rotations, banks of vectors: their dimensions are no sides of a matrix.
+    # Blocks of rotations and banks of vectors: their dimensions are not the sides of a matrix.
     return ADAM if param.dim() > 2 and not is_lora and config.lora_sides != "both" else None

@@ -1,4 +1,4 @@
-"""MARS in front of AdamW, Lion, Newton–Schulz, MARS-M and SOAP."""
+"""MARS before AdamW, Lion, Newton–Schulz, MARS-M and SOAP."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 class MARS(AuxiliaryRates):
-    """Variance reduction in front of a preconditioned update.
+    """Variance reduction before a preconditioned update.
 
     The gradient g is replaced by c̃ = clip(g + γ·β₁/(1-β₁)·(g - g')), where g' is the previous step's gradient, or,
     with ``exact``, the gradient of the current minibatch at the previous weights. Matrices are then updated by
@@ -45,29 +45,29 @@ class MARS(AuxiliaryRates):
         weight_decay: Decoupled weight decay.
         variant: ``"adamw"``, ``"lion"``, ``"shampoo"`` (Newton–Schulz), ``"m"`` (MARS-M) or ``"soap"``.
         gamma: Strength of the correction.
-        exact: Two backward passes a step: see :meth:`at_previous_weights`. SoapTrainer does it by itself.
-        optimize_1d: Correct tensors that are no matrices too; ``"shampoo"`` and ``"m"`` update them by MARS-AdamW.
-        lr_1d: Learning rate of tensors that are no matrices, following ``lr`` in proportion; None takes ``lr``.
+        exact: Two backward passes per step, see :meth:`at_previous_weights`. SoapTrainer makes both.
+        optimize_1d: Also correct non-matrix parameters; ``"shampoo"`` and ``"m"`` update them by MARS-AdamW.
+        lr_1d: Learning rate of non-matrix parameters, which changes in proportion to ``lr``; None takes ``lr``.
         betas_1d: Decay rates of their moments.
         weight_decay_1d: Their weight decay; None takes the group's. The published runs use 0.1.
-        nonfinite: ``"skip"`` leaves out a step in which any gradient holds NaN or Inf; ``"off"`` does not look.
+        nonfinite: ``"skip"`` skips a step in which any gradient holds NaN or Inf; ``"off"`` does not check.
         max_skipped_in_a_row: Raise an error when this many steps in a row were skipped; 0 never does.
         shard_mode: With several ranks: ``"local"`` preconditions each rank's part of a matrix by itself, ``"owner"``
-            whole matrices on one rank each, which is equal to one process.
-        state_dtype: What state is kept in between steps: ``"float32"`` (float64 for float64 parameters) or
-            ``"bfloat16"``. Arithmetic is in float32; rounding is stochastic and depends on step, parameter and role
-            alone.
-        pack_factors: Keep one triangle of each symmetric matrix.
-        distributed_refresh: Split decompositions among ranks that hold equal weights and gradients (DDP): each does
-            its share and gives it to the others. All ranks must step together. None is False but for the Trainer.
-        shampoo_beta: Here and below, settings of SOAP for ``variant="soap"``; see :class:`SOAP`.
-        max_aspect_ratio: A matrix that is flatter than this gets a factor on its short side alone, since that of the
-            long side would outweigh it; so does any side with more entries than this many times all others together.
-            None sets no limit, as the official implementation does.
-        stacked_matrices: Take a tensor of three dimensions whose first is the shortest, such as the experts of a
-            mixture, for a stack of matrices, each with factors of its own.
+            whole matrices on one rank each, with the same result as one process.
+        state_dtype: Dtype of state between steps: ``"float32"`` (float64 for float64 parameters) or ``"bfloat16"``.
+            Arithmetic is in float32. Rounding is stochastic, and depends only on step, parameter and role.
+        pack_factors: Store one triangle of each symmetric matrix.
+        distributed_refresh: Split decompositions among ranks that hold equal weights and gradients (DDP): each rank
+            computes a share and sends it to the others. All ranks must step together. None means False, except under
+            the Trainer.
+        shampoo_beta: This and the following are settings of SOAP for ``variant="soap"``; see :class:`SOAP`.
+        max_aspect_ratio: A matrix flatter than this gets a factor on its short side only, since that of the long side
+            would be much larger than the matrix. In general, a side gets no factor if it is longer than this many
+            times the product of the others. None sets no limit, as in the official implementation.
+        stacked_matrices: Treat a tensor of three dimensions whose first is the shortest, such as the experts of a
+            mixture, as a stack of matrices, each with its own factors.
         maximize: Ascend instead of descending.
-        foreach: Accepted as torch's optimizers have it, and without effect, as is ``fused``.
+        foreach: Accepted for compatibility with torch's optimizers, without effect. So is ``fused``.
         fused: See ``foreach``.
         differentiable: Must be False.
 
@@ -78,7 +78,7 @@ class MARS(AuxiliaryRates):
         Yuan et al., MARS: Unleashing the Power of Variance Reduction for Training Large Models, arXiv:2411.10438.
     """
 
-    config = configs.MarsSoapConfig  # it has the options of all variants
+    config = configs.MarsSoapConfig  # this config has the options of all variants
 
     def __init__(
         self,
@@ -123,7 +123,7 @@ class MARS(AuxiliaryRates):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, whose rule is its variant."""
-        if isinstance(param_group, dict):  # torch refuses all else
+        if isinstance(param_group, dict):  # torch refuses everything else
             param_group.setdefault("rule", param_group.get("variant", self.defaults["rule"]))
         super().add_param_group(param_group)
 
@@ -134,8 +134,8 @@ class MARS(AuxiliaryRates):
         _refuse_ignored(group)
         if group["exact"] and group["shard_mode"] == "owner":
             raise ValueError(
-                "got exact=True with shard_mode='owner', wanted one of them: the previous weights lie with the ranks "
-                "that have the weights; use shard_mode='local'"
+                "got exact=True with shard_mode='owner', wanted one of them: each rank has the previous "
+                "weights of its own part only; use shard_mode='local'"
             )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -155,10 +155,10 @@ class MARS(AuxiliaryRates):
             closure: Clears the gradients, reevaluates the model and returns the loss; exact MARS calls it twice.
 
         Returns:
-            What the closure returned at the current weights.
+            The closure's result at the current weights.
 
         Raises:
-            RuntimeError: If exact MARS got gradients without the correction.
+            RuntimeError: If exact MARS gets gradients without the correction.
             ValueError: If a gradient is sparse.
         """
         loss = None
@@ -171,7 +171,7 @@ class MARS(AuxiliaryRates):
         if self.exact and not self._corrected and not self._engine.is_synthetic():
             raise RuntimeError(
                 "exact MARS got gradients without their correction, wanted the same minibatch's gradients at the "
-                "previous weights too; train with hf_soap.SoapTrainer, or in a loop of your own run the backward pass "
+                "previous weights too; train with hf_soap.SoapTrainer, or in your own loop run the backward pass "
                 "again in `with optimizer.at_previous_weights():`, or pass a closure, or use exact=False"
             )
         super().step()
@@ -179,17 +179,17 @@ class MARS(AuxiliaryRates):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads state as every optimizer of the family does.
+        """Loads state like every optimizer of this package.
 
-        Version 0.1.0 decayed vectors by 0.1 where neither their group nor ``weight_decay_1d`` said anything; what it
-        saved is then another decay than the group's, and a warning says how to keep it.
+        Version 0.1.0 decayed vectors by 0.1 where neither their group nor ``weight_decay_1d`` said anything; a
+        checkpoint may therefore hold another decay than the group's. A warning says how to keep it.
         """
         saved = [group.get("weight_decay_1d") for group in state_dict["param_groups"]]
         now = [group["weight_decay"] for group in self.param_groups if group["weight_decay_1d"] is None]
         if decays := {decay for decay in saved if decay is not None and decay not in now and now}:
             logger.warning(
-                "The checkpoint was trained with weight_decay_1d=%s, and vectors now decay by their group's %s; set "
-                "weight_decay_1d to go on as before.",
+                "The checkpoint was trained with weight_decay_1d=%s, but vectors now decay by their group's %s; set "
+                "weight_decay_1d to continue as before.",
                 " and ".join(map(str, sorted(decays))),
                 " and ".join(map(str, sorted(set(now)))),
             )
@@ -202,9 +202,9 @@ class MARS(AuxiliaryRates):
 
     @property
     def has_previous_weights(self) -> bool:
-        """Whether some parameter was updated before, so that :meth:`at_previous_weights` has weights to go back to.
+        """Whether some parameter was updated before, so that :meth:`at_previous_weights` has previous weights.
 
-        All ranks that share parameters must ask together, and get the same answer: one may have no part of any.
+        All ranks that share parameters must read this together. They get the same answer, even if one has no part.
         """
         params = [param for group in self.param_groups for param in group["params"]]
         has_none = not any(self._previous(member) is not None for member in self.members())
@@ -212,11 +212,11 @@ class MARS(AuxiliaryRates):
 
     @contextmanager
     def at_previous_weights(self) -> Iterator[None]:
-        """Swaps in the weights before the last update, for the second backward pass of exact MARS.
+        """Restores the weights before the last update, for the second backward pass of exact MARS.
 
-        Call it when the gradients of the minibatch are there, and compute them again inside. On leaving, the weights
-        are back and every ``.grad`` holds g + γ·β₁/(1-β₁)·(g - g'), to be clipped and stepped. At a parameter's first
-        step g' counts as zero. ::
+        Enter it after the backward pass of the minibatch, and repeat that pass inside. On exit the current weights are
+        restored, and every ``.grad`` holds g + γ·β₁/(1-β₁)·(g - g'), ready for clipping and the step. At a parameter's
+        first step g' counts as zero. ::
 
             model(batch).loss.backward()
             with optimizer.at_previous_weights():
@@ -263,11 +263,11 @@ class MARS(AuxiliaryRates):
         return layout.from_blocks(state[PREV_PARAM], local(member.param).shape)
 
     def _correct(self, member: Member, other: Tensor | None) -> None:
-        """Corrects a gradient in place by that at the previous weights, or by zero."""
+        """Corrects a gradient in place with the gradient at the previous weights, or with zero."""
         settings, param, grad = member.settings, member.param, local_grad(member.param)
         if grad is None or not settings["exact"] or not isinstance(self.plan_of(settings, param).rule, MarsRule):
             return
-        if 0 in grad.stride() and not is_sharded(param):  # expanded: several entries are one place in memory
+        if 0 in grad.stride() and not is_sharded(param):  # expanded: several entries share memory
             grad = param.grad = grad.clone(memory_format=torch.contiguous_format)
         other = torch.zeros_like(grad) if other is None else other
         grad.copy_(elementwise.mars_correction(grad, other, beta1=settings["betas"][0], gamma=settings["gamma"]))
@@ -296,11 +296,11 @@ VARIANTS = {
         configs.MarsSoapConfig,
     )
 }
-"""Variant to its config, which has the options that it reads."""
+"""Maps each variant to its config, which has the options that it reads."""
 
 
 def _refuse_ignored(group: Mapping[str, Any]) -> None:
-    """Refuses options that the variant of a group does not read; with its default an option counts as not given."""
+    """Refuses options that the variant of a group does not read. An option at its default counts as not given."""
     variant = group["variant"] if group["rule"] == "adam" else group["rule"]
     of_all, own = options.option_fields(MARS.config), options.option_fields(VARIANTS[variant])
     values = {**group, "beta1": group["betas"][0], "beta2": group["betas"][1]}
@@ -309,7 +309,7 @@ def _refuse_ignored(group: Mapping[str, Any]) -> None:
             readers = [repr(name) for name, config in VARIANTS.items() if key in options.option_fields(config)]
             raise ValueError(
                 f"variant={variant!r} got {key}={options.shown(values[key])}, wanted only options that it reads; "
-                f"leave {key} out, or use variant={' or '.join(readers)}"
+                f"remove {key}, or use variant={' or '.join(readers)}"
             )
 
 

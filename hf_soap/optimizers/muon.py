@@ -15,7 +15,7 @@ from hf_soap.rules.muon import MuonRule
 
 
 class Muon(AuxiliaryRates, ConfiguredOptimizer):
-    """Nesterov momentum whose singular values are all brought near one, for matrices.
+    """Nesterov momentum for matrices, with all singular values brought close to one.
 
     Vectors, and tensors of groups with ``rule="adam"``, follow AdamW with ``lr_1d``, ``betas_1d`` and
     ``weight_decay_1d``. Under the Trainer, embeddings and the output head do so too.
@@ -40,7 +40,7 @@ class Muon(AuxiliaryRates, ConfiguredOptimizer):
         check_choice("rule", group["rule"], ("muon", "adam"))
 
     def plan(self, group: Mapping[str, Any], shape: Sequence[int], *, part: Sequence[int] | None = None) -> Plan:
-        """Returns Muon for matrices and stacks of them, and AdamW for all else."""
+        """Returns Muon for matrices and stacks of them, and AdamW for everything else."""
         layout = uncut(shape if part is None else part)
         is_matrix = len(shape) == 2 or (group["stacked_matrices"] and is_stack(shape))
         if group["rule"] == "adam" or not is_matrix:

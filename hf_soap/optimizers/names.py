@@ -1,4 +1,4 @@
-"""The names of the optimizers, which class and options each means, and how others join them."""
+"""The names of the optimizers, the class and options of each, and how to register others."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from hf_soap.rules.storage import name_of
 logger = logging.getLogger(__name__)
 
 ENTRY_POINTS = "hf_soap.optimizers"
-"""Group of entry points: each names an optimizer class, whose ``config`` is the config."""
+"""Group of entry points. Each names an optimizer class, which has a ``config``."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,11 @@ ENTRIES: dict[str, Entry] = {
 }
 
 CALL_AFTER_REGISTERING: list[Callable[[], None]] = []
-"""Called after a name has joined :data:`ENTRIES`: transformers lists the names too."""
+"""Called after a name is added to :data:`ENTRIES`, since transformers lists the names too."""
 
 
 def register(optimizer: type[BlockOptimizer], config: type[OptimizerConfig] | None = None) -> None:
-    """Makes an optimizer known by the name of its config, as if it were one of this package's.
+    """Registers an optimizer under the name of its config, like those of this package.
 
     Its name then works in ``TrainingArguments(optim=...)``, ``optim_args``, ``hf-soap plan``, recipes and cards.
 
@@ -69,7 +69,8 @@ def register(optimizer: type[BlockOptimizer], config: type[OptimizerConfig] | No
             optimizer's ``config``.
 
     Raises:
-        TypeError: If a class is of the wrong kind, or a rule lacks a method that its state or traits call for.
+        TypeError: If a class is of the wrong kind, or a rule does not define a method that its state or traits
+            require.
         ValueError: If the name belongs to another optimizer, or the defaults are out of range.
     """
     config = getattr(optimizer, "config", None) if config is None else config
@@ -98,7 +99,7 @@ def register(optimizer: type[BlockOptimizer], config: type[OptimizerConfig] | No
 
 @cache
 def load_entry_points() -> None:
-    """Registers the optimizers of installed packages; one that fails is named in a warning, and left out."""
+    """Registers the optimizers of installed packages. One that fails is skipped with a warning that names it."""
     for entry in entry_points(group=ENTRY_POINTS):
         try:
             register(entry.load())
@@ -107,7 +108,7 @@ def load_entry_points() -> None:
 
 
 def _sample_plans(optimizer: type[BlockOptimizer], config: type[OptimizerConfig]) -> list[Plan]:
-    """Returns what an optimizer does with tensors of several shapes, at the config's defaults."""
+    """Returns the plans of an optimizer for tensors of several shapes, with the config's defaults."""
     shapes = [(4, 4), (6, 3), (5,), (3, 4, 5), ()]
     params = [Parameter(torch.zeros(shape, device="meta")) for shape in shapes]
     make: Callable[..., BlockOptimizer] = optimizer
@@ -116,10 +117,10 @@ def _sample_plans(optimizer: type[BlockOptimizer], config: type[OptimizerConfig]
 
 
 def check_rule(plan: Plan) -> None:
-    """Checks that a rule has what its state and its traits call for.
+    """Checks that a rule defines what its state and its traits require.
 
     Raises:
-        TypeError: If not; it names the method or attribute that is missing.
+        TypeError: If a method or attribute is missing; the message names it.
     """
     rule, name = plan.rule, type(plan.rule).__name__
     if not isinstance(rule, Rule):
@@ -142,4 +143,4 @@ def check_rule(plan: Plan) -> None:
     for method, needed in needs.items():
         inherited = {getattr(Rule, method), getattr(WrappingRule, method)}
         if needed and all(getattr(type(part), method) in inherited for part in parts):
-            raise TypeError(f"{name} must define {method}, since its state or traits call for it")
+            raise TypeError(f"{name} must define {method}, since its state or traits require it")

@@ -22,7 +22,8 @@ class Shampoo(BlockOptimizer):
     """Multiplies every axis of the gradient by an inverse root of its Kronecker factor.
 
     A matrix G gets factors L = EMA(GGᵀ) and R = EMA(GᵀG) and the direction L^(-1/4) Ĝ R^(-1/4), where Ĝ is the moving
-    average of G, scaled to the length of the step that ``graft`` would take. What has no factor follows ``graft``.
+    average of G, scaled to the length of the step that ``graft`` would take. Tensors without a factor follow
+    ``graft``.
 
     Args:
         params: Parameters, named parameters, or groups of either. A group may override any setting, and may set
@@ -34,16 +35,16 @@ class Shampoo(BlockOptimizer):
             factors' product.
         weight_decay: Decoupled weight decay.
         precondition_frequency: Updates between two computations of the inverse roots; factors accumulate at each.
-        max_precond_dim: A side longer than that keeps only the diagonal of its factor.
+        max_precond_dim: A longer side keeps only the diagonal of its factor.
         block_size: Cut longer sides into blocks of at most this size, each with its own factors.
         exponent: Power of each factor, below 0; None takes -1/(2k) for a tensor with k axes, -1/2 with ``kl``.
-        statistics: ``"ema"`` averages, ``"sum"`` sums up as the original Shampoo does.
+        statistics: ``"ema"`` averages; ``"sum"`` sums, as in the original Shampoo.
         graft: ``"adam"``, ``"adagrad"``, ``"rmsprop"``, ``"sgd"``, or None for Shampoo's own step length.
         root_method: ``"eigh"``, or ``"newton"`` for coupled Newton, which is faster only on GPUs.
         ridge: Added to each factor before the root, relative to its largest eigenvalue.
-        start_step: The first update with preconditioning, 1-based; the grafted rule (or the gradient) goes before.
-            None takes ``precondition_frequency`` where a rule is grafted, else 1.
-        asynchronous: Compute roots in the background from a snapshot, and go on with the old ones meanwhile.
+        start_step: The first update with preconditioning, 1-based; earlier updates follow the grafted rule (or the
+            gradient). None takes ``precondition_frequency`` if a rule is grafted, else 1.
+        asynchronous: Compute roots in the background from a snapshot, and use the old ones meanwhile.
         delay: With ``asynchronous``: use new roots exactly this many updates after their snapshot, at most
             ``precondition_frequency``, so that runs can be repeated and resumed bit for bit; 0 is the same as
             ``asynchronous=False``. None uses them as soon as they are done.
@@ -53,24 +54,24 @@ class Shampoo(BlockOptimizer):
         precondition_1d: Factor vectors too.
         stagger: Spread the root computations of different parameters over different steps.
         one_sided: Factor only the shorter side of each matrix, with the exponent -1/2.
-        kl: KL-Shampoo: whiten the gradient by the other factors before it enters a factor; nothing may be grafted.
-        nonfinite: ``"skip"`` leaves out a step in which any gradient holds NaN or Inf; ``"off"`` does not look.
+        kl: KL-Shampoo: whiten the gradient by the other factors before it enters a factor; requires ``graft=None``.
+        nonfinite: ``"skip"`` skips a step in which any gradient holds NaN or Inf; ``"off"`` does not check.
         max_skipped_in_a_row: Raise an error when this many steps in a row were skipped; 0 never does.
         shard_mode: With several ranks: ``"local"`` preconditions each rank's part of a matrix by itself, ``"owner"``
-            whole matrices on one rank each, which is equal to one process.
-        state_dtype: What state is kept in between steps: ``"float32"`` (float64 for float64 parameters) or
-            ``"bfloat16"``. Arithmetic is in float32; rounding is stochastic and depends on step, parameter and role
-            alone.
-        pack_factors: Keep one triangle of each symmetric matrix.
-        distributed_refresh: Split decompositions among ranks that hold equal weights and gradients (DDP): each does
-            its share and gives it to the others. All ranks must step together. None is False but for the Trainer.
-        max_aspect_ratio: A matrix that is flatter than this gets a factor on its short side alone, since that of the
-            long side would outweigh it; so does any side with more entries than this many times all others together.
-            None sets no limit, as the official implementation does.
-        stacked_matrices: Take a tensor of three dimensions whose first is the shortest, such as the experts of a
-            mixture, for a stack of matrices, each with factors of its own.
+            whole matrices on one rank each, with the same result as one process.
+        state_dtype: Dtype of state between steps: ``"float32"`` (float64 for float64 parameters) or ``"bfloat16"``.
+            Arithmetic is in float32. Rounding is stochastic, and depends only on step, parameter and role.
+        pack_factors: Store one triangle of each symmetric matrix.
+        distributed_refresh: Split decompositions among ranks that hold equal weights and gradients (DDP): each rank
+            computes a share and sends it to the others. All ranks must step together. None means False, except under
+            the Trainer.
+        max_aspect_ratio: A matrix flatter than this gets a factor on its short side only, since that of the long side
+            would be much larger than the matrix. In general, a side gets no factor if it is longer than this many
+            times the product of the others. None sets no limit, as in the official implementation.
+        stacked_matrices: Treat a tensor of three dimensions whose first is the shortest, such as the experts of a
+            mixture, as a stack of matrices, each with its own factors.
         maximize: Ascend instead of descending.
-        foreach: Accepted as torch's optimizers have it, and without effect, as is ``fused``.
+        foreach: Accepted for compatibility with torch's optimizers, without effect. So is ``fused``.
         fused: See ``foreach``.
         differentiable: Must be False.
 
@@ -134,12 +135,13 @@ class Shampoo(BlockOptimizer):
         frequency, delay = group["precondition_frequency"], group["delay"]
         if delay is not None and delay > frequency:
             raise ValueError(
-                f"delay must be <= precondition_frequency={frequency}, got {delay}; the next snapshot replaces one"
+                f"delay must be <= precondition_frequency={frequency}, got {delay}; "
+                "otherwise the next snapshot comes before its roots"
             )
         if group["asynchronous"] and delay is None and dtensor.ranks() > 1:
             raise ValueError(
-                "asynchronous=True got delay=None with several ranks, wanted a number: ranks would take new roots "
-                "over at different steps and drift apart; set delay, at most precondition_frequency"
+                "asynchronous=True got delay=None with several ranks, wanted a number: ranks would start to use "
+                "new roots at different steps and diverge; set delay, at most precondition_frequency"
             )
         if delay and not group["asynchronous"]:
             raise ValueError(f"got delay={delay} without asynchronous, wanted both or none; set asynchronous=True")
@@ -155,7 +157,7 @@ class Shampoo(BlockOptimizer):
             )
 
     def plan(self, group: Mapping[str, Any], shape: Sequence[int], *, part: Sequence[int] | None = None) -> Plan:
-        """Returns the Shampoo rule with the group's settings, or AdamW where KL-Shampoo has nothing to factor."""
+        """Returns the Shampoo rule with the group's settings, or AdamW if KL-Shampoo has nothing to factor."""
         beta1, beta2 = group["betas"]
         layout = plan_factors(group, shape, part=part)
         if not layout.sides and (group["kl"] or group["rule"] == "adam"):
@@ -192,4 +194,4 @@ PASSED_ON = (
     "stagger",
     "kl",
 )
-"""Settings that the rule takes under their own names."""
+"""Settings that the rule takes under the same names."""

@@ -32,7 +32,7 @@ class SOAP(BlockOptimizer):
         eps: Added to the root of the second moment.
         weight_decay: Decoupled weight decay; applied after the update as W ← W − lr·weight_decay·W.
         precondition_frequency: Updates between two refreshes of the bases.
-        max_precond_dim: A side longer than that keeps an identity basis.
+        max_precond_dim: A longer side keeps an identity basis.
         merge_dims: Merge small neighbouring dimensions of tensors with more than two dimensions.
         precondition_1d: Factor vectors too.
         normalize_grads: Divide each tensor's update by its root mean square.
@@ -40,31 +40,31 @@ class SOAP(BlockOptimizer):
         stagger: Spread the refreshes of different parameters over different steps.
         one_sided: Factor only the shorter side of each matrix.
         block_size: Cut longer sides into blocks of at most this size, each with its own factors.
-        factorized: Keep the second moment of a factored matrix as a product of row and column means.
+        factorized: Keep the second moment of a factored matrix as the product of row and column means.
         kl: Whiten the gradient by the other factors before it enters a factor (KL-SOAP, arXiv:2509.03378).
-        include_current: Let the current gradient into factor and basis before it is rotated, not after.
+        include_current: Add the current gradient to factor and basis before it is rotated, not afterwards.
         refresh_tol: Skip the refresh of a basis that diagonalises its factor up to this share (arXiv:2506.03595).
         matmul_dtype: Arithmetic of the rotations of gradient and direction: ``"bfloat16"``, or ``"tf32"`` on GPUs.
-        nonfinite: ``"skip"`` leaves out a step in which any gradient holds NaN or Inf; ``"off"`` does not look.
+        nonfinite: ``"skip"`` skips a step in which any gradient holds NaN or Inf; ``"off"`` does not check.
         max_skipped_in_a_row: Raise an error when this many steps in a row were skipped; 0 never does.
         shard_mode: With several ranks: ``"local"`` preconditions each rank's part of a matrix by itself, ``"owner"``
-            whole matrices on one rank each, which is equal to one process.
-        state_dtype: What state is kept in between steps: ``"float32"`` (float64 for float64 parameters) or
-            ``"bfloat16"``. Arithmetic is in float32; rounding is stochastic and depends on step, parameter and role
-            alone.
-        pack_factors: Keep one triangle of each symmetric matrix.
-        distributed_refresh: Split decompositions among ranks that hold equal weights and gradients (DDP): each does
-            its share and gives it to the others. All ranks must step together. None is False but for the Trainer.
-        overlap_refresh: On a GPU, refresh beside the next forward and backward pass, on a stream of its own; the next
-            step waits for it. The same numbers; of state that is rounded or packed, refreshes stay in the step. Read
-            ``state`` directly only behind :meth:`state_dict` or ``skipped_steps``, which wait too.
-        max_aspect_ratio: A matrix that is flatter than this gets a factor on its short side alone, since that of the
-            long side would outweigh it; so does any side with more entries than this many times all others together.
-            None sets no limit, as the official implementation does.
-        stacked_matrices: Take a tensor of three dimensions whose first is the shortest, such as the experts of a
-            mixture, for a stack of matrices, each with factors of its own.
+            whole matrices on one rank each, with the same result as one process.
+        state_dtype: Dtype of state between steps: ``"float32"`` (float64 for float64 parameters) or ``"bfloat16"``.
+            Arithmetic is in float32. Rounding is stochastic, and depends only on step, parameter and role.
+        pack_factors: Store one triangle of each symmetric matrix.
+        distributed_refresh: Split decompositions among ranks that hold equal weights and gradients (DDP): each rank
+            computes a share and sends it to the others. All ranks must step together. None means False, except under
+            the Trainer.
+        overlap_refresh: On a GPU, refresh during the next forward and backward pass, on a separate stream; the next
+            step waits for it. The results are the same. State that is rounded or packed is refreshed within the step.
+            Read ``state`` directly only after :meth:`state_dict` or ``skipped_steps``, which wait for the refresh.
+        max_aspect_ratio: A matrix flatter than this gets a factor on its short side only, since that of the long side
+            would be much larger than the matrix. In general, a side gets no factor if it is longer than this many
+            times the product of the others. None sets no limit, as in the official implementation.
+        stacked_matrices: Treat a tensor of three dimensions whose first is the shortest, such as the experts of a
+            mixture, as a stack of matrices, each with its own factors.
         maximize: Ascend instead of descending.
-        foreach: Accepted as torch's optimizers have it, and without effect, as is ``fused``.
+        foreach: Accepted for compatibility with torch's optimizers, without effect. So is ``fused``.
         fused: See ``foreach``.
         differentiable: Must be False.
 
@@ -140,7 +140,7 @@ def soap_rule(group: Mapping[str, Any]) -> SoapRule:
         normalize_grads=group.get("normalize_grads", False),
         correct_bias=group.get("correct_bias", True),
         stagger=group["stagger"],
-        # A rounded basis is orthonormal to 2^-9 alone, and rounding it anew at each refresh would add up.
+        # A rounded basis is orthonormal only to 2^-9, and the rounding errors of refreshes would accumulate.
         orthonormalize_every=ORTHONORMALIZE_EVERY if group["state_dtype"] == "float32" else 1,
         **{
             name: group[name]

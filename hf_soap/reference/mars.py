@@ -1,6 +1,6 @@
 """Textbook AdamW, Lion and MARS in float64: slow loops, one matrix at a time.
 
-Companion of soap.py, in the same spirit: written from the papers' equations and sharing nothing with the package.
+Companion of soap.py: written from the equations of the papers, and sharing no code with the rest of the package.
 
 Sources:
     MARS: Yuan et al., arXiv:2411.10438 (AdamW, Lion and Shampoo instances). MARS-M: arXiv:2510.21800.
@@ -26,7 +26,7 @@ from hf_soap.reference.soap import float64_copies
 
 @dataclass
 class Moments:
-    """What Adam and Lion keep per parameter."""
+    """State of Adam and Lion for one parameter."""
 
     m: Tensor
     v: Tensor
@@ -131,10 +131,10 @@ def mars_correction(grad: Tensor, previous_grad: Tensor, *, beta1: float, gamma:
 
 
 class MarsCorrection:
-    """The correction of one parameter's gradients, with the g' that it remembers.
+    """The correction of one parameter's gradients, and the stored g'.
 
-    Approximate MARS takes the gradient of the step before as g'. Exact MARS is given it: the current minibatch's
-    gradient at the previous weights. At a parameter's first gradient g' = 0 in both.
+    In approximate MARS, g' is the gradient of the previous step. In exact MARS, the caller passes g', the current
+    minibatch's gradient at the previous weights. At a parameter's first gradient g' = 0 in both.
     """
 
     def __init__(self, *, beta1: float, gamma: float, clip: bool, exact: bool) -> None:
@@ -177,12 +177,13 @@ def newton_schulz_5(matrix: Tensor, eps: float = 1e-7) -> Tensor:
 class ReferenceMARS:
     """MARS-AdamW, MARS-Lion, MARS-Shampoo and MARS-M ("adamw", "lion", "shampoo", "m").
 
-    Two-dimensional parameters; others take plain AdamW with lr_1d, betas_1d and weight_decay_1d, unless `optimize_1d`.
+    They update two-dimensional parameters. Others follow plain AdamW with lr_1d, betas_1d and weight_decay_1d, unless
+    `optimize_1d`.
 
-    Readings chosen where the sources are silent:
-        - A step counts for a parameter when it has a gradient, be it zero.
+    Choices where the sources do not say:
+        - A step counts for a parameter if it has a gradient, even a zero one.
         - "Newton-Schulz of m" divides by the norm plus `ns_eps`, which is `eps` unless given, and stays in float64.
-        - `as_1d` names parameters (by index) that are treated as vectors are: embeddings and head in MARS-M.
+        - `as_1d` lists parameters (by index) that are treated like vectors: embeddings and head in MARS-M.
     """
 
     def __init__(
@@ -229,7 +230,7 @@ class ReferenceMARS:
 
         Args:
             grads: Gradients at the current weights.
-            lr: The scheduled learning rate; lr_1d follows it in proportion.
+            lr: The scheduled learning rate; lr_1d changes in proportion.
             previous_grads: Exact MARS only: the same minibatch's gradients at the previous weights.
         """
         lr = self.lr if lr is None else lr
@@ -272,7 +273,7 @@ class ReferenceMARS:
 
 
 class SteppedByGradients(Protocol):
-    """What every reference here offers."""
+    """The interface of every reference here."""
 
     weights: list[Tensor]
 
@@ -282,8 +283,8 @@ class SteppedByGradients(Protocol):
 class ReferenceMarsInFront:
     """The MARS correction before any other reference: MARS-SOAP when `inner` is a ReferenceSOAP.
 
-    `inner` receives c~ for g and never sees the gradient itself, so SOAP also seeds from c~ and accumulates c~. Every
-    tensor is corrected; with `optimize_1d` False those that are not two-dimensional reach `inner` as they are.
+    `inner` receives c~ instead of g, so SOAP also seeds from c~ and accumulates c~. Every tensor is corrected; with
+    `optimize_1d` False, only two-dimensional ones.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
 """Textbook Shampoo and KL-Shampoo in float64: slow loops, one matrix at a time.
 
-Companion of soap.py, in the same spirit: written from the papers' equations and sharing nothing with the package.
+Companion of soap.py: written from the equations of the papers, and sharing no code with the rest of the package.
 
 Sources:
     Shampoo: Gupta, Koren and Singer, arXiv:1802.09568, Algorithms 1 and 2.
@@ -27,8 +27,8 @@ from hf_soap.reference.soap import TINY, block_grid, float64_copies, gram, merge
 def inverse_power(eigenvalues: Tensor, exponent: float, ridge: float = 0.0) -> Tensor:
     """(lambda + ridge lambda_max)^exponent for an exponent < 0.
 
-    Negative eigenvalues are rounding noise and count as zero. A zero that the ridge leaves at zero maps to zero, as in
-    the pseudo-inverse.
+    Negative eigenvalues are rounding noise and count as zero. An eigenvalue that is zero even with the ridge maps to
+    zero, as in the pseudo-inverse.
     """
     eigenvalues = eigenvalues.clamp(min=0)
     eigenvalues = eigenvalues + ridge * eigenvalues.max()
@@ -43,7 +43,7 @@ def matrix_power(matrix: Tensor, exponent: float, ridge: float = 0.0) -> Tensor:
 
 
 def inverse_root(matrix: Tensor, p: float, ridge: float = 0.0) -> Tensor:
-    """(A + ridge lambda_max I)^(-1/p); p need not be whole."""
+    """(A + ridge lambda_max I)^(-1/p); p need not be an integer."""
     return matrix_power(matrix, -1 / p, ridge)
 
 
@@ -54,7 +54,7 @@ def inverse_root(matrix: Tensor, p: float, ridge: float = 0.0) -> Tensor:
 
 @dataclass
 class ShampooBlock:
-    """One block. A mode's statistic is a matrix, or a vector (the diagonal of that matrix) where it is too long."""
+    """One block. A mode's statistic is a matrix, or its diagonal as a vector if the mode is too long."""
 
     statistics: list[Tensor]
     roots: list[Tensor] | None = None  # as last computed
@@ -76,21 +76,21 @@ class ShampooParameter:
 class ReferenceShampoo:
     """Shampoo with the techniques of Scalable Shampoo.
 
-    Readings chosen where the sources are silent:
+    Choices where the sources do not say:
         - The current gradient enters the statistics, then the roots (if due), then the direction.
         - Gradients that are all zero before the first non-zero one change nothing, not even t.
-        - Roots are computed when first needed, and again whenever t is a multiple of `precondition_frequency`; from
-          t = `start_step` on they are in use, before it the grafted rule (plain SGD without one) runs alone.
-        - The order k in the exponent -1/(2k) counts every dimension of the tensor (after `merge_dims`): those of size
-          1 and those that only keep a diagonal, too. Vectors keep a diagonal, which makes them AdaGrad, unless
+        - Roots are computed when first needed, and again whenever t is a multiple of `precondition_frequency`. They
+          are used from t = `start_step` on; before that, only the grafted rule runs (plain SGD without one).
+        - The order k in the exponent -1/(2k) counts every dimension of the tensor (after `merge_dims`), including
+          those of size 1 and those that only keep a diagonal. Vectors keep a diagonal, as in AdaGrad, unless
           `precondition_1d`.
-        - `beta` None sums the statistics. With a beta they are not debiased, unless `correct_bias`.
-        - `max_precond_dim` looks at the block. Blocks are not padded here: zero rows and columns decouple from the
-          rest, and leave neither the largest eigenvalue nor the result changed.
+        - `beta` None sums the statistics. With a beta, they are debiased only with `correct_bias`.
+        - `max_precond_dim` applies to the block. Blocks are not padded here: zero rows and columns decouple from the
+          rest, and change neither the largest eigenvalue nor the result.
         - Grafting rescales the direction of the whole tensor to the norm of the grafted rule's step. That rule sees
           the same filtered gradient and takes its second moment from the raw one; Adam's is debiased.
-        - `beta1` filters the gradient that is preconditioned (debiased, arXiv:2309.06497); 0 takes it as it is.
-        - A tensor that has no matrix of its own (a vector) follows the grafted rule, where there is one.
+        - `beta1` filters the gradient that is preconditioned (debiased, arXiv:2309.06497); 0 does not filter.
+        - A tensor without a factor matrix (a vector) follows the grafted rule, if there is one.
         - Momentum is a heavy ball on the (grafted) direction, M <- mu M + D, and weight decay is decoupled:
           W <- W - lr (M + lambda W).
     """
@@ -156,7 +156,7 @@ class ReferenceShampoo:
         return ShampooParameter(shape, slices, blocks)
 
     def step(self, grads: Sequence[Tensor | None], lr: float | None = None) -> None:
-        """One step. A parameter whose gradient is None is left alone.
+        """One step. A parameter whose gradient is None does not change.
 
         Source: arXiv:1802.09568, Algorithm 1 (matrices) and 2 (tensors).
         """
@@ -221,7 +221,7 @@ class ReferenceShampoo:
         return roots
 
     def _with_current_diagonals(self, block: ShampooBlock, state: ShampooParameter) -> list[Tensor]:
-        """Roots of matrices as last computed; those of diagonals cost nothing and are taken now."""
+        """Roots of matrices as last computed, and roots of the current diagonals, which cost nothing."""
         assert block.roots is not None
         current = self._roots(block, state)
         return [old if old.dim() == 2 else new for old, new in zip(block.roots, current, strict=True)]
@@ -236,7 +236,7 @@ class ReferenceShampoo:
         return grad
 
     def _grafted_step(self, state: ShampooParameter, grad: Tensor, filtered: Tensor) -> Tensor:
-        """The step of the rule whose length is borrowed.
+        """The step of the grafted rule, whose length is used.
 
         Source: grafting, arXiv:2002.11803; in Shampoo, arXiv:2002.09018.
         """
@@ -282,18 +282,19 @@ class ReferenceKLShampoo:
         R <- beta R + (1 - beta) G^T L^-1 G / m
         W <- W - lr (L^-1/2 G R^-1/2 + lambda W)
 
-    Readings chosen where the source is silent:
-        - The first non-zero gradient moves nothing and seeds multiples of the identity whose product is the mean of
-          its squares, the nearest in KL divergence among those. Factors of one gradient alone are singular.
-        - A direction is at most as long as fresh factors can make it: its mean square is at most 1/(beta (1 - beta)),
-          with a beta for each further mode.
-        - A statistic that would more than double a factor's trace enters by the k-th root of that, with k modes: all
-          factors take part in one leap of the gradients.
-        - Both factors see the other one as it was before this step. The current gradient enters the factors, then
-          the eigendecompositions (if t is a multiple of `precondition_frequency` or not above it), then the direction.
+    Choices where the source does not say:
+        - The first non-zero gradient does not change the weights. It seeds multiples of the identity whose product is
+          the mean of its squares, the nearest such multiples in KL divergence. Factors of a single gradient are
+          singular.
+        - A direction is at most as long as fresh factors allow: its mean square is at most 1/(beta (1 - beta)), with
+          another beta for each further mode.
+        - If a statistic would more than double a factor's trace, only the k-th root of that growth enters, with k
+          modes: all factors share a sudden growth of the gradients.
+        - Both factors use the other one from before this step. The current gradient enters the factors, then the
+          eigendecompositions (if t is a multiple of `precondition_frequency` or not above it), then the direction.
         - The inverses in the statistics and the inverse square roots in the direction come from the same, last
           computed eigendecompositions, whose eigenvalues are raised to at least `eps_kl` times the largest.
-        - For a tensor of any order, every other mode is whitened, and its size divided by.
+        - For a tensor of any order, every other mode is whitened, and the statistic is divided by its size.
     """
 
     def __init__(
@@ -315,7 +316,7 @@ class ReferenceKLShampoo:
         self.state = [KLShampooParameter() for _ in self.weights]
 
     def step(self, grads: Sequence[Tensor | None], lr: float | None = None) -> None:
-        """One step. A parameter whose gradient is None is left alone.
+        """One step. A parameter whose gradient is None does not change.
 
         Source: arXiv:2509.03378.
         """

@@ -1,8 +1,8 @@
-"""Textbook SOAP in float64: slow loops, one matrix at a time, written to be read beside the paper.
+"""Textbook SOAP in float64: slow loops, one matrix at a time, written to be read together with the paper.
 
-The package computes the same trajectories by other means (batches of blocks, factors kept in their own eigenbasis).
-Here the factors stay in the original space, accumulate the raw gradient, and the momentum is carried by rotating it
-back with the old basis and forward with the new one. Nothing below is shared with the package, so agreement counts.
+The package computes the same trajectories in another way (batches of blocks, factors in their own eigenbasis). Here
+the factors stay in the original space and accumulate the raw gradient, and the momentum is rotated back with the old
+basis and forward with the new one. The package shares no code with this file, so that agreement is evidence.
 
 Sources:
     SOAP: Vyas et al., arXiv:2409.11321, Algorithm 3, with the order of operations of the authors' implementation.
@@ -69,8 +69,8 @@ def rotate_back(tensor: Tensor, bases: Sequence[Tensor | None]) -> Tensor:
 def merged_shape(shape: Sequence[int], max_precond_dim: int) -> tuple[int, ...]:
     """Merge neighbouring dimensions, greedily from the left, while their product stays within `max_precond_dim`.
 
-    On overflow the running product is emitted and restarts at the dimension that overflowed; where the running product
-    is still 1, that dimension is itself emitted. Vectors and matrices keep their shape.
+    On overflow the running product is emitted and restarts at the dimension that overflowed. If the running product is
+    still 1, that dimension itself is emitted. Vectors and matrices keep their shape.
     """
     if len(shape) <= 2:
         return tuple(shape)
@@ -123,9 +123,9 @@ class SoapBlock:
     """State of one block: moments in the rotated space, factors in the original one."""
 
     exp_avg: Tensor
-    exp_avg_sq: Tensor | None  # V, or None where the means of its rows and columns stand for it
-    means: list[Tensor]  # EMAs of the row means and of the column means of G'*G', where V is None
-    factors: list[Tensor | None]  # L, R, ...; None where a mode is not factored
+    exp_avg_sq: Tensor | None  # V, or None if it is kept as row and column means
+    means: list[Tensor]  # EMAs of the row means and of the column means of G'*G', if V is None
+    factors: list[Tensor | None]  # L, R, ...; None if a mode is not factored
     bases: list[Tensor | None]  # Q_L, Q_R, ...
 
 
@@ -146,19 +146,20 @@ class SoapParameter:
 class ReferenceSOAP:
     """SOAP with the official conventions, and the variants that the package offers.
 
-    Readings chosen where the sources are silent:
-        - Blocks. Each block counts as a matrix of its own: `max_precond_dim`, `one_sided` and the n and m of the KL
-          correction look at the block's (zero padded) shape. Tensors of any rank are cut, along every dimension.
+    Choices where the sources do not say:
+        - Blocks. Each block counts as a separate matrix: `max_precond_dim`, `one_sided` and the n and m of the KL
+          correction refer to the block's (zero-padded) shape. Tensors of any rank are cut, along every dimension.
           Seeding and t belong to the whole parameter, and `normalize_grads` takes the RMS over the whole tensor.
-        - `merge_dims` comes first: a convolution that merges to a matrix is a matrix from there on, and one that
-          merges to a vector keeps its factor (only what is a vector to begin with needs `precondition_1d`).
-        - `factorized` and `one_sided` concern matrices; tensors of other ranks are treated as without them. A matrix
-          without any factored side is plain Adam, so it keeps the full V. So is (1, n) when one-sided.
-        - `include_current`: the seeding gradient still moves nothing. Later steps accumulate, refresh if due, use.
-        - `refresh_tol`: each factor is judged alone, at its due time only, and after it has accumulated the
+        - `merge_dims` comes first: a convolution that merges to a matrix is then treated as a matrix, and one that
+          merges to a vector keeps its factor (only original vectors need `precondition_1d`).
+        - `factorized` and `one_sided` concern matrices and have no effect on tensors of other ranks. A matrix without
+          any factored side follows plain Adam, so it keeps the full V. So does (1, n) when one-sided.
+        - `include_current`: the seeding gradient still does not change the weights. Later steps accumulate, refresh if
+          due, and then use the bases.
+        - `refresh_tol`: each factor is tested by itself, only when it is due, and after it has accumulated the
           gradient. A skipped factor is neither sorted nor rotated. 0 never skips.
-        - `kl`: both factors see the other one as it was before this step. A mode without factor counts as identity,
-          but its size is divided by all the same.
+        - `kl`: both factors use the other one from before this step. A mode without a factor counts as the identity,
+          but the statistic is still divided by its size.
     """
 
     def __init__(
@@ -223,7 +224,7 @@ class ReferenceSOAP:
         return SoapParameter(shape, block_shape, slices, factored, factorized)
 
     def step(self, grads: Sequence[Tensor | None], lr: float | None = None) -> None:
-        """One step. A parameter whose gradient is None is left alone.
+        """One step. A parameter whose gradient is None does not change.
 
         Source: arXiv:2409.11321, Algorithm 3.
         """
@@ -237,7 +238,7 @@ class ReferenceSOAP:
             pieces = [zero_padded(grad[cut], state.block_shape) for cut in state.slices]
 
             if not state.seeded:
-                # The first non-zero gradient only shapes the bases: no gradient enters the basis it is rotated into.
+                # The first non-zero gradient only seeds the bases: no gradient enters the basis that rotates it.
                 if grad.any():
                     state.blocks = [self._seed(state, piece) for piece in pieces]
                     state.seeded = True
@@ -273,7 +274,7 @@ class ReferenceSOAP:
         """Factors (1 - beta) GG^T, and their eigenvectors by descending eigenvalue. Moments start at zero."""
         modes = range(grad.dim())
         factors = [(1 - self.shampoo_beta) * gram(grad, mode) if mode in state.factored else None for mode in modes]
-        # eigh orders eigenvalues upwards
+        # eigh returns eigenvalues in ascending order
         bases = [None if factor is None else torch.linalg.eigh(factor).eigenvectors.flip(1) for factor in factors]
         return SoapBlock(
             exp_avg=torch.zeros_like(grad),
@@ -284,7 +285,7 @@ class ReferenceSOAP:
         )
 
     def _direction(self, block: SoapBlock, grad: Tensor) -> Tensor:
-        """Adam in the rotated space, rotated back; eps joins the square root of V before any bias correction."""
+        """Adam in the rotated space, rotated back; eps is added to the square root of V before any bias correction."""
         beta1, beta2 = self.betas
         rotated = rotate(grad, block.bases)
         block.exp_avg = beta1 * block.exp_avg + (1 - beta1) * rotated
@@ -333,9 +334,9 @@ class ReferenceSOAP:
         return unfold(grad, mode) @ unfold(whitened, mode).T / others
 
     def _refresh(self, block: SoapBlock) -> None:
-        """One step of orthogonal iteration, Q <- qr(L Q), on columns sorted by the eigenvalues that they estimate.
+        """One step of orthogonal iteration, Q <- qr(L Q), on columns sorted by their estimated eigenvalues.
 
-        V moves with the columns that it belongs to; M is carried over through the original space.
+        V is permuted with its columns; M is rotated back and into the new basis.
 
         Source: arXiv:2409.11321, Algorithm 4 (Eigenvectors).
         """

@@ -1,4 +1,4 @@
-"""What a rule may know of the step that calls it, and what it may ask of it."""
+"""What a rule may know about the step that calls it, and what it may ask of that step."""
 
 from __future__ import annotations
 
@@ -20,33 +20,33 @@ Roots = dict[str, Tensor]
 
 
 class BackgroundJobs(Protocol):
-    """Computes inverse roots beside the training loop."""
+    """Computes inverse roots in the background of the training loop."""
 
     def pending(self, key: Hashable) -> bool:
-        """Whether a job was submitted under this key and not taken yet."""
+        """Whether a job was submitted under this key and has not been taken yet."""
 
     def submit(self, key: Hashable, work: Callable[[Roots], Roots], snapshot: Roots) -> None:
-        """Starts ``work(snapshot)`` under a key; nothing may change the snapshot from here on."""
+        """Starts ``work(snapshot)`` under a key. The snapshot must not be changed afterwards."""
 
     def take(self, key: Hashable, *, wait: bool) -> Roots | None:
-        """Returns the roots of a job and forgets it; None where there is none that is done."""
+        """Returns the roots of a finished job and removes it; None if there is no finished job."""
 
 
 class FailureCount(Protocol):
     """Counts decompositions that fail."""
 
     def note(self, finite: Tensor) -> None:
-        """Takes note of a batch of decompositions: whether each came out finite, (blocks,), bool."""
+        """Records for a batch of decompositions whether each result is finite, (blocks,), bool."""
 
 
 class RuleMetrics:
-    """What rules and the step loop report of the tensors of one rule; this one takes no notice."""
+    """Measurements that rules and the step loop report for the tensors of one rule. This base class ignores them."""
 
     watches = False
     """Whether this step measures how far it moves the weights."""
 
     def watching(self, weights: Sequence[Tensor]) -> AbstractContextManager[None]:
-        """Measures how far the block moves weights, in the steps that are due."""
+        """Measures in the steps that are due how far the code in the context moves the weights."""
         return nullcontext()
 
     def refreshing(self, device: torch.device) -> AbstractContextManager[None]:
@@ -54,15 +54,15 @@ class RuleMetrics:
         return nullcontext()
 
     def rotated(self, rotation: Tensor, factor: Tensor) -> None:
-        """Takes note of a refresh of bases.
+        """Records a refresh of bases.
 
         Args:
-            rotation: Q̃ (blocks, n, n), of which column j is the new vector j in terms of the old ones.
-            factor: What the factors are in the new basis, (blocks, n, n).
+            rotation: Q̃ (blocks, n, n), whose column j is the new vector j in terms of the old ones.
+            factor: The factors in the new basis, (blocks, n, n).
         """
 
     def replaced(self, old: Tensor, new: Tensor) -> None:
-        """Takes note of new inverse roots (blocks, n, n) in the place of old ones."""
+        """Records new inverse roots (blocks, n, n) that replace old ones."""
 
 
 NO_METRICS = RuleMetrics()
@@ -70,17 +70,18 @@ NO_METRICS = RuleMetrics()
 
 @dataclass(frozen=True)
 class StepContext:
-    """What one call of a rule may know and ask: its adjacent tensors of a bucket, at the same stage.
+    """What one call of a rule may know and ask. A call concerns adjacent tensors of a bucket: either all at their
+    first gradient, or none.
 
     Attributes:
-        layout: Layout of every tensor in it.
-        t: 1-based number of this update, a number per tensor.
+        layout: Layout of each of the tensors.
+        t: 1-based number of this update, for each tensor.
         index: Place of each tensor in the whole optimizer, which staggers refreshes.
-        background: Where work may go on beside the training loop.
+        background: Runs work in the background of the training loop.
         replicas: Ranks with equal state that split decompositions among them.
         metrics: Records refreshes and updates.
-        failures: Who counts decompositions that fail.
-        later: Leave refreshes to a call of the rule's ``refresh``.
+        failures: Counts decompositions that fail.
+        later: Leave refreshes to a later call of the rule's ``refresh``.
     """
 
     layout: Layout
@@ -93,23 +94,23 @@ class StepContext:
     later: bool = False
 
     def decompose(self, compute: Callable[[Tensor], tuple[Tensor, ...]], batch: Tensor) -> tuple[Tensor, ...]:
-        """Returns ``compute(batch)`` of matrices that all replicas have, each computed by one of them.
+        """Returns ``compute(batch)``. All replicas have the matrices, and each of them computes a share.
 
-        Contiguous, as what comes from other ranks is: products of other memory layouts round in other ways.
+        The results are contiguous, like those from other ranks: products with other memory layouts round differently.
         """
         if self.replicas is not None:
             return self.replicas.share(compute, batch, turn=self.index[0])
         return tuple(part.contiguous() for part in compute(batch))
 
     def finite_mask(self, *results: Tensor) -> Tensor:
-        """Says of which matrices all results (blocks, ...) are finite, (blocks, 1, 1), and has the others counted."""
+        """Returns for which matrices all results (blocks, ...) are finite, (blocks, 1, 1), and counts the others."""
         finite = torch.stack([result.isfinite().flatten(1).all(1) for result in results]).all(0)
         if self.failures is not None:
             self.failures.note(finite)
         return finite.view(-1, 1, 1)
 
     def per_block(self, of: Callable[[int], float], like: Tensor) -> float | Tensor:
-        """Spreads a function of the number of a tensor's update over its blocks, for (blocks, d_1, ..., d_k)."""
+        """Evaluates a function of each tensor's ``t``, in a shape that broadcasts against (blocks, d_1, ..., d_k)."""
         values = {t: of(t) for t in set(self.t)}
         if len(values) == 1:
             return values[self.t[0]]
@@ -119,15 +120,15 @@ class StepContext:
         return spread
 
     def tensor_square_sum(self, blocks: Tensor) -> Tensor:
-        """Squared norm of each tensor, to broadcast against ``blocks``, whose padding must be zero (see trim)."""
+        """Returns squared norms of tensors, to broadcast against ``blocks``. Padding must be zero (see ``trim``)."""
         return _square_sum(blocks, self.layout.blocks)
 
     def matrix_square_sum(self, blocks: Tensor) -> Tensor:
-        """As :meth:`tensor_square_sum`, of each matrix where tensors are stacks of them."""
+        """Like :meth:`tensor_square_sum`, but for each matrix of tensors that are stacks of matrices."""
         return _square_sum(blocks, self.layout.blocks // self.layout.stack)
 
     def subbatches(self, flags: Iterable[bool]) -> Iterator[tuple[slice, StepContext]]:
-        """Yields each run of adjacent tensors whose flag is set, as a slice of blocks and the context of these."""
+        """Yields each run of adjacent tensors whose flag is set: the slice of its blocks, and its context."""
         for first, last in adjacent(flags):
             blocks = slice(first * self.layout.blocks, last * self.layout.blocks)
             yield blocks, replace(self, t=self.t[first:last], index=self.index[first:last])

@@ -1,4 +1,4 @@
-"""Rules that treat every entry alone: AdamW and Lion."""
+"""Rules that update every entry by itself: AdamW and Lion."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hf_soap.rules.layout import Layout
 
 @dataclass(frozen=True, kw_only=True)
 class AdamWRule(Rule):
-    """Adam with ε beside the debiased root of the second moment, from the first gradient on.
+    """Adam, with ε added to the debiased root of the second moment, from the first gradient on.
 
     Attributes:
         beta1: Decay rate of the first moment.
@@ -25,7 +25,7 @@ class AdamWRule(Rule):
         eps: Added to √(V / (1-β₂ᵗ)).
 
     Source:
-        Adam, arXiv:1412.6980, algorithm 1; the decay of the weights is the step loop's, arXiv:1711.05101.
+        Adam, arXiv:1412.6980, algorithm 1; the step loop decays the weights, arXiv:1711.05101.
     """
 
     roles = ("exp_avg", "exp_avg_sq")
@@ -62,10 +62,10 @@ class AdamWRule(Rule):
         rates: Sequence[Rate],
         divisors: list[Tensor] | None = None,
     ) -> None:
-        """Takes the step by torch's fused AdamW, which updates weights and moments in one pass."""
+        """Takes the step with torch's fused AdamW, which updates weights and moments in one pass."""
         device, divisor = params[0].device, None
         if divisors is not None and len(divisors) == 1 and divisors[0].dtype == torch.float32:
-            (divisor,) = divisors  # the kernel divides on its way, but by one number of float32 alone
+            (divisor,) = divisors  # the kernel divides in the same pass, but only by a single float32 number
         elif divisors is not None:
             torch._foreach_div_(grads, divisors)
         counts = [elementwise.step_count(number, device) for number in t]
@@ -98,7 +98,7 @@ class LionRule(Rule):
         beta1: Decay rate of the first moment.
 
     Source:
-        MARS-Lion, arXiv:2411.10438, section 3.2: Lion with one moment, since the correction stands in for the second
+        MARS-Lion, arXiv:2411.10438, section 3.2: Lion with one moment, since the correction replaces the second
         interpolation of arXiv:2302.06675.
     """
 
@@ -128,7 +128,7 @@ class LionRule(Rule):
         rates: Sequence[Rate],
         divisors: list[Tensor] | None = None,
     ) -> None:
-        """Takes the step by torch's multi-tensor kernels."""
+        """Takes the step with torch's multi-tensor kernels."""
         if divisors is not None:
             torch._foreach_div_(grads, divisors)
         torch._foreach_lerp_(state["exp_avg"], grads, 1 - self.beta1)

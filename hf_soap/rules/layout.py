@@ -15,7 +15,7 @@ FACTOR_RATIO = 4
 """A factor of a shard has at most this many times the shard's entries; a longer side is cut into blocks."""
 
 SMALLEST_CUT = 8
-"""Where that would take blocks shorter than this, a shard's side keeps no factor instead."""
+"""If the blocks would have to be shorter than this, the side of a shard gets no factor."""
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,10 @@ class Layout:
     Attributes:
         view: Shape after merging dimensions; reshaping the parameter to it moves no data.
         grid: Number of blocks along each dimension of ``view``.
-        block: Shape (d_1, ..., d_k) of one block; grid * block exceeds ``view`` where the last block is padded.
-        sides: Modes that carry a Kronecker factor, ascending; the others keep an identity basis.
-        too_long: Modes that would, were they not too long beside the others.
-        stack: Number of matrices that the tensor is a stack of; each has as many adjacent blocks.
+        block: Shape (d_1, ..., d_k) of one block; grid * block exceeds ``view`` if the last block is padded.
+        sides: Modes that have a Kronecker factor, ascending; the others keep an identity basis.
+        too_long: Modes that would have one if they were not too long compared with the others.
+        stack: Number of matrices that the tensor is a stack of; each consists of equally many adjacent blocks.
     """
 
     view: tuple[int, ...]
@@ -45,30 +45,30 @@ class Layout:
 
     @cached_property
     def numel(self) -> int:
-        """Entries of one tensor, padding not counted."""
+        """Number of entries of one tensor, without padding."""
         return math.prod(self.view)
 
     @cached_property
     def matrix_numel(self) -> int:
-        """Entries of one matrix of a stack, or of the tensor, padding not counted."""
+        """Number of entries of one matrix of a stack, or of the tensor, without padding."""
         if self.stack == 1:
             return self.numel
         return self.grid[0] // self.stack * self.block[0] * math.prod(self.view[1:])  # no row of a stack is padding
 
     @cached_property
     def whole(self) -> bool:
-        """Whether the tensor, reshaped, is its only block."""
+        """Whether the tensor is a single block without padding."""
         return self.blocks == 1 and not self.padded
 
     @cached_property
     def padded(self) -> bool:
-        """Whether some blocks hold entries that no parameter entry stands behind."""
+        """Whether some blocks hold entries that belong to no entry of the parameter."""
         return any(g * b != v for g, b, v in zip(self.grid, self.block, self.view, strict=True))
 
     def fitted(self, shape: Sequence[int], part: Sequence[int]) -> Layout:
-        """Returns this layout of a tensor of ``shape`` for a smaller ``part``, which is padded to the same blocks."""
+        """Returns the layout of a ``part`` of a tensor of ``shape``, which is padded to the same blocks."""
         if not math.prod(shape):
-            return self  # and no smaller part has more than nothing
+            return self  # a smaller part is empty, too
         view, sizes = [], iter(zip(shape, part, strict=True))
         for extent in self.view:
             covered, size = 1, 1
@@ -79,11 +79,11 @@ class Layout:
         return replace(self, view=tuple(view)) if shape else self
 
     def factor_numel(self) -> int:
-        """Entries of all factors of one tensor; the bases take as many again."""
+        """Number of entries of all factors of one tensor; the bases have as many."""
         return self.blocks * sum(self.block[side] ** 2 for side in self.sides)
 
     def to_blocks(self, tensor: Tensor) -> Tensor:
-        """Cuts a tensor into (blocks, d_1, ..., d_k), zero-padded; a view when there is one block."""
+        """Cuts a tensor into (blocks, d_1, ..., d_k), zero-padded; a view if there is one block."""
         tensor = tensor.reshape(self.view)
         if self.whole:
             return tensor.unsqueeze(0)
@@ -95,7 +95,7 @@ class Layout:
         return split.permute(*range(0, 2 * k, 2), *range(1, 2 * k, 2)).reshape(self.blocks, *self.block)
 
     def from_blocks(self, blocks: Tensor, shape: Sequence[int]) -> Tensor:
-        """Puts (blocks, d_1, ..., d_k) together again as a tensor of ``shape``, without the padding."""
+        """Assembles a tensor of ``shape`` from (blocks, d_1, ..., d_k), without the padding."""
         if self.blocks == 1 and not self.padded:
             return blocks.reshape(tuple(shape))
         k = len(self.grid)
@@ -107,11 +107,11 @@ class Layout:
         return whole.reshape(tuple(shape))
 
     def entries(self) -> Tensor:
-        """Returns how many entries of each block are no padding, (blocks,), on the CPU."""
+        """Returns the number of entries of each block without padding, (blocks,), on the CPU."""
         return self.to_blocks(torch.ones(self.view, device="cpu")).flatten(1).sum(1)
 
     def trim(self, blocks: Tensor) -> Tensor:
-        """Zeroes the padding of (tensors * blocks, d_1, ..., d_k), so that norms see only real entries."""
+        """Zeroes the padding of (tensors * blocks, d_1, ..., d_k), so that norms include only real entries."""
         if not self.padded:
             return blocks
         tensors = blocks.split(self.blocks)
@@ -124,7 +124,7 @@ def merge_shape(shape: Sequence[int], limit: int, ratio: float | None = None) ->
     Args:
         shape: Shape of a tensor.
         limit: Largest n.
-        ratio: With a number, the n x n factor of a merged dimension has at most so many times the tensor's entries.
+        ratio: If given, the n x n factor of a merged dimension has at most this many times the tensor's entries.
 
     Returns:
         The merged shape.
@@ -164,7 +164,8 @@ def is_vector(shape: Sequence[int]) -> bool:
 def is_stack(shape: Sequence[int]) -> bool:
     """Whether a tensor looks like a stack of matrices: three dimensions, of which the first is the shortest.
 
-    So mixtures keep their experts, (experts, rows, columns). Convolutions have their short dimensions last.
+    Mixtures of experts store their weights in this form, (experts, rows, columns). Convolutions have their short
+    dimensions last.
     """
     return len(shape) == 3 and 0 < shape[0] < min(shape[1:])
 
@@ -187,18 +188,18 @@ def plan_layout(
     Args:
         shape: Shape of the parameter; a scalar counts as a vector of one entry.
         max_precond_dim: A longer side keeps an identity basis.
-        max_aspect_ratio: So does a side of more than this many times the entries of all others together, the long one
-            of a matrix that is flatter than that: its factor would outweigh the tensor by as much. What is 1 x N or
-            N x 1 counts as a vector. None sets no limit.
+        max_aspect_ratio: A side also keeps an identity basis if it is longer than this many times the product of all
+            other sides, such as the long side of a flat matrix: its factor would be larger than the tensor by as much.
+            1 x N and N x 1 count as vectors. None sets no limit.
         stacked_matrices: Cut a stack of matrices (:func:`is_stack`) into its matrices.
-        merge_dims: Merge neighbouring dimensions of a tensor with more than two of them, as far as the factors stay
+        merge_dims: Merge neighbouring dimensions of a tensor with more than two of them, as long as the factors stay
             within both limits. A matrix is never merged.
         precondition_1d: Factor vectors too, whatever their aspect ratio.
-        one_sided: Factor only the shorter side of a matrix (the left one of equals).
+        one_sided: Factor only the shorter side of a matrix (the left one if they are equal).
         block_size: Cut sides longer than this into equal blocks, the last one zero-padded.
         factored: False keeps every basis at the identity, which makes SOAP Adam.
-        part: Shape of the largest part that a rank has, where the tensor is sharded. The sides to be factored are
-            those of the whole; where a part's factors would outweigh it by more than ``FACTOR_RATIO``, they are cut.
+        part: Shape of the largest part on a rank, if the tensor is sharded. The whole tensor decides which sides have
+            a factor. Factors that are larger than the part by more than ``FACTOR_RATIO`` are cut into blocks.
 
     Returns:
         The layout of the tensor, or of the part.
@@ -234,7 +235,7 @@ def plan_layout(
     layout = cut(shape)
     if part is not None:
         whole, layout = layout, cut(part)
-        # Merged differently, the modes of part and whole are not the same ones.
+        # If part and whole merge differently, their modes do not correspond.
         alike = len(whole.view) == len(layout.view)
         too_long = whole.too_long if alike else layout.too_long
         sides = tuple(sorted({*layout.sides, *layout.too_long} - {*too_long}))
@@ -245,7 +246,7 @@ def plan_layout(
 
 
 def _even_cuts(size: int, longest: int) -> int:
-    """Into how many equal parts of at most ``longest`` a size can be cut; 1 where no small number divides it."""
+    """Returns into how many equal parts of at most ``longest`` a size can be cut; 1 if no small number divides it."""
     needed = -(-size // max(1, longest))
     return next((count for count in range(needed, 4 * needed) if size % count == 0), 1)
 

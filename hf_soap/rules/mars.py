@@ -1,4 +1,4 @@
-"""MARS: a variance-reduced gradient in front of any other rule."""
+"""MARS: gives a variance-reduced gradient to any other rule."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from hf_soap.rules.context import StepContext
 from hf_soap.rules.layout import Layout
 
 CACHED_BYTES = 2**18
-"""On a CPU, gradients of so many bytes go through all kernels together, so that they stay in its cache."""
+"""On a CPU, gradients of this many bytes go through all kernels together, so that they stay in its cache."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MarsRule(WrappingRule):
-    """Hands c̃ = clip(g + γ·β₁/(1-β₁)·(g - g')) to another rule in place of the gradient g.
+    """Gives c̃ = clip(g + γ·β₁/(1-β₁)·(g - g')) to another rule instead of the gradient g.
 
     Attributes:
         inner: The rule that gets c̃.
         beta1: Decay rate of the inner rule's first moment.
-        gamma: Strength of the correction; 0 leaves the gradient as it is but for the clipping.
-        exact: g' is the gradient of the current minibatch at the previous weights, which a rule cannot compute: the
-            gradient that arrives was corrected with it already. Otherwise g' is the previous step's gradient.
+        gamma: Strength of the correction; with 0 the gradient is only clipped.
+        exact: g' is the gradient of the current minibatch at the previous weights. A rule cannot compute it, so the
+            gradients that it gets are corrected already. Otherwise g' is the previous step's gradient.
 
     Source:
         MARS, arXiv:2411.10438, algorithm 1 (exact) and 2 (approximate).
@@ -54,7 +54,7 @@ class MarsRule(WrappingRule):
         return f"MARS {self.inner.describe(layout)}"
 
     def workspace(self, layout: Layout) -> int:
-        """What the inner rule needs, and the corrected gradient and its square."""
+        """As the inner rule, plus the corrected gradient and its square."""
         return self.inner.workspace(layout) + 2 * math.prod(layout.block)
 
     def seed(self, grad: Tensor, state: State, context: StepContext) -> None:
@@ -75,7 +75,7 @@ class MarsRule(WrappingRule):
         rates: Sequence[elementwise.Rate],
         divisors: list[Tensor] | None = None,
     ) -> None:
-        """Corrects the gradients in the buffer of the previous ones and hands them to the inner rule's kernels."""
+        """Corrects the gradients in the buffer of the previous ones and passes them to the inner rule's kernels."""
         each = len(params)
         if params[0].device.type == "cpu":
             each = max(1, CACHED_BYTES // (params[0].numel() * params[0].element_size()))

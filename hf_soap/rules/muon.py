@@ -23,7 +23,7 @@ class MuonRule(OrthogonalRule):
         eps: Added to the Frobenius norm that the momentum is divided by.
         scale: ``"aspect"`` multiplies by √max(1, rows/cols); ``"rms"`` by 0.2·√max(rows, cols), which gives updates
             the root mean square of Adam's.
-        nesterov: Look ahead by one step of the momentum.
+        nesterov: Look one momentum step ahead.
 
     Source:
         K. Jordan, Muon (2024); the scale of Adam's updates, arXiv:2502.16982.
@@ -43,7 +43,7 @@ class MuonRule(OrthogonalRule):
         return "Muon"
 
     def update(self, grad: Tensor, state: State, context: StepContext) -> Tensor:
-        """Returns the scaled orthogonal factor, (blocks, ..., rows, cols), of each matrix by itself."""
+        """Returns the scaled orthogonal factor of each matrix, (blocks, ..., rows, cols)."""
         momentum = state["momentum_buffer"].lerp_(grad, 1 - self.beta1)
         ahead = grad.lerp(momentum, self.beta1) if self.nesterov else momentum
         rows, cols = grad.shape[-2:]

@@ -50,13 +50,13 @@ class OrthogonalRule(Rule):
         return 0.0 if refreshes_only else matrices * 5 * (4.0 * short**2 * long + 2.0 * short**3)
 
     def workspace(self, layout: Layout) -> int:
-        """The iterate, the next one, and three Gram matrices of the shorter side, beside the corrected gradient."""
+        """The iterate, the next one, and three Gram matrices of the shorter side, with the corrected gradient."""
         *stack, rows, cols = layout.block
         short, long = sorted((rows, cols))
         return math.prod(stack) * (5 * short * long + 3 * short**2)
 
     def update(self, grad: Tensor, state: State, context: StepContext) -> Tensor:
-        """Returns the scaled orthogonal factor of M, (blocks, ..., rows, cols), of each matrix by itself."""
+        """Returns the scaled orthogonal factor of M for each matrix, (blocks, ..., rows, cols)."""
         exp_avg = state["exp_avg"].lerp_(grad, 1 - self.beta1)
         rows, cols = exp_avg.shape[-2:]
         if self.scale == "aspect":

@@ -1,4 +1,4 @@
-"""Shampoo: gradients between inverse roots of their Kronecker factors, with the techniques of Scalable Shampoo."""
+"""Shampoo: gradients times inverse roots of their Kronecker factors, with the techniques of Scalable Shampoo."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ Graft = Literal["adam", "adagrad", "rmsprop", "sgd"]
 class ShampooRule(Rule):
     """Multiplies every axis of the gradient by an inverse root of its factor, and borrows its length by grafting.
 
-    An axis longer than ``max_precond_dim`` keeps only its factor's diagonal. A tensor with no factor at all follows
-    the grafted rule, or is preconditioned by its diagonal where there is none.
+    An axis longer than ``max_precond_dim`` keeps only its factor's diagonal. A tensor without any factor follows the
+    grafted rule. If nothing is grafted, it is preconditioned by its diagonals.
 
     Attributes:
-        beta1: Decay rate of the gradient's moving average, which is what gets preconditioned; 0 takes the gradient.
+        beta1: Decay rate of the gradient's moving average, which is preconditioned; 0 takes the gradient itself.
         beta2: Decay rate of the grafted rule's second moment.
         shampoo_beta: Decay rate of the factors; None sums them.
         eps: Added to the root of the grafted rule's second moment; with ``kl`` to the root of the
@@ -35,14 +35,15 @@ class ShampooRule(Rule):
         graft: Rule whose step length each tensor gets.
         root_method: ``"eigh"`` or ``"newton"``.
         ridge: Added to each factor, relative to its largest eigenvalue.
-        start_step: The first update with preconditioning; the grafted rule, or the plain gradient, goes before.
+        start_step: The first update with preconditioning. Earlier updates follow the grafted rule, or the plain
+            gradient.
         momentum: Heavy ball on the direction.
         correct_bias: Debias moving averages.
-        one_sided: The layout leaves one side of a matrix alone on purpose: it gets no diagonal either.
-        stagger: Shift the roots of tensor i by i elementwise.
+        one_sided: The layout factors one side of a matrix only, and the other side gets no diagonal either.
+        stagger: Shift the computation of the roots of tensor i by i updates.
         kl: Whiten the gradient by the other factors before it enters a factor (KL-Shampoo).
-        delay: Updates between a snapshot and the use of its roots, computed in the background meanwhile; 0 computes in
-            place, None takes roots as soon as they are done.
+        delay: Updates between a snapshot and the use of its roots, which are computed in the background meanwhile. 0
+            computes them in the step; None uses roots as soon as they are done.
 
     Source:
         Shampoo, arXiv:1802.09568; Scalable Shampoo, arXiv:2002.09018; the filtered gradient and grafting as in
@@ -81,32 +82,32 @@ class ShampooRule(Rule):
         return specs | {f"diagonal_{axis}": vector(layout, axis, is_mean=self.kl) for axis in self._diagonals(layout)}
 
     def traits(self, layout: Layout) -> Traits:
-        """A zero gradient makes zero factors, which have no inverse root.
+        """Leading zero gradients are skipped, since zero factors have no inverse root.
 
-        KL-Shampoo's first gradient says only how large gradients are.
+        The first gradient of KL-Shampoo only determines the scale of the factors.
         """
         return Traits(
             first_grad_seeds=self.kl,
             skips_leading_zero_grads=True,
-            is_elementwise=not layout.sides and self.graft is not None,  # the grafted rule alone
+            is_elementwise=not layout.sides and self.graft is not None,  # only the grafted rule
         )
 
     def rebuild(self, state: State, context: StepContext) -> None:
-        """Computes the roots anew, where they are in use already."""
+        """Computes the roots again, if they are in use already."""
         for blocks, part in context.subbatches(self.kl or t >= self._first for t in context.t):
             self._compute_roots({role: value[blocks] for role, value in state.items()}, part)
 
     def describe(self, layout: Layout) -> str:
-        """Returns Shampoo with its number of factored sides, or what stands in for it."""
+        """Returns Shampoo with its number of factored sides, or the rule that replaces it."""
         sides = len(layout.sides)
         if not sides:
             return f"Shampoo: {self.graft} alone" if self.graft else "Shampoo, diagonal"
         return f"{'KL-Shampoo' if self.kl else 'Shampoo'}, {sides} side{'s' if sides > 1 else ''}"
 
     def work(self, layout: Layout, *, refreshes_only: bool = False) -> float:
-        """A product and a Gram matrix a side, with KL a product for each other side; eigh and a product for a root.
+        """Per side: a product and a Gram matrix, with KL a product for each other side; eigh and a product per root.
 
-        Coupled Newton counts as eigh, of which it takes several times: how often it multiplies depends on the matrix.
+        Coupled Newton counts as eigh, though it takes several times as much: its iterations depend on the matrix.
         """
         numel, sides = math.prod(layout.block), [layout.block[side] for side in layout.sides]
         products = 4.0 + 2 * self.kl * (len(sides) - 1)
@@ -116,8 +117,8 @@ class ShampooRule(Rule):
     def seed(self, grad: Tensor, state: State, context: StepContext) -> None:
         """Sets factors to multiples of the identity, whose product is the mean square of the first gradient.
 
-        The factors that one gradient makes are singular: their roots would send what lies outside of its directions a
-        thousand times too far on either side.
+        The factors of a single gradient are singular. On each side, their roots would enlarge other directions a
+        thousandfold.
         """
         mean = context.matrix_square_sum(grad).div_(context.layout.matrix_numel).view(-1, 1, 1)
         mean.clamp_(min=torch.finfo(mean.dtype).tiny)
@@ -148,7 +149,7 @@ class ShampooRule(Rule):
         if self.graft:
             wanted = context.matrix_square_sum(layout.trim(grafted))
             got = context.matrix_square_sum(layout.trim(direction))
-            # Roots of factors that were zero, or of gradients 1e19 times smaller, point nowhere.
+            # Roots of zero factors, or of gradients 1e19 times smaller, give no usable direction.
             points = (got > torch.finfo(got.dtype).tiny) & got.isfinite()
             direction = torch.where(points, direction * (wanted.sqrt_() / got.sqrt()), grafted)
         for blocks, _ in context.subbatches(t < self.start_step for t in context.t):
@@ -173,10 +174,11 @@ class ShampooRule(Rule):
         return state["momentum"].mul_(self.momentum).add_(direction).clone() if self.momentum else direction
 
     def _within_reach(self, direction: Tensor, context: StepContext) -> Tensor:
-        """Shortens what stale roots make longer than fresh ones can: after a spike they are those of small gradients.
+        """Shortens directions that are longer than fresh roots allow: after a spike, the old roots are too large.
 
-        With W = G R^(-1/2) the new factor is at least (1-β) WWᵀ/n, and R at least β times what it was. The square of
-        L^(-1/2) G R^(-1/2) then sums up to mn / (β (1-β)) at most, with a β for every further side.
+        With W = G R^(-1/2) the new factor is at least (1-β) WWᵀ/n, and R is at least β times its old value. The
+        squares of the entries of L^(-1/2) G R^(-1/2) then sum to at most mn / (β (1-β)), with another β for each
+        further side.
         """
         beta = self.shampoo_beta or 0.0
         share = beta ** (len(context.layout.sides) - 1) * (1 - beta)
@@ -202,10 +204,11 @@ class ShampooRule(Rule):
             state[f"diagonal_{axis}"].mul_(beta).add_(matrices.unfold(grad, axis).square().sum(-1), alpha=alpha)
 
     def _without_overshoot(self, whitened: Tensor, factor: Tensor, weight: float, sides: int) -> Tensor:
-        """Shortens a whitened gradient that would more than double the factor which it enters.
+        """Shortens a whitened gradient that would more than double its factor.
 
-        All factors whiten with what the others were. Where gradients suddenly are a thousand times larger, each takes
-        the square of that, and their product a power of it, which is forgotten slowly: so each takes its root of it.
+        Factors are whitened by the old values of the others. If gradients suddenly grow a thousandfold, each factor
+        would grow by the square of that, and the product of the factors by a higher power, which decays slowly.
+        Therefore only a root of the growth enters each factor.
         """
         trace = factor.diagonal(dim1=-2, dim2=-1).sum(-1)
         growth = whitened.square().flatten(1).sum(1).mul_(weight) / trace
@@ -236,7 +239,7 @@ class ShampooRule(Rule):
 
     def _snapshot(self, state: State, context: StepContext) -> Roots:
         factors = {f"root_{side}": self._debiased(state[f"factor_{side}"], context) for side in context.layout.sides}
-        if self.kl:  # ε is to the product of the roots what it is to Adam's; a zero factor would stay zero for ever
+        if self.kl:  # ε acts on the product of the roots as in Adam; without it a zero factor would stay zero
             damping = self.eps ** (2 / len(factors))
             for role, factor in factors.items():
                 factors[role] = factor + damping * matrices.eye_like(factor)
@@ -256,9 +259,9 @@ class ShampooRule(Rule):
 
     @property
     def _first(self) -> int:
-        """The update at which roots are computed first, or to which KL-Shampoo computes them each time.
+        """The update at which roots are first computed; KL-Shampoo computes them at every update up to it.
 
-        Its factors whiten each other: while they are far off, both overshoot until there are new roots.
+        Its factors whiten each other: while they are inaccurate, both overshoot until the next roots.
         """
         return self.precondition_frequency if self.kl else max(1, self.start_step)
 
@@ -270,12 +273,12 @@ class ShampooRule(Rule):
         return self._is_early(t) or (t > self._first and (t + offset) % self.precondition_frequency == 0)
 
     def _last_due(self, t: int, index: int) -> int:
-        """The last update before ``t`` whose number called for new roots, whatever the start step says."""
+        """Returns the last update before ``t`` at which roots were due, regardless of the start step."""
         before = t - 1
         return before - (before + (index if self.stagger else 0)) % self.precondition_frequency
 
     def _refresh(self, state: State, context: StepContext) -> None:
-        # The first roots of a tensor are computed in place: there are no stale ones to go on with.
+        # The first roots of a tensor are computed in the step: there are no old ones to use meanwhile.
         first = [self._is_early(t) for t in context.t]
         if self.delay == 0 or context.background is None:
             first = [self._due(t, i) for t, i in zip(context.t, context.index, strict=True)]
@@ -291,11 +294,11 @@ class ShampooRule(Rule):
                     )
 
     def _refresh_later(self, state: State, context: StepContext, background: BackgroundJobs) -> None:
-        """Takes over and starts background work of one tensor."""
+        """Installs the background roots of one tensor, and starts the next background job."""
         t, key = context.t[0], context.index[0]
         due = self._due(t, key)
         if self.delay is None:
-            # Waiting when the next roots are due bounds their age by two periods.
+            # Waiting when the next roots are due limits their age to two periods.
             self._install(background.take(key, wait=due), state, context)
             if due:
                 snapshot = {role: value.clone() for role, value in self._snapshot(state, context).items()}
@@ -303,7 +306,7 @@ class ShampooRule(Rule):
             return
         age = t - self._last_due(t, key)
         if age <= self.delay and t - age > self._first:
-            if not background.pending(key):  # a resumed run: what was under way is in the state
+            if not background.pending(key):  # a resumed run: the snapshot of the job is in the state
                 self._submit_snapshot(state, context, background)
             if age == self.delay:
                 self._install(background.take(key, wait=True), state, context)
@@ -318,15 +321,15 @@ class ShampooRule(Rule):
         background.submit(key, lambda factors: self._background_roots(factors, context.layout), snapshot)
 
     def _background_roots(self, factors: Roots, layout: Layout) -> Roots:
-        # Off the training loop float64 is affordable, and no setting for float32 that the model wants reaches it.
+        # In the background float64 is affordable, and the model's settings for float32 do not affect it.
         exact = self._roots_of({role: factor.double() for role, factor in factors.items()}, layout)
         return {role: root.to(factors[role].dtype) for role, root in exact.items()}
 
     def _install(self, new: Roots | None, state: State, context: StepContext) -> None:
-        """Puts new roots in the place of the old ones, which stay where none could be computed."""
+        """Replaces old roots with new ones. The old ones stay where no new root could be computed."""
         for role, root in (new or {}).items():
             old = state[role]
-            # A root of zeros is none yet; the gradient then passes through the identity.
+            # A root of zeros has not been computed yet; the identity takes its place.
             kept = torch.where(old.flatten(1).any(1).view(-1, 1, 1), old, matrices.eye_like(old))
             root = torch.where(context.finite_mask(root), root, kept)
             context.metrics.replaced(old, root)

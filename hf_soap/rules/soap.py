@@ -18,26 +18,27 @@ from hf_soap.rules.context import StepContext, adjacent
 from hf_soap.rules.layout import Layout
 
 ORTHONORMALIZE_EVERY = 50
-"""Refreshes between two corrections of a basis: in float32 each adds about 1e-7 to the largest entry of QᵀQ - I."""
+"""Refreshes between two corrections of a basis. In float32 a refresh adds about 1e-7 to QᵀQ - I, at the largest
+entry."""
 
 KL_FLOOR = 1e-8
-"""The KL correction divides by eigenvalues; smaller ones than this share of the largest are raised to it."""
+"""The KL correction divides by eigenvalues. Those below this share of the largest are raised to it."""
 
 
 V_FACTORS = ("exp_avg_sq_row", "exp_avg_sq_col")
-"""Roles of the row and the column that V may be kept as."""
+"""Roles of the row and column means that may replace V."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SoapRule(Rule):
-    """Adam in the eigenbasis of Shampoo's factors; with no factored side, Adam.
+    """Adam in the eigenbasis of Shampoo's factors. Without a factored side it is Adam.
 
-    The factors are kept in their own eigenbasis, L̂ = Qᵀ L Q. That is the same method, cheaper: they accumulate from
-    the projected gradient that the step has anyway, a refresh decomposes a nearly diagonal matrix, and the
-    eigenvalues can be read off the diagonal.
+    The factors are kept in their own eigenbasis, L̂ = Qᵀ L Q. This computes the same at a lower cost: factors
+    accumulate the rotated gradient, which a step has anyway; a refresh decomposes a nearly diagonal matrix; and the
+    eigenvalues are on the diagonal.
 
     Attributes:
-        beta1: Decay rate of the first moment, which lives in the rotated space.
+        beta1: Decay rate of the first moment, which is kept in the rotated space.
         beta2: Decay rate of the second moment.
         shampoo_beta: Decay rate of the factors.
         eps: Added to √V.
@@ -45,12 +46,13 @@ class SoapRule(Rule):
         normalize_grads: Divide the direction of each tensor by its root mean square.
         correct_bias: Multiply the direction by √(1-β₂ᵗ)/(1-β₁ᵗ).
         stagger: Shift the refreshes of tensor i by i updates, so that they do not all fall on the same step.
-        factorized: Keep V of a factored matrix as a product of row and column means.
+        factorized: Keep V of a factored matrix as the product of row and column means.
         kl: Whiten the gradient by the other factors before it enters a factor.
-        include_current: Factor and basis see the current gradient before it is rotated, not after.
-        refresh_tol: Leave a basis alone that diagonalises its factor to this share, ‖L̂ - diag L̂‖ ≤ tol·‖L̂‖.
+        include_current: Factor and basis include the current gradient before it is rotated, not only afterwards.
+        refresh_tol: Skip the refresh of a basis if it diagonalises its factor to this share: ‖L̂ - diag L̂‖ ≤
+            tol·‖L̂‖.
         orthonormalize_every: Refreshes between two corrections of a basis.
-        matmul_dtype: Arithmetic of the rotations of gradient and direction; what enters factors and bases is exact.
+        matmul_dtype: Arithmetic of the rotations of gradient and direction. All other products are exact.
 
     Source:
         SOAP, arXiv:2409.11321, algorithm 3, with the conventions of its official implementation; factorized V there
@@ -75,7 +77,7 @@ class SoapRule(Rule):
     matmul_dtype: Literal["float32", "tf32", "bfloat16"] = "float32"
 
     def state_spec(self, layout: Layout) -> dict[str, StateSpec]:
-        """Declares both moments, and a factor and a basis a side; V may be kept as a row and a column."""
+        """Declares both moments, and a factor and a basis for each side; V may be kept as row and column means."""
         specs = {"exp_avg": moment(layout)}
         if self.factorizes(layout):
             specs |= {role: vector(layout, mode, is_mean=True) for mode, role in enumerate(V_FACTORS)}
@@ -87,21 +89,21 @@ class SoapRule(Rule):
         return specs
 
     def traits(self, layout: Layout) -> Traits:
-        """The first gradient only makes the bases, so that it is not rotated into one that it shaped."""
+        """The first gradient only seeds the bases: it must not be rotated into a basis that it shaped."""
         return Traits(
             first_grad_seeds=True,
             skips_leading_zero_grads=True,
-            # Unless the gradient is rotated into bases that it has entered already.
+            # With include_current, a refresh comes before the rotation of the gradient.
             refreshes_last=not self.include_current,
             is_elementwise=not layout.sides and not self.normalize_grads,
         )
 
     def factorizes(self, layout: Layout) -> bool:
-        """Whether V of this layout is kept as a product: only of a matrix with a factored side."""
+        """Whether V is kept as a product, which only matrices with a factored side allow."""
         return self.factorized and len(layout.block) == 2 and bool(layout.sides)
 
     def restate(self, state: State, layout: Layout) -> dict[str, Tensor]:
-        """Rotates momentum and factors back; of the second moment, which cannot be, each block's mean is kept."""
+        """Rotates momentum and factors back. The second moment cannot be rotated: each block's mean is kept."""
         restated, exp_avg = dict(state), state["exp_avg"]
         for side in layout.sides:
             basis = state[f"basis_{side}"]
@@ -113,18 +115,18 @@ class SoapRule(Rule):
             restated["exp_avg_sq"] = mean.view(-1, *(1 for _ in layout.block)).expand_as(exp_avg).clone()
             for role, size in zip(V_FACTORS, layout.block, strict=False):
                 restated[role] = mean.repeat(1, size)
-        elif len(layout.block) == 2:  # where it has factors, V may be kept as a product
+        elif len(layout.block) == 2:  # with factors, V may be kept as a product
             restated |= {role: state["exp_avg_sq"].mean(2 - axis) for axis, role in enumerate(V_FACTORS)}
         return {**restated, "exp_avg": exp_avg}
 
     def rebuild(self, state: State, context: StepContext) -> None:
-        """Finds the bases, rotates the momentum, and spreads the second moment as the eigenvalues say.
+        """Computes the bases, rotates the momentum, and distributes V in proportion to the eigenvalues.
 
         Source:
             In the eigenbasis V is close to a product of eigenvalues: arXiv:2409.11321, claim 1.
         """
         if context.layout.sides and "exp_avg_sq" in state:
-            # Where it lay in the tensor says nothing of the eigenbasis: of each block the mean is kept.
+            # Places in the tensor have no meaning in the eigenbasis, so each block keeps its mean.
             exp_avg_sq = state["exp_avg_sq"]
             entries = context.layout.entries().repeat(len(exp_avg_sq) // context.layout.blocks).to(exp_avg_sq)
             mean = exp_avg_sq.flatten(1).sum(1) / entries.clamp_(min=1)
@@ -149,14 +151,14 @@ class SoapRule(Rule):
         return f"{name}, {sides} side{'s' if sides > 1 else ''}" if sides else "Adam"
 
     def work(self, layout: Layout, *, refreshes_only: bool = False) -> float:
-        """Two rotations and a Gram matrix a side; in a refresh QR, two products, and the rotation of the momentum."""
+        """Per side: two rotations and a Gram matrix; per refresh: QR, two products and a rotation of the momentum."""
         numel, sides = math.prod(layout.block), [layout.block[side] for side in layout.sides]
         step = 0.0 if refreshes_only else sum(6.0 * numel * n for n in sides)
         refresh = sum((8 / 3 + 2 + 2) * n**3 + 2 * numel * n for n in sides)
         return layout.blocks * (step + refresh / self.precondition_frequency)
 
     def seed(self, grad: Tensor, state: State, context: StepContext) -> None:
-        """Sets factors and bases from the first gradient; no gradient shapes the basis it is rotated into."""
+        """Computes factors and bases from the first gradient."""
         for side in context.layout.sides:
             factor = state[f"factor_{side}"]
             matrices.add_gram_(factor, grad, side, beta=0.0, alpha=1 - self.shampoo_beta)
@@ -164,14 +166,14 @@ class SoapRule(Rule):
 
     @staticmethod
     def _diagonalize_(factor: Tensor, context: StepContext) -> Tensor:
-        """Brings factors into their eigenbases and returns those: the identity where none could be found."""
+        """Brings factors into their eigenbases and returns the bases; the identity where the decomposition failed."""
         values, basis = context.decompose(matrices.eigenbasis, factor)
         finite = context.finite_mask(values, basis)
         factor.copy_(torch.where(finite, torch.diag_embed(values), factor))
         return torch.where(finite, basis, matrices.eye_like(basis))
 
     def update(self, grad: Tensor, state: State, context: StepContext) -> Tensor:
-        """Rotates, takes the Adam direction, rotates back; then accumulates, and refreshes the bases that are due."""
+        """Rotates, takes the Adam direction and rotates back. Then accumulates, and refreshes if due."""
         own = self._bases(state, context.layout)
         rotated = self._rotate(grad, own, context.layout)
         if self.include_current:
@@ -183,11 +185,11 @@ class SoapRule(Rule):
 
         direction = self._adam_direction(rotated, state, context.layout)
         direction = self._rotate(direction, own, context.layout, back=True)
-        del own  # a refresh wants the room of rounded copies
+        del own  # frees rounded copies before a refresh
         if self.normalize_grads:
             square_sum = context.matrix_square_sum(context.layout.trim(direction))
             rms = square_sum.div_(context.layout.matrix_numel).sqrt_().add_(1e-30)
-            # Squares of less are zero, and a direction of 1e-22 became one of 1e8.
+            # Squares of smaller values vanish, which turned a direction of 1e-22 into one of 1e8.
             direction.div_(rms.clamp_(min=torch.finfo(rms.dtype).tiny ** 0.5))
         if self.correct_bias:
             direction.mul_(context.per_block(self._bias_correction, direction))
@@ -200,18 +202,18 @@ class SoapRule(Rule):
         return direction
 
     def due(self, context: StepContext) -> list[bool]:
-        """Every ``precondition_frequency`` elementwise."""
+        """Every ``precondition_frequency`` updates, for each tensor."""
         ages = [self._age(t, index) for t, index in zip(context.t, context.index, strict=True)]
         return [bool(context.layout.sides) and age % self.precondition_frequency == 0 for age in ages]
 
     def refresh(self, state: State, context: StepContext) -> None:
-        """Refreshes the bases that are due, and brings factors and moments into them."""
+        """Refreshes the bases that are due, and rotates factors and moments with them."""
         for blocks, due in context.subbatches(self.due(context)):
             with context.metrics.refreshing(state["exp_avg"].device):
                 self._refresh(_part(state, blocks), due)
 
     def _bases(self, state: State, layout: Layout) -> dict[int, Tensor]:
-        """Returns the bases by side, as the rotations of a step multiply by them."""
+        """Returns the bases by side, in the dtype of a step's rotations."""
         own = {side: state[f"basis_{side}"] for side in layout.sides}
         return {side: basis.bfloat16() for side, basis in own.items()} if self.matmul_dtype == "bfloat16" else own
 
@@ -230,7 +232,7 @@ class SoapRule(Rule):
         if self.factorizes(layout):
             row, column = (state[role] for role in V_FACTORS)
             return elementwise.factorized_adam_direction(rotated, state["exp_avg"], row, column, eps=self.eps, **betas)
-        # What has no factors may be cut elsewhere on other ranks, and must come out the same.
+        # Without factors, a tensor may be cut differently on other numbers of ranks, and the result must be the same.
         fuses = layout.sides and elementwise.fuses_evenly(layout.block, rotated.device)
         adam_direction = elementwise.fused_adam_direction if fuses else elementwise.adam_direction
         return adam_direction(rotated, state["exp_avg"], state["exp_avg_sq"], eps=self.eps, **betas)
@@ -281,11 +283,11 @@ class SoapRule(Rule):
         rotation = torch.where(finite, rotation, matrices.eye_like(rotation))
         factor.copy_(torch.where(finite, refreshed, factor))
         context.metrics.rotated(rotation, factor)
-        # Rows of the rotation go back to where the columns came from: the sort costs Q and M no pass of their own.
+        # Undo the sort in the rows of the rotation, so that Q and M need not be sorted in a separate pass.
         rotation = torch.empty_like(rotation).scatter_(-2, order.unsqueeze(-1).expand_as(rotation), rotation)
         basis.copy_(basis @ rotation)
         exp_avg.copy_(matrices.mode_product(exp_avg, rotation, side))
-        # The second moments belong to columns: unless they are permuted with them, the sort scrambles them.
+        # The second moments belong to the columns and must be permuted with them.
         if "exp_avg_sq" in state:
             along = elementwise.along(order, side, exp_avg.dim()).expand_as(exp_avg)
             state["exp_avg_sq"].copy_(state["exp_avg_sq"].gather(side + 1, along))

@@ -1,4 +1,4 @@
-"""How state is kept between steps, in fewer bytes than a step computes with."""
+"""How state is stored between steps, in fewer bytes than a step computes with."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from hf_soap.rules.base import OWN_ROLES, StateSpec
 Format = Literal["float32", "bfloat16"]
 
 COUNT = torch.float64
-"""Dtype of counts of steps: float32 stands still at 2^24, and refreshes with it."""
+"""Dtype of step counts. A float32 count stops at 2^24, and refreshes would stop with it."""
 
 
 @dataclass(frozen=True)
 class Storage:
-    """Keeps state in the dtype that it is computed in, or smaller; packed, of symmetric matrices only a triangle.
+    """Stores state in the dtype of its computation or a smaller one; packed, only a triangle of symmetric matrices.
 
     Attributes:
-        format: ``"bfloat16"`` rounds matrices and entries to that.
-        packed: Keep one triangle of symmetric matrices, which is exact.
+        format: ``"bfloat16"`` rounds to that dtype.
+        packed: Store one triangle of symmetric matrices, which loses nothing.
 
-    What is rounded is rounded stochastically: a moving average whose changes are smaller than the spacing of the
-    numbers would otherwise stand still (Gupta et al., arXiv:1502.02551).
+    Rounding is stochastic: a moving average whose changes are smaller than the spacing of the numbers would otherwise
+    not change (Gupta et al., arXiv:1502.02551).
     """
 
     format: Format = "float32"
@@ -37,11 +37,11 @@ class Storage:
 
     @property
     def is_identity(self) -> bool:
-        """Whether state is kept as it is computed with."""
+        """Whether state is stored in the form in which it is computed."""
         return self.format == "float32" and not self.packed
 
     def form(self, spec: StateSpec, dtype: torch.dtype) -> tuple[tuple[int, ...], torch.dtype]:
-        """Returns the shape of a block and the dtype in which state is kept that is computed in ``dtype``."""
+        """Returns the stored shape of a block and the stored dtype, for state that is computed in ``dtype``."""
         shape, rounded = spec.shape, self.format != "float32" and spec.may_round
         if self.packed and spec.is_symmetric:
             shape = (shape[-1] // 2 + 1, shape[-1])
@@ -50,7 +50,7 @@ class Storage:
     def allocate(
         self, specs: Mapping[str, StateSpec], blocks: int, *, dtype: torch.dtype, device: torch.device
     ) -> dict[str, Tensor]:
-        """Returns zeros by role, (blocks, ...) each, in the form that state is kept in."""
+        """Returns zeros by role, (blocks, ...) each, in the stored form."""
         forms = {role: self.form(spec, dtype) for role, spec in specs.items()}
         return {
             role: torch.zeros(blocks, *shape, dtype=kept_dtype, device=device)
@@ -60,11 +60,11 @@ class Storage:
     def converted(
         self, known: Mapping[str, Any], wanted: Mapping[str, Tensor], specs: Mapping[str, StateSpec]
     ) -> dict[str, Any]:
-        """Returns state that was kept in any form in that of ``wanted``; as it is where it has other tensors.
+        """Converts state from any stored form to that of ``wanted``; state with the same form is only copied.
 
         Args:
-            known: State of one parameter by role; what is no tensor and what has no place in ``wanted`` stays.
-            wanted: Tensors of the right shapes and dtypes, which came from :meth:`allocate`; ``step`` beside them.
+            known: State of one parameter by role. Non-tensors, and tensors without a spec, are not changed.
+            wanted: Tensors of the right shapes and dtypes from :meth:`allocate`, and ``step``.
             specs: What the roles are.
         """
         tensors = {role: value for role, value in known.items() if isinstance(value, Tensor) and role != "step"}
@@ -87,7 +87,7 @@ class Storage:
     def decode(
         self, kept: Mapping[str, Tensor], specs: Mapping[str, StateSpec], dtype: torch.dtype
     ) -> dict[str, Tensor]:
-        """Returns state to compute with; what is kept as it is comes as it is, and is changed in place."""
+        """Returns state to compute with. If it is stored in that form, it is returned itself, not a copy."""
         return dict(kept) if self.is_identity else decoded(kept, specs, dtype)
 
     def encode_(
@@ -97,14 +97,14 @@ class Storage:
         specs: Mapping[str, StateSpec],
         keys: Sequence[int] | None,
     ) -> None:
-        """Puts computed state back into the form that it is kept in.
+        """Writes computed state back in its stored form.
 
         Args:
-            kept: State in that form, changed in place.
-            state: Tensors of it to be put back, by role; used up.
+            kept: State in its stored form, changed in place.
+            state: Tensors to be written back, by role; overwritten.
             specs: What the roles are.
-            keys: A number for each of the tensors that the leading dimension consists of: what is rounded at random
-                depends on it and on the role alone. None rounds to nearest.
+            keys: A number for each of the tensors in the leading dimension. Stochastic rounding depends only on it and
+                on the role. None rounds to nearest.
         """
         for role, value in state.items():
             target, spec = kept[role], specs[role]
@@ -120,12 +120,12 @@ class Storage:
 
 
 def decoded(kept: Mapping[str, Tensor], specs: Mapping[str, StateSpec], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Returns state of any form to compute with in ``dtype``; what is in that form already comes as it is.
+    """Returns state of any stored form in the form to compute with; tensors in that form already are not copied.
 
     Args:
         kept: State by role.
-        specs: What the roles are; one that is not among them is only brought to ``dtype``.
-        dtype: For what was rounded.
+        specs: Specs by role. Roles without a spec are only converted to ``dtype``.
+        dtype: The dtype of tensors that were rounded.
     """
     state: dict[str, Tensor] = {}
     for role, value in kept.items():
@@ -142,12 +142,12 @@ def _alike(kept: Tensor, wanted: Tensor) -> bool:
 
 
 def is_own(role: Any) -> bool:
-    """Whether state under this key is the family's; a wrapper may keep state of another kind beside it."""
+    """Whether state under this key belongs to this package; a wrapper may add state of another kind."""
     return isinstance(role, str) and name_of(role) in OWN_ROLES
 
 
 def name_of(role: str) -> str:
-    """Returns a role without the number of its mode."""
+    """Returns a role without its mode's number."""
     name, _, side = role.rpartition("_")
     return name if side.isdigit() else role
 
@@ -162,18 +162,18 @@ def _round_at_random_(values: Tensor, *, key: int) -> None:
 
 
 NOISE_LENGTH = 2**19
-"""Numbers that are rounded with one stretch of the noise; where it starts is drawn for each tensor, role and step."""
+"""Numbers that are rounded with one section of the noise. Its start is drawn for each tensor, role and step."""
 
 
 @lru_cache(maxsize=8)
 def _noise(device: torch.device) -> Tensor:
-    """Uniform integers of 16 bits, the same on all devices and in all processes."""
+    """Returns uniform 16-bit integers, the same on all devices and in all processes."""
     generator = torch.Generator(device="cpu").manual_seed(15022551)
     return torch.randint(2**16, (2 * NOISE_LENGTH,), dtype=torch.int32, generator=generator, device="cpu").to(device)
 
 
 def _mixed(key: int, other: int) -> int:
-    """Mixes two numbers into one of 64 bits, by the finalizer of SplitMix64 (Steele et al., OOPSLA 2014)."""
+    """Mixes two numbers into a 64-bit one, with the finalizer of SplitMix64 (Steele et al., OOPSLA 2014)."""
     mixed = (key * 0x9E3779B97F4A7C15 + other + 1) & (2**64 - 1)
     mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & (2**64 - 1)
     mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & (2**64 - 1)
@@ -181,5 +181,5 @@ def _mixed(key: int, other: int) -> int:
 
 
 def step_keys(steps: Sequence[int], places: Sequence[int]) -> list[int]:
-    """Returns for each tensor the number that its rounding at one step depends on, of its count and its place."""
+    """Returns a number for each tensor, from its step count and place, which determines its rounding at one step."""
     return [_mixed(step, place) for step, place in zip(steps, places, strict=True)]

@@ -327,7 +327,7 @@ def constructor_kwargs(config: type[OptimizerConfig], option: str, value: Any) -
 def test_an_ignored_option_says_who_reads_it(variant: Any) -> None:
     params = [Parameter(torch.ones(2, 2))]
     message = (
-        rf"variant='{variant}' got block_size=4, wanted only options that it reads; leave block_size out, "
+        rf"variant='{variant}' got block_size=4, wanted only options that it reads; remove block_size, "
         r"or use variant='soap'"
     )
     with pytest.raises(ValueError, match=message):
