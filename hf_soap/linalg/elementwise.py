@@ -90,12 +90,6 @@ def _very_late(device: torch.device) -> Tensor:
     return torch.full((), math.inf, dtype=torch.float32, device=device)
 
 
-def bias_correction(t: int, *, beta1: float, beta2: float) -> float:
-    """Returns √(1-β₂ᵗ)/(1-β₁ᵗ), the factor on an uncorrected Adam direction at the 1-based update ``t``."""
-    scale: float = (1 - beta2**t) ** 0.5 / (1 - beta1**t)
-    return scale
-
-
 def mars_correction(grad: Tensor, prev_grad: Tensor, *, beta1: float, gamma: float) -> Tensor:
     """Returns the variance-reduced gradient c = g + γ·β₁/(1-β₁)·(g - g'), before clipping.
 

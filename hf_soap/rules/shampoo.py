@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from hf_soap.linalg import elementwise, inverse_roots, matrices
 from hf_soap.rules.base import Rule, State, StateSpec, Traits, moment, square, vector
-from hf_soap.rules.context import BackgroundJobs, Roots, StepContext, adjacent
+from hf_soap.rules.context import Roots, StepContext
 from hf_soap.rules.layout import Layout
+from hf_soap.rules.schedule import RootSchedule, Schedule
 
 Graft = Literal["adam", "adagrad", "rmsprop", "sgd"]
 
@@ -94,8 +96,8 @@ class ShampooRule(Rule):
 
     def rebuild(self, state: State, context: StepContext) -> None:
         """Computes the roots again, if they are in use already."""
-        for blocks, part in context.subbatches(self.kl or t >= self._first for t in context.t):
-            self._compute_roots({role: value[blocks] for role, value in state.items()}, part)
+        for blocks, part in context.subbatches(self.kl or t >= self.root_schedule.first for t in context.t):
+            self.compute_roots({role: value[blocks] for role, value in state.items()}, part)
 
     def describe(self, layout: Layout) -> str:
         """Returns Shampoo with its number of factored sides, or the rule that replaces it."""
@@ -125,7 +127,7 @@ class ShampooRule(Rule):
         for side in context.layout.sides:
             factor = state[f"factor_{side}"]
             factor.copy_(mean ** (1 / len(context.layout.sides)) * matrices.eye_like(factor))
-        self._compute_roots(state, context)
+        self.compute_roots(state, context)
 
     def update(self, grad: Tensor, state: State, context: StepContext) -> Tensor:
         """Accumulates the factors, computes the roots that are due, preconditions and grafts."""
@@ -137,7 +139,7 @@ class ShampooRule(Rule):
         self._accumulate(grad, state, layout)
         if layout.sides:
             with context.metrics.refreshing(grad.device):
-                self._refresh(state, context)
+                self.root_schedule.refresh(self, state, context)
         direction = filtered
         for side in layout.sides:
             direction = matrices.mode_product(direction, state[f"root_{side}"], side)
@@ -237,7 +239,8 @@ class ShampooRule(Rule):
         beta = self.shampoo_beta
         return factor / context.per_block(lambda t: 1 - beta**t, factor)
 
-    def _snapshot(self, state: State, context: StepContext) -> Roots:
+    def snapshot(self, state: State, context: StepContext) -> Roots:
+        """Returns the debiased and damped factors, by the role of their root."""
         factors = {f"root_{side}": self._debiased(state[f"factor_{side}"], context) for side in context.layout.sides}
         if self.kl:  # ε acts on the product of the roots as in Adam; without it a zero factor would stay zero
             damping = self.eps ** (2 / len(factors))
@@ -252,80 +255,28 @@ class ShampooRule(Rule):
             for role, factor in factors.items()
         }
 
-    def _compute_roots(self, state: State, context: StepContext) -> None:
-        for role, factor in self._snapshot(state, context).items():
+    def compute_roots(self, state: State, context: StepContext) -> None:
+        """Computes the roots in the step, split among replicas, and installs them."""
+        for role, factor in self.snapshot(state, context).items():
             (root,) = context.decompose(lambda part, r=role: (self._roots_of({r: part}, context.layout)[r],), factor)  # type: ignore[misc]
-            self._install({role: root}, state, context)
+            self.install({role: root}, state, context)
 
-    @property
-    def _first(self) -> int:
-        """The update at which roots are first computed; KL-Shampoo computes them at every update up to it.
+    @cached_property
+    def root_schedule(self) -> RootSchedule:
+        """When roots are computed. KL-Shampoo does so at every update up to the first period.
 
         Its factors whiten each other: while they are inaccurate, both overshoot until the next roots.
         """
-        return self.precondition_frequency if self.kl else max(1, self.start_step)
+        first = self.precondition_frequency if self.kl else max(1, self.start_step)
+        return RootSchedule(Schedule(self.precondition_frequency, self.stagger), first, self.kl, self.delay)
 
-    def _is_early(self, t: int) -> bool:
-        return t <= self._first if self.kl else t == self._first
-
-    def _due(self, t: int, index: int) -> bool:
-        offset = index if self.stagger else 0
-        return self._is_early(t) or (t > self._first and (t + offset) % self.precondition_frequency == 0)
-
-    def _last_due(self, t: int, index: int) -> int:
-        """Returns the last update before ``t`` at which roots were due, regardless of the start step."""
-        before = t - 1
-        return before - (before + (index if self.stagger else 0)) % self.precondition_frequency
-
-    def _refresh(self, state: State, context: StepContext) -> None:
-        # The first roots of a tensor are computed in the step: there are no old ones to use meanwhile.
-        first = [self._is_early(t) for t in context.t]
-        if self.delay == 0 or context.background is None:
-            first = [self._due(t, i) for t, i in zip(context.t, context.index, strict=True)]
-        for blocks, part in context.subbatches(first):
-            self._compute_roots({role: value[blocks] for role, value in state.items()}, part)
-        if self.delay != 0 and context.background is not None:
-            later = [t > self._first for t in context.t]
-            for start, end in adjacent(later, longest=1):
-                flags = [start <= place < end for place in range(len(context.t))]
-                for blocks, part in context.subbatches(flags):
-                    self._refresh_later(
-                        {role: value[blocks] for role, value in state.items()}, part, context.background
-                    )
-
-    def _refresh_later(self, state: State, context: StepContext, background: BackgroundJobs) -> None:
-        """Installs the background roots of one tensor, and starts the next background job."""
-        t, key = context.t[0], context.index[0]
-        due = self._due(t, key)
-        if self.delay is None:
-            # Waiting when the next roots are due limits their age to two periods.
-            self._install(background.take(key, wait=due), state, context)
-            if due:
-                snapshot = {role: value.clone() for role, value in self._snapshot(state, context).items()}
-                background.submit(key, lambda factors: self._background_roots(factors, context.layout), snapshot)
-            return
-        age = t - self._last_due(t, key)
-        if age <= self.delay and t - age > self._first:
-            if not background.pending(key):  # a resumed run: the snapshot of the job is in the state
-                self._submit_snapshot(state, context, background)
-            if age == self.delay:
-                self._install(background.take(key, wait=True), state, context)
-        if due:
-            for role, factor in self._snapshot(state, context).items():
-                state[role.replace("root", "snapshot")].copy_(factor)
-            self._submit_snapshot(state, context, background)
-
-    def _submit_snapshot(self, state: State, context: StepContext, background: BackgroundJobs) -> None:
-        snapshot = {f"root_{side}": state[f"snapshot_{side}"].clone() for side in context.layout.sides}
-        key = context.index[0]
-        background.submit(key, lambda factors: self._background_roots(factors, context.layout), snapshot)
-
-    def _background_roots(self, factors: Roots, layout: Layout) -> Roots:
+    def background_roots(self, factors: Roots, layout: Layout) -> Roots:
+        """Computes roots in float64, for factors that nothing changes meanwhile."""
         # In the background float64 is affordable, and the model's settings for float32 do not affect it.
         exact = self._roots_of({role: factor.double() for role, factor in factors.items()}, layout)
         return {role: root.to(factors[role].dtype) for role, root in exact.items()}
 
-    def _install(self, new: Roots | None, state: State, context: StepContext) -> None:
+    def install(self, new: Roots | None, state: State, context: StepContext) -> None:
         """Replaces old roots with new ones. The old ones stay where no new root could be computed."""
         for role, root in (new or {}).items():
             old = state[role]

@@ -16,6 +16,7 @@ from hf_soap.linalg.precision import float32_products
 from hf_soap.rules.base import Rule, State, StateSpec, Traits, moment, square, vector
 from hf_soap.rules.context import StepContext, adjacent
 from hf_soap.rules.layout import Layout
+from hf_soap.rules.schedule import Schedule
 
 ORTHONORMALIZE_EVERY = 50
 """Refreshes between two corrections of a basis. In float32 a refresh adds about 1e-7 to QᵀQ - I, at the largest
@@ -192,7 +193,7 @@ class SoapRule(Rule):
             # Squares of smaller values vanish, which turned a direction of 1e-22 into one of 1e8.
             direction.div_(rms.clamp_(min=torch.finfo(rms.dtype).tiny ** 0.5))
         if self.correct_bias:
-            direction.mul_(context.per_block(self._bias_correction, direction))
+            direction.mul_(context.per_block(lambda t: (1 - self.beta2**t) ** 0.5 / (1 - self.beta1**t), direction))
 
         if not self.include_current:
             # Accumulate after use: a gradient must not shape the basis it is rotated into.
@@ -203,8 +204,8 @@ class SoapRule(Rule):
 
     def due(self, context: StepContext) -> list[bool]:
         """Every ``precondition_frequency`` updates, for each tensor."""
-        ages = [self._age(t, index) for t, index in zip(context.t, context.index, strict=True)]
-        return [bool(context.layout.sides) and age % self.precondition_frequency == 0 for age in ages]
+        numbers = Schedule(self.precondition_frequency, self.stagger).numbers(context)
+        return [bool(context.layout.sides) and number is not None for number in numbers]
 
     def refresh(self, state: State, context: StepContext) -> None:
         """Refreshes the bases that are due, and rotates factors and moments with them."""
@@ -237,9 +238,6 @@ class SoapRule(Rule):
         adam_direction = elementwise.fused_adam_direction if fuses else elementwise.adam_direction
         return adam_direction(rotated, state["exp_avg"], state["exp_avg_sq"], eps=self.eps, **betas)
 
-    def _bias_correction(self, t: int) -> float:
-        return elementwise.bias_correction(t, beta1=self.beta1, beta2=self.beta2)
-
     def _accumulate(self, rotated: Tensor, state: State, layout: Layout) -> None:
         beta = self.shampoo_beta
         scales = {side: self._inverse_root_eigenvalues(state[f"factor_{side}"]) for side in layout.sides if self.kl}
@@ -257,13 +255,8 @@ class SoapRule(Rule):
         floor = values.amax(-1, keepdim=True).mul(KL_FLOOR).clamp_(min=torch.finfo(values.dtype).tiny)
         return values.maximum(floor).rsqrt()
 
-    def _age(self, t: int, index: int) -> int:
-        return t + index if self.stagger else t
-
     def _refresh(self, state: State, context: StepContext) -> None:
-        refreshes = [
-            self._age(t, i) // self.precondition_frequency for t, i in zip(context.t, context.index, strict=True)
-        ]
+        refreshes = Schedule(self.precondition_frequency, self.stagger).numbers(context)
         for side in context.layout.sides:
             if self.refresh_tol:
                 stale = eigenbases.off_diagonal_share(state[f"factor_{side}"]) > self.refresh_tol
@@ -272,7 +265,9 @@ class SoapRule(Rule):
             else:
                 self._refresh_side(state, side, context)
             basis = state[f"basis_{side}"]
-            for blocks, _ in context.subbatches(n % self.orthonormalize_every == 0 for n in refreshes):
+            for blocks, _ in context.subbatches(
+                n is not None and n % self.orthonormalize_every == 0 for n in refreshes
+            ):
                 basis[blocks].copy_(eigenbases.orthonormalize(basis[blocks]))
 
     def _refresh_side(self, state: State, side: int, context: StepContext) -> None:
