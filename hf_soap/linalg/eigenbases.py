@@ -39,11 +39,11 @@ def refresh(factor: Tensor) -> tuple[Tensor, Tensor]:
 def cholesky_qr(factor: Tensor) -> Tensor:
     """Computes the orthogonal factor of a QR decomposition by products of float64 matrices.
 
-    On GPUs, sequential algorithms dominate a refresh: Householder reflections, and also Cholesky decompositions and
-    triangular solves of large matrices. Here the last two work on small diagonal blocks only, and everything else is
-    products. Columns are scaled, the first Gram matrix is shifted, and a second pass removes the error that condition
-    numbers of 1e8 leave. Directions in which a factor is zero are kept apart by a shift of float32's spacing at the
-    largest eigenvalue. The host does not wait.
+    On GPUs, sequential work dominates a refresh: Householder reflections, or Cholesky decompositions and triangular
+    solves of large matrices. Here the last two work on small diagonal blocks only; all the rest is products. Columns
+    are scaled, the first Gram matrix is shifted, and a second pass removes the error that condition numbers of 1e8
+    leave. Directions in which a factor is zero are kept apart by a shift of float32's spacing at the largest
+    eigenvalue. The host does not wait.
 
     Args:
         factor: (blocks, n, n), float32, symmetric positive semi-definite up to rounding.

@@ -235,8 +235,7 @@ def one_by_one(
     *batch, n, _ = matrix.shape
     flat = matrix.reshape(-1, n, n)
     results = [matrix.new_full((len(flat), *[n] * dim), torch.nan) for dim in dims]
-    # LAPACK's memory layout: products with another layout round differently, and one failure must not change the other
-    # matrices.
+    # LAPACK's memory layout: with another one, products of the other matrices would round differently.
     results = [result.mT if result.dim() == 3 else result for result in results]
     for place, one in enumerate(flat):
         with suppress(torch.linalg.LinAlgError):

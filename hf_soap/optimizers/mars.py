@@ -181,8 +181,8 @@ class MARS(AuxiliaryRates):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads state like every optimizer of this package.
 
-        Version 0.1.0 decayed vectors by 0.1 where neither their group nor ``weight_decay_1d`` said anything; a
-        checkpoint may therefore hold another decay than the group's. A warning says how to keep it.
+        Version 0.1.0 decayed vectors by 0.1 if neither their group nor ``weight_decay_1d`` set a decay. A checkpoint
+        may therefore hold another decay than the group's; a warning says how to keep it.
         """
         saved = [group.get("weight_decay_1d") for group in state_dict["param_groups"]]
         now = [group["weight_decay"] for group in self.param_groups if group["weight_decay_1d"] is None]

@@ -78,15 +78,12 @@ class Traits:
     """What the step loop must know about a rule on one layout.
 
     Attributes:
-        first_grad_seeds: The first non-zero gradient of a tensor goes to :meth:`Rule.seed` and does not change the
-            weights.
-        skips_leading_zero_grads: All-zero gradients before the first non-zero one are skipped and do not count as
-            steps.
+        first_grad_seeds: The first non-zero gradient of a tensor goes to :meth:`Rule.seed` and changes no weight.
+        skips_leading_zero_grads: All-zero gradients before the first non-zero one are skipped and not counted.
         refreshes_last: A refresh is the last thing that :meth:`Rule.update` does, so that :meth:`Rule.refresh` can do
             it later.
         has_fused_step: :meth:`Rule.fused_step` takes a step in fewer passes over memory than the update does.
-        is_elementwise: The direction of an entry depends on no other entry, so that any part of a tensor can be
-            stepped by itself.
+        is_elementwise: The direction of an entry depends on no other entry, so that any part can be stepped alone.
     """
 
     first_grad_seeds: bool = False

@@ -19,8 +19,7 @@ from hf_soap.rules.layout import Layout
 from hf_soap.rules.schedule import Schedule
 
 ORTHONORMALIZE_EVERY = 50
-"""Refreshes between two corrections of a basis. In float32 a refresh adds about 1e-7 to QᵀQ - I, at the largest
-entry."""
+"""Refreshes between two corrections of a basis. In float32 each refresh adds about 1e-7 to QᵀQ - I."""
 
 KL_FLOOR = 1e-8
 """The KL correction divides by eigenvalues. Those below this share of the largest are raised to it."""
@@ -32,10 +31,10 @@ V_FACTORS = ("exp_avg_sq_row", "exp_avg_sq_col")
 
 @dataclass(frozen=True, kw_only=True)
 class SoapRule(Rule):
-    """Adam in the eigenbasis of Shampoo's factors. Without a factored side it is Adam.
+    """Runs Adam on the gradient rotated into the eigenbases of its factors. Without a factored side it is Adam.
 
-    The factors are kept in their own eigenbasis, L̂ = Qᵀ L Q. This computes the same at a lower cost: factors
-    accumulate the rotated gradient, which a step has anyway; a refresh decomposes a nearly diagonal matrix; and the
+    The factors are kept in their own eigenbasis, L̂ = Qᵀ L Q. The result is the same, at a lower cost: factors
+    accumulate the rotated gradient, which a step has anyway; a refresh decomposes a nearly diagonal matrix; the
     eigenvalues are on the diagonal.
 
     Attributes:
@@ -50,8 +49,7 @@ class SoapRule(Rule):
         factorized: Keep V of a factored matrix as the product of row and column means.
         kl: Whiten the gradient by the other factors before it enters a factor.
         include_current: Factor and basis include the current gradient before it is rotated, not only afterwards.
-        refresh_tol: Skip the refresh of a basis if it diagonalises its factor to this share: ‖L̂ - diag L̂‖ ≤
-            tol·‖L̂‖.
+        refresh_tol: Skip the refresh of a basis while ‖L̂ - diag L̂‖ ≤ refresh_tol·‖L̂‖.
         orthonormalize_every: Refreshes between two corrections of a basis.
         matmul_dtype: Arithmetic of the rotations of gradient and direction. All other products are exact.
 
@@ -90,11 +88,11 @@ class SoapRule(Rule):
         return specs
 
     def traits(self, layout: Layout) -> Traits:
-        """The first gradient only seeds the bases: it must not be rotated into a basis that it shaped."""
+        """The first gradient only seeds the bases, and a refresh comes last."""
         return Traits(
             first_grad_seeds=True,
             skips_leading_zero_grads=True,
-            # With include_current, a refresh comes before the rotation of the gradient.
+            # With include_current, it comes before the rotation of the gradient.
             refreshes_last=not self.include_current,
             is_elementwise=not layout.sides and not self.normalize_grads,
         )
