@@ -172,7 +172,7 @@ def run_tests(setup: Setup) -> None:
 
 def compare_kernels(setup: Setup) -> None:
     """Times decompositions by size and number of matrices, and says which is the fastest that is accurate."""
-    from hf_soap.linalg import eigenbases, inverse_roots
+    from hf_soap.linalg import decompositions, inverse_roots
 
     sizes = [16, 32] if setup.rehearse else [64, 256, 768, 1024, 2048, 3072, 8192]
     for n, batch in itertools.product(sizes, [1, 2] if setup.rehearse else [1, 8, 24]):
@@ -182,7 +182,7 @@ def compare_kernels(setup: Setup) -> None:
         exact = torch.linalg.qr(factor.double())[0]
         candidates: dict[str, Callable[[Tensor], Tensor]] = {
             "qr": lambda a: torch.linalg.qr(a)[0],
-            "cholesky_qr": eigenbases.cholesky_qr,
+            "cholesky_qr": decompositions.cholesky_qr,
         }
         found: dict[str, Any] = {}
         for name, call in candidates.items():

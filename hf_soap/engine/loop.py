@@ -19,7 +19,7 @@ from hf_soap.engine.nonfinite import NonfiniteGuard
 from hf_soap.engine.plan import Plan
 from hf_soap.engine.refresh import Refreshes, Updated
 from hf_soap.engine.step import apply_, directions_of, split_by_first_grad, stack_gradients, step_tensors
-from hf_soap.rules.context import NO_METRICS, RuleMetrics, StepContext, adjacent
+from hf_soap.rules.context import NO_METRICS, StepContext, adjacent
 
 
 class Engine:
@@ -70,11 +70,6 @@ class Engine:
         zero = not any(grad is not None and bool(grad.any()) for grad in grads)
         return dtensor.agree(zero, params)  # a warmup starts at 0 too, and the gradient of one part may be zero
 
-    def metrics_of(self, plan: Plan) -> RuleMetrics:
-        """Returns what records the updates of a plan."""
-        profiler = self.optimizer.profiler
-        return NO_METRICS if profiler is None else profiler.of(plan.label)
-
     def step_bucket(
         self, bucket: Bucket, grads: Sequence[Tensor | None], outcomes: dict[Tensor, Outcome] | None = None
     ) -> None:
@@ -87,7 +82,8 @@ class Engine:
             for number in dict.fromkeys(bucket.groups)
         }
         rates = [of_group[number] for number in bucket.groups]
-        metrics = self.metrics_of(plan)
+        profiler = self.optimizer.profiler
+        metrics = NO_METRICS if profiler is None else profiler.of(plan.label)
         size = bucket.tensors_per_chunk(watched=metrics.watches)
         alike = outcomes is None and not dtensor.is_sharded(bucket.params[0])
         replicas = dtensor.ReplicaGroup() if plan.splits_refreshes and alike and dtensor.ranks() > 1 else None
@@ -185,7 +181,9 @@ class OwnerStep:
         for (number, plan), pairs in alike.items():
             weights, directions = ([pair[i] for pair in pairs] for i in (0, 1))
             rates = [engine.optimizer.rates(engine.optimizer.param_groups[number], plan)] * len(pairs)
-            with engine.metrics_of(plan).watching(weights):
+            profiler = engine.optimizer.profiler
+            metrics = NO_METRICS if profiler is None else profiler.of(plan.label)
+            with metrics.watching(weights):
                 apply_(weights, directions, rates, decay_last=plan.decay_last)
 
 

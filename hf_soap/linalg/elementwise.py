@@ -205,17 +205,15 @@ def equal_rates(rates: Sequence[Rate]) -> Iterator[tuple[slice, Rate]]:
     """Yields each run of adjacent tensors with equal rates, as a slice and the rates."""
     first = 0
     for last in range(1, len(rates) + 1):
-        if last == len(rates) or not _equal(rates[first], rates[last]):
-            yield slice(first, last), rates[first]
-            first = last
-
-
-def _equal(one: Rate, other: Rate) -> bool:
-    if one is other:
-        return True
-    (lr, decay), (other_lr, other_decay) = one, other
-    tensors = isinstance(lr, Tensor) or isinstance(other_lr, Tensor)  # reading their values may wait for the device
-    return decay == other_decay and (lr is other_lr if tensors else bool(lr == other_lr))
+        if last < len(rates) and rates[first] is not rates[last]:
+            (lr, decay), (other_lr, other_decay) = rates[first], rates[last]
+            tensors = isinstance(lr, Tensor) or isinstance(other_lr, Tensor)  # their values may be on the device
+            if decay == other_decay and (lr is other_lr if tensors else bool(lr == other_lr)):
+                continue
+        elif last < len(rates):
+            continue
+        yield slice(first, last), rates[first]
+        first = last
 
 
 def take_step_(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_soap.linalg.matrices import eigenbasis, eye_like, power, safe_scale, symmetrize
+from hf_soap.linalg.decompositions import eigenbasis
+from hf_soap.linalg.matrices import eye_like, power, safe_scale, symmetrize
 
 
 def newton_schulz(matrix: Tensor, *, eps: float, steps: int = 5) -> Tensor:

@@ -19,8 +19,9 @@ from hf_soap.optimizers.mars import MARS
 from hf_soap.optimizers.muon import Muon
 from hf_soap.optimizers.shampoo import Shampoo
 from hf_soap.optimizers.soap import SOAP
-from hf_soap.rules.base import Rule, WrappingRule
+from hf_soap.rules.base import Rule
 from hf_soap.rules.storage import name_of
+from hf_soap.rules.wrapping import WrappingRule
 
 logger = logging.getLogger(__name__)
 

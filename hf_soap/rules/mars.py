@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from hf_soap.linalg import elementwise
-from hf_soap.rules.base import Rule, State, StateSpec, Traits, WrappingRule, moment
+from hf_soap.rules.base import Rule, State, StateSpec, Traits, moment
 from hf_soap.rules.context import StepContext
 from hf_soap.rules.layout import Layout
+from hf_soap.rules.wrapping import WrappingRule
 
 CACHED_BYTES = 2**18
 """On a CPU, gradients of this many bytes go through all kernels together, so that they stay in its cache."""

@@ -11,7 +11,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-from hf_soap.linalg import eigenbases, elementwise, matrices
+from hf_soap.linalg import decompositions, eigenbases, elementwise, matrices
 from hf_soap.linalg.precision import float32_products
 from hf_soap.rules.base import Rule, State, StateSpec, Traits, moment, square, vector
 from hf_soap.rules.context import StepContext, adjacent
@@ -166,7 +166,7 @@ class SoapRule(Rule):
     @staticmethod
     def _diagonalize_(factor: Tensor, context: StepContext) -> Tensor:
         """Brings factors into their eigenbases and returns the bases; the identity where the decomposition failed."""
-        values, basis = context.decompose(matrices.eigenbasis, factor)
+        values, basis = context.decompose(decompositions.eigenbasis, factor)
         finite = context.finite_mask(values, basis)
         factor.copy_(torch.where(finite, torch.diag_embed(values), factor))
         return torch.where(finite, basis, matrices.eye_like(basis))

@@ -12,7 +12,7 @@ from torch import Tensor
 import hf_soap
 from hf_soap.config.options import DECAY_RATE
 from hf_soap.engine.plan import Plan
-from hf_soap.linalg import matrices
+from hf_soap.linalg import decompositions, matrices
 from hf_soap.optimizers.base import plan_factors, state_options
 from hf_soap.rules.base import Rule, State, StateSpec, Traits, moment, square
 from hf_soap.rules.context import StepContext
@@ -75,7 +75,7 @@ class SPlusRule(Rule):
     def rebuild(self, state: State, context: StepContext) -> None:
         """Computes the eigenvectors."""
         for side in context.layout.sides:
-            values, basis = context.decompose(matrices.eigenbasis, state[f"covariance_{side}"])
+            values, basis = context.decompose(decompositions.eigenbasis, state[f"covariance_{side}"])
             known, finite = state[f"eigenvectors_{side}"], context.finite_mask(values, basis)
             start = torch.where(known.flatten(1).any(1)[:, None, None], known, matrices.eye_like(known))
             known.copy_(torch.where(finite, basis, start))

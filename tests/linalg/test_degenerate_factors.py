@@ -14,7 +14,7 @@ from torch.nn import Parameter
 
 from hf_soap import SOAP, Shampoo
 from hf_soap.engine.failures import Failures
-from hf_soap.linalg import eigenbases, inverse_roots, matrices
+from hf_soap.linalg import decompositions, eigenbases, inverse_roots, matrices
 
 EPS = torch.finfo(torch.float32).eps
 SUBNORMAL = 2.0**-149
@@ -104,16 +104,16 @@ def test_factors_of_embeddings_have_eigenbases() -> None:
     for rows, count in ((64, 1500), (128, 1200), (256, 300), (512, 12)):
         for _ in range(0, count, 12):
             batch = torch.stack([embedding(rows, int(torch.randint(1, 60, ()))) for _ in range(12)])
-            assert_decomposes(*matrices.eigenbasis(batch), batch)
+            assert_decomposes(*decompositions.eigenbasis(batch), batch)
 
 
 @given(sizes, seeds, scales)
 @cases()
 def test_eigenbases(n: int, seed: int, scale: float) -> None:
     batch = factors(n, seed, scale)
-    assert_decomposes(*matrices.eigenbasis(batch), batch)
+    assert_decomposes(*decompositions.eigenbasis(batch), batch)
     exact = batch.double()
-    values, basis = matrices.eigenbasis(exact)
+    values, basis = decompositions.eigenbasis(exact)
     assert off_orthonormal(basis) < 1e-12
     error = ((basis * values.unsqueeze(-2)) @ basis.mT - exact).norm(dim=(-2, -1))
     assert (error <= 1e-13 * n * exact.norm(dim=(-2, -1))).all()
@@ -124,7 +124,7 @@ def test_eigenbases(n: int, seed: int, scale: float) -> None:
 def test_zero_rows_are_known_eigenvectors(n: int, seed: int, scale: float) -> None:
     """Which matrices eigh gives up on differs between machines: here it has given up on all of them."""
     for matrix in factors(n, seed, scale):
-        values, basis = matrices._eigh_of_hard(matrix)
+        values, basis = decompositions._eigh_of_hard(matrix)
         assert_decomposes(values.flip(-1), basis.flip(-1), matrix)
         empty = ~matrix.any(-1)
         assert int((values == 0).sum()) >= int(empty.sum())
@@ -151,7 +151,7 @@ def test_a_jitter_helps_where_float64_does_not(how: str, dtype: torch.dtype, mon
         return values, basis
 
     monkeypatch.setattr(torch.linalg, "eigh", fails_on_known)
-    values, basis = matrices.eigenbasis(batch)
+    values, basis = decompositions.eigenbasis(batch)
     assert_decomposes(values, basis, batch)
     if dtype == torch.float64:
         exact = solve(batch)[0].flip(-1)
@@ -164,11 +164,11 @@ def test_a_jitter_helps_where_float64_does_not(how: str, dtype: torch.dtype, mon
 # ---------------------------------------------------------------------------------------------------------------------
 
 COMPUTATIONS: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {
-    "eigenbasis": matrices.eigenbasis,
+    "eigenbasis": decompositions.eigenbasis,
     "refresh": eigenbases.refresh,
     "sorted_refresh": eigenbases.sorted_refresh,
-    "qr": eigenbases.qr,
-    "cholesky_qr": lambda a: (eigenbases.cholesky_qr(a),),
+    "qr": decompositions.qr,
+    "cholesky_qr": lambda a: (decompositions.cholesky_qr(a),),
     "orthonormalize": lambda a: (eigenbases.orthonormalize(a),),
     "off_diagonal_share": lambda a: (eigenbases.off_diagonal_share(a),),
     "newton_schulz": lambda a: (inverse_roots.newton_schulz(a, eps=1e-7),),
@@ -234,7 +234,7 @@ def check_refreshes(batch: Tensor) -> None:
     n = batch.shape[-1]
     exact, error = batch.double(), rounding(n)
     room = error * exact.norm(dim=(-2, -1)) + n * n * SUBNORMAL
-    basis, upper = eigenbases.qr(batch)
+    basis, upper = decompositions.qr(batch)
     assert off_orthonormal(basis) < error
     assert ((basis.double() @ upper.double() - exact).norm(dim=(-2, -1)) <= room).all()
     assert torch.equal(upper, upper.triu())
@@ -266,7 +266,7 @@ def test_refreshes_in_panels_rotate(n: int, seed: int, scale: float, first: int)
 @cases()
 def test_cholesky_qr_rotates(n: int, seed: int, scale: float) -> None:
     batch = factors(n, seed, scale)
-    basis = eigenbases.cholesky_qr(batch)
+    basis = decompositions.cholesky_qr(batch)
     assert off_orthonormal(basis) < 2e-6
     # Up to the shift, which is rounding at the largest entry, R is upper triangular, its diagonal not negative.
     upper = basis.double().mT @ batch.double()

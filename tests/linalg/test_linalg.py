@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_soap.linalg import eigenbases, inverse_roots, matrices
+from hf_soap.linalg import decompositions, eigenbases, inverse_roots, matrices
 
 SIZES = (3, 4, 2, 5, 1)
 MODES = [(rank, mode) for rank in range(1, 6) for mode in range(rank)]
@@ -131,7 +131,7 @@ def test_symmetrize() -> None:
 @pytest.mark.parametrize("n", [1, 2, 7, 40])
 def test_eigenbasis(n: int, dtype: torch.dtype, tolerance: float) -> None:
     matrix = spd(3, n, dtype=dtype)
-    values, basis = matrices.eigenbasis(matrix)
+    values, basis = decompositions.eigenbasis(matrix)
     assert values.dtype == basis.dtype == dtype
     assert (values.diff() <= 0).all()
     assert orthonormality_error(basis) < tolerance
@@ -141,7 +141,7 @@ def test_eigenbasis(n: int, dtype: torch.dtype, tolerance: float) -> None:
 
 def test_eigenbasis_of_a_rank_deficient_matrix() -> None:
     root = torch.randn(6, 2, dtype=torch.float64)
-    values, basis = matrices.eigenbasis(root @ root.T)
+    values, basis = decompositions.eigenbasis(root @ root.T)
     assert (values[2:].abs() < 1e-12).all()
     assert values[1] > 0.1
     assert orthonormality_error(basis) < 1e-12
@@ -160,7 +160,7 @@ def test_a_matrix_that_fails_in_float32_is_decomposed_in_float64(monkeypatch: py
 
     monkeypatch.setattr(torch.linalg, "eigh", only_float64)
     matrix = spd(2, 5, dtype=torch.float32)
-    values, basis = matrices.eigenbasis(matrix)
+    values, basis = decompositions.eigenbasis(matrix)
     assert asked == [torch.float32] + 2 * [torch.float32, torch.float64]  # the batch, then each by itself
     assert values.dtype == basis.dtype == torch.float32
     torch.testing.assert_close(basis @ torch.diag_embed(values) @ basis.mT, matrix, rtol=1e-5, atol=1e-5)
@@ -168,10 +168,10 @@ def test_a_matrix_that_fails_in_float32_is_decomposed_in_float64(monkeypatch: py
 
 def test_a_matrix_with_infinities_has_no_basis_and_does_not_stop_the_others() -> None:
     matrix = torch.cat([torch.full((1, 3, 3), torch.inf), spd(2, 3, dtype=torch.float32)])
-    values, basis = matrices.eigenbasis(matrix)
+    values, basis = decompositions.eigenbasis(matrix)
     assert values[0].isnan().all()
     assert basis[0].isnan().all()
-    for got, want in zip((values, basis), matrices.eigenbasis(matrix[1:]), strict=True):
+    for got, want in zip((values, basis), decompositions.eigenbasis(matrix[1:]), strict=True):
         assert torch.equal(got[1:], want)
     root = inverse_roots.inverse_root(matrix, exponent=-0.25, ridge=1e-6, method="newton")
     assert root[0].isnan().all()
@@ -211,7 +211,7 @@ def test_refreshes_converge_to_the_eigenbasis() -> None:
     for _ in range(60):
         rotation, factor = eigenbases.refresh(factor)
         basis = basis @ rotation
-    values, eigenvectors = matrices.eigenbasis(original)
+    values, eigenvectors = decompositions.eigenbasis(original)
     assert float(eigenbases.off_diagonal_share(factor).max()) < 1e-8
     torch.testing.assert_close(factor.diagonal(dim1=-2, dim2=-1), values)
     torch.testing.assert_close(same_up_to_signs(basis, eigenvectors), eigenvectors, rtol=0, atol=1e-7)
@@ -257,10 +257,10 @@ def test_off_diagonal_share() -> None:
 
 
 BATCHED: dict[str, Callable[[Tensor], Tensor]] = {
-    "eigenvalues": lambda a: matrices.eigenbasis(a)[0],
-    "eigenprojector": lambda a: (q := matrices.eigenbasis(a)[1])[..., :2] @ q[..., :2].mT,
+    "eigenvalues": lambda a: decompositions.eigenbasis(a)[0],
+    "eigenprojector": lambda a: (q := decompositions.eigenbasis(a)[1])[..., :2] @ q[..., :2].mT,
     "refreshed factor": lambda a: eigenbases.refresh(a)[1],
-    "orthonormalize": lambda a: eigenbases.orthonormalize(matrices.eigenbasis(a)[1].abs()),
+    "orthonormalize": lambda a: eigenbases.orthonormalize(decompositions.eigenbasis(a)[1].abs()),
     "off_diagonal_share": eigenbases.off_diagonal_share,
     "gram": lambda a: matrices.add_gram_(torch.zeros_like(a), a, 1, beta=0.5, alpha=2.0),
     "mode product": lambda a: matrices.mode_product(a, a, 0),
@@ -286,7 +286,7 @@ def test_qr(n: int, kind: str, dtype: torch.dtype) -> None:
         "rank 3": lambda: torch.randn(2, n, 3) @ torch.randn(2, 3, n),
         "zero": lambda: torch.zeros(2, n, n),
     }[kind]().to(dtype)
-    basis, upper = eigenbases.qr(matrix)
+    basis, upper = decompositions.qr(matrix)
     error = 30 * torch.finfo(dtype).eps
     assert orthonormality_error(basis) < error
     assert torch.equal(upper, upper.triu())
@@ -311,7 +311,7 @@ def test_cholesky_qr_is_the_qr_of_factors(n: int, kind: str) -> None:
         factor.zero_()
     elif kind == "not finite":
         factor[1, 0, 0] = torch.nan
-    basis = eigenbases.cholesky_qr(factor)
+    basis = decompositions.cholesky_qr(factor)
     if kind == "not finite":
         assert basis[1].isnan().all()
         factor, basis = factor[::2], basis[::2]

@@ -24,8 +24,9 @@ from hf_soap.config.options import option_table
 from hf_soap.engine.plan import Plan
 from hf_soap.optimizers import names
 from hf_soap.optimizers.names import ENTRIES, register
-from hf_soap.rules.base import StateSpec, Traits, WrappingRule, moment
+from hf_soap.rules.base import StateSpec, Traits, moment
 from hf_soap.rules.layout import Layout, uncut
+from hf_soap.rules.wrapping import WrappingRule
 from hf_soap.trainer.metrics import diagnostics
 
 

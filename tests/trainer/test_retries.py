@@ -16,7 +16,7 @@ from transformers import GPT2LMHeadModel
 
 from hf_soap import SOAP, SoapTrainer
 from hf_soap.engine.optimizer import unwrapped
-from hf_soap.linalg import eigenbases, matrices
+from hf_soap.linalg import decompositions, eigenbases, matrices
 
 FREQUENT = "precondition_frequency=2"
 EXACT = {"optim": "mars", "optim_args": "exact=true"}
@@ -111,7 +111,7 @@ def test_what_was_broken_off_starts_anew_and_the_rest_goes_on(at: int, monkeypat
     optimizer, whole = (SOAP(these, precondition_frequency=1) for these in (params, others))
     train(optimizer, params, range(at))
     train(whole, others, range(at))
-    update, seed = eigenbases.refresh, matrices.eigenbasis
+    update, seed = eigenbases.refresh, decompositions.eigenbasis
 
     def failing(wanted: Any) -> Any:
         def called(factor: torch.Tensor, *args: Any) -> Any:
