@@ -1,4 +1,4 @@
 """The step that all optimizers share: buckets of stacked state, the loop over them, refreshes, skipped steps.
 
-May import ``checkpoint``, ``rules`` and what stands below them.
+May import ``checkpoint``, ``rules`` and the folders below them.
 """

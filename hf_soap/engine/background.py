@@ -35,7 +35,7 @@ class Background:
         return key in self._jobs
 
     def submit(self, key: Hashable, work: Callable[[Roots], Roots], snapshot: Roots) -> None:
-        """Starts ``work(snapshot)``; a job under the same key that nobody took is forgotten.
+        """Starts ``work(snapshot)``; an earlier job under the same key, whose roots were not taken, is dropped.
 
         Args:
             key: Whose roots they are.

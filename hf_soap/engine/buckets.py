@@ -38,7 +38,7 @@ class Bucket:
     """The stacked state of all tensors with the same blocks, handed out to ``optimizer.state[p]`` as views.
 
     A cache, never the truth: :meth:`intact` tells whether it is still valid. Where it was replaced (a load, a
-    deepcopy, a swapped parameter) the optimizer builds the bucket anew from what it finds in the state.
+    deepcopy, a swapped parameter) the optimizer rebuilds the bucket from the state.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Bucket:
             self._pointers.append([views[role].data_ptr() for role in self._roles])
 
     def _take_over(self, member: Member, known: dict[str, Any], views: dict[str, Tensor]) -> None:
-        """Copies the family's state of a parameter into its views; what else is there stays as it is."""
+        """Copies the family's state of a parameter into its views; other state is not changed."""
         own = {role: value for role, value in known.items() if is_own(role)}
         if own.keys() - {"step"} or own.get("step", 0) > 0:
             own = self.plan.state_format.converted(own, views, self.plan.state_spec)
@@ -156,7 +156,7 @@ class Bucket:
 
     @contextmanager
     def stepping(self) -> Iterator[list[int]]:
-        """Lets the tensors whose step fails start anew: their state may be half changed, and their step is counted.
+        """Resets the tensors whose step fails: their state may be half changed, and their step has been counted.
 
         Yields:
             To be filled with the first of the tensors that are being stepped, and one after the last.

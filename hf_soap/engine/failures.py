@@ -1,4 +1,4 @@
-"""Decompositions that failed: what a matrix had before stays in use, is counted, and nobody waits for it."""
+"""Decompositions that failed: the previous basis or root stays in use, and no step waits for the count."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Failures:
         self._waiting: dict[torch.device, Tensor] = {}
 
     def note(self, finite: Tensor) -> None:
-        """Takes note of a batch of decompositions.
+        """Counts the failures of a batch of decompositions.
 
         Args:
             finite: Whether each came out finite, (blocks,), bool.

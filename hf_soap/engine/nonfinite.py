@@ -59,7 +59,7 @@ class NonfiniteGuard:
         limit = _limit(groups)
         if not limit or self.in_a_row < limit:
             return
-        count, self.in_a_row = self.in_a_row, 0  # whoever catches this may go on
+        count, self.in_a_row = self.in_a_row, 0  # the caller may catch this and continue
         raise FloatingPointError(
             f"{count} steps in a row had gradients with NaN, Inf or entries too large to square{_first_bad(groups)}, "
             "wanted finite ones: parameters and state are as before them. Look at the loss and the data, lower the "
@@ -73,9 +73,9 @@ def _limit(groups: Groups) -> int:
 
 
 def _gradients(groups: Groups, name: str) -> tuple[list[list[Tensor]], list[Tensor]]:
-    """Returns the gradients to be looked at, those of a device and dtype together, and whose ranks ask each other."""
+    """Returns the gradients to check, grouped by device and dtype, and the sharded parameters."""
     checked: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    sharded: list[Tensor] = []  # sharded parameters, with gradients or without: ranks must ask each other alike
+    sharded: list[Tensor] = []  # with gradients or without: all ranks must communicate about the same ones
     for group in groups:
         skips = group["nonfinite"] == "skip"
         for param in group["params"]:

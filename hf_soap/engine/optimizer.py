@@ -243,7 +243,7 @@ class BlockOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        # A load comes by here too, and changes neither what this was made for nor who owns and measures it.
+        # load_state_dict calls this too. It keeps registered parameters, owners and profiler.
         self.__dict__.setdefault("_registered", Registered())
         self.__dict__.setdefault("_owner_of", {})
         self.__dict__.setdefault("profiler", None)
@@ -337,7 +337,7 @@ class BlockOptimizer(torch.optim.Optimizer):
             shared = Counter(map(id, rates))
             for group, rate in zip(self.param_groups, rates, strict=True):
                 if isinstance(rate, Tensor) and isinstance(group["lr"], Tensor) and shared[id(rate)] == 1:
-                    group["lr"] = rate.fill_(float(group["lr"]))  # whoever holds it goes on with it
+                    group["lr"] = rate.fill_(float(group["lr"]))  # other holders of the tensor see the new value
             for param, state in states.items():
                 self.state[param].update(state)
 

@@ -58,7 +58,7 @@ class Plan:
 
     @cached_property
     def entrywise(self) -> bool:
-        """Whether all state has the tensor's own shape and coordinates, so that it can be cut anew."""
+        """Whether all state has the tensor's own shape and coordinates, so that it can be resharded entry by entry."""
         return all(spec.kind == "moment" for spec in self.state_spec.values())
 
     @cached_property
@@ -68,7 +68,7 @@ class Plan:
 
     @cached_property
     def state_format(self) -> Storage:
-        """How state is kept between steps; what can be cut anew has no matrices to be packed."""
+        """How state is kept between steps; entrywise state has no matrices to pack."""
         return Storage(self.storage.format) if self.entrywise else self.storage
 
     def allocate(self, tensors: int, *, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Refreshes that run beside the next forward and backward pass."""
+"""Refreshes that run during the next forward and backward pass."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Updated:
         bucket: Their bucket.
         first: The first of them.
         last: One after the last.
-        context: What their rule was told.
+        context: Context that their rule got.
     """
 
     bucket: Bucket
@@ -54,19 +54,19 @@ class Refreshes:
         """Refreshes what is due of the noted tensors."""
         for one in self.noted:
             if any(one.bucket.plan.rule.due(one.context)):
-                with self._aside(one):
+                with self._on_side_stream(one):
                     one.refresh()
 
     def join(self) -> None:
-        """Lets the device go on when the refreshes under way are done; the host does not wait."""
+        """Makes the device wait for the refreshes in progress; the host does not wait."""
         for updated, launched_from in self.in_progress:
             device = updated.bucket.params[0].device
             for stream in (launched_from, torch.cuda.current_stream(device)):
                 stream.wait_stream(self._streams[device])
         self.in_progress = []
 
-    def _aside(self, updated: Updated) -> AbstractContextManager[object]:
-        """On a GPU, sends refreshes that may overlap to a stream of their own, after all that was sent so far."""
+    def _on_side_stream(self, updated: Updated) -> AbstractContextManager[object]:
+        """On a GPU, runs refreshes that may overlap on a separate stream, after all work launched so far."""
         bucket = updated.bucket
         device = bucket.params[0].device
         if device.type != "cuda" or not bucket.plan.overlaps:
@@ -76,6 +76,6 @@ class Refreshes:
         stream, current = self._streams[device], torch.cuda.current_stream(device)
         stream.wait_stream(current)
         for stack in bucket.stacks.values():
-            stack.record_stream(stream)  # whoever drops the optimizer now must not get their memory yet
-        self.in_progress.append((updated, current))  # and so the finite check that it reads stays, too
+            stack.record_stream(stream)  # if the optimizer is dropped now, their memory must not be reused yet
+        self.in_progress.append((updated, current))
         return torch.cuda.stream(stream)

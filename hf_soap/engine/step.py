@@ -47,7 +47,7 @@ def split_by_first_grad(
         return [], present
     new = [here and not step for here, step in zip(present, steps, strict=True)]
     if any(new):
-        # An all-zero gradient (a LoRA matrix behind a zero one, a synthetic step) shapes no preconditioner.
+        # An all-zero gradient (a LoRA matrix after a zero one, a synthetic step) shapes no preconditioner.
         unseen = [grad for grad, is_new in zip(grads, new, strict=True) if is_new and grad is not None]
         nonzero = iter(torch.stack([grad.count_nonzero() for grad in unseen]).tolist())
         # A rank's part may be zero where another's is not; what needs no factors is then counted alike by all.

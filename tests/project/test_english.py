@@ -14,7 +14,14 @@ ROOT = Path(__file__).parents[2]
 
 FOLDERS = (
     *("hf_soap/__init__.py", "hf_soap/__main__.py", "hf_soap/checkpoint", "hf_soap/cli", "hf_soap/config"),
-    *("hf_soap/distributed", "hf_soap/hub", "hf_soap/linalg", "hf_soap/optimizers", "hf_soap/planning"),
+    *(
+        "hf_soap/distributed",
+        "hf_soap/engine",
+        "hf_soap/hub",
+        "hf_soap/linalg",
+        "hf_soap/optimizers",
+        "hf_soap/planning",
+    ),
     *("hf_soap/reference", "hf_soap/rules", "hf_soap/trainer"),
     *("scripts", "model_cards", "docs", "CHANGELOG.md", "CONTRIBUTING.md", "README.md"),
 )
