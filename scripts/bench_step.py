@@ -259,7 +259,7 @@ def main() -> None:
     for name in [] if args.scaling else SHAPES if args.shapes == "all" else [args.shapes]:
         shapes = SHAPES[name]
         floor = floor_flop(shapes, args.frequency) / product_rate(device)
-        chosen = optimizers(args.frequency, device)
+        chosen = optimizers(args.frequency)
         if name == "lora":  # a factor on the longer side would take gigabytes
             chosen = {key: make for key, make in chosen.items() if "one side" in key or key.split()[-1] in LIGHT}
         only = ("AdamW", *args.only)
