@@ -15,8 +15,9 @@ def options(
 ) -> None:
     """Print the options of an optimizer: type, default and meaning."""
     from hf_soap.config import options as schema
-    from hf_soap.optimizers.names import ENTRIES
+    from hf_soap.optimizers.names import ENTRIES, load_entry_points
 
+    load_entry_points()
     if optimizer not in ENTRIES:
         match = schema.nearest(optimizer, ENTRIES)
         raise typer.BadParameter(f"unknown optimizer {optimizer!r}: {match}Names are {', '.join(ENTRIES)}.")

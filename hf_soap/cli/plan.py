@@ -90,9 +90,10 @@ def plan(
 
 def _config(optim: str, optim_args: str, shard_mode: str | None) -> OptimizerConfig | AdamW:
     from hf_soap.config import options
-    from hf_soap.optimizers.names import ENTRIES
+    from hf_soap.optimizers.names import ENTRIES, load_entry_points
     from hf_soap.planning import plan as planning
 
+    load_entry_points()
     if optim in planning.ADAMW:
         if optim_args or shard_mode:
             raise typer.BadParameter(

@@ -137,7 +137,8 @@ def test_an_optimizer_of_an_installed_package_is_found(
     monkeypatch.setattr(names, "entry_points", lambda group: points if group == names.ENTRY_POINTS else [])
     names.load_entry_points.cache_clear()
     with caplog.at_level(logging.WARNING, "hf_soap"):
-        names.load_entry_points()
+        said = CliRunner().invoke(app, ["options", "splus", "--markdown"], catch_exceptions=False)
+    assert "covariance_decay" in said.output
     assert entries["splus"].optimizer is SPlus
     assert [record.getMessage() for record in caplog.records] == [
         "the optimizer nowhere:Gone of the entry points could not be registered: No module named 'nowhere'"
