@@ -143,5 +143,7 @@ def check_rule(plan: Plan) -> None:
     }
     for method, needed in needs.items():
         inherited = {getattr(Rule, method), getattr(WrappingRule, method)}
-        if needed and all(getattr(type(part), method) in inherited for part in parts):
+        # A wrapper forwards all of these to the rule that it wraps, except for the fused step.
+        asked = parts if method in vars(WrappingRule) else parts[:1]
+        if needed and all(getattr(type(part), method) in inherited for part in asked):
             raise TypeError(f"{name} must define {method}, since its state or traits require it")
