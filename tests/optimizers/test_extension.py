@@ -234,6 +234,26 @@ def test_classes_of_another_kind_are_refused(entries: dict[str, Any]) -> None:
         register(SPlus, Taken)
 
 
+@pytest.mark.parametrize("taken", ["adamw_torch", "lion"])  # a value, and the name of the member "lion_32bit"
+def test_names_of_transformers_are_refused(taken: str, entries: dict[str, Any]) -> None:
+    """The default optimizer of the Trainer was replaced, and "lion_32bit" no longer worked."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Taken(SPlusConfig):
+        name: ClassVar[str] = taken
+
+    with pytest.raises(ValueError, match=f"the name '{taken}' belongs to transformers"):
+        register(SPlus, Taken)
+    assert taken not in entries
+
+
+def test_a_class_that_is_defined_again_takes_the_place_of_the_old_one(entries: dict[str, Any]) -> None:
+    """A cell of a notebook that registers an optimizer failed when it ran again."""
+    for _ in range(2):
+        register(latest := with_rule(SPlusRule))
+    assert entries["other"].optimizer is latest
+
+
 @dataclass(frozen=True, kw_only=True)
 class Halved(WrappingRule):
     inner: Any
