@@ -33,7 +33,7 @@ RATES = ("lr", "initial_lr")
 """Group entries that come from the checkpoint: a scheduler continues from them."""
 
 CYCLED = "max_momentum"
-"""Group entry with which OneCycleLR and CyclicLR indicate that they change the first beta at each step."""
+"""Group entry of OneCycleLR and CyclicLR if they change the first beta, or else the momentum, at each step."""
 
 NAMES = "param_names"
 
@@ -129,8 +129,10 @@ def merged_groups(
     for old, new in zip(saved, groups, strict=True):
         kept = {*settings, NAMES, OVERRIDES} - {*RATES}
         current = {k: v for k, v in new.items() if k != "params" and (k in kept or k not in old)}
-        if CYCLED in old and "betas" in old:
+        if CYCLED in old and "betas" in old and "betas" in new:
             current["betas"] = (old["betas"][0], *new["betas"][1:])
+        elif CYCLED in old and "momentum" in old and "betas" not in new:
+            current["momentum"] = old["momentum"]
         changed = {k: (old[k], v) for k, v in current.items() if k in old and _plain(old[k]) != _plain(v)}
         if changed:
             words = ", ".join(f"{key}={value!r} (saved {before!r})" for key, (before, value) in changed.items())

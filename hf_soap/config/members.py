@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,7 +96,7 @@ class Roster:
         params = list(group["params"])
         # Copies: lists and mappings may be changed in place.
         settings = [tuple(value) if type(value) is list else value for value in map(group.get, self._names)]
-        overrides = [dict(own) for own in group.get(OVERRIDES) or ()]
+        overrides = [deepcopy(dict(own)) for own in group.get(OVERRIDES) or ()]
         return params, [param.requires_grad for param in params], settings, overrides
 
 

@@ -96,8 +96,9 @@ class BlockOptimizer(torch.optim.Optimizer):
             engine.refreshes.join()
         device = next((param.device for group in self.param_groups for param in group["params"]), torch.device("cpu"))
         with nullcontext() if self.profiler is None else self.profiler.stepping(device):
-            if engine.step():
-                self._consolidated = None
+            consolidated, self._consolidated = self._consolidated, None  # a step that fails may change state too
+            if not engine.step():
+                self._consolidated = consolidated
         if engine.guard.in_a_row:
             engine.guard.raise_after_too_many(self.param_groups)
         return loss

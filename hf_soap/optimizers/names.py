@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, is_dataclass
 from functools import cache
@@ -86,16 +87,33 @@ def register(optimizer: type[BlockOptimizer], config: type[OptimizerConfig] | No
         if not hasattr(config, attribute):
             raise TypeError(f"{config.__name__} has no {attribute}, wanted a class attribute {attribute}: ClassVar")
     known = ENTRIES.get(config.name)
-    if known is not None and known.optimizer is not optimizer:
+    # A notebook's cell that runs again defines its class again.
+    if known is not None and _path(known.optimizer) != _path(optimizer):
         raise ValueError(
             f"the name {config.name!r} belongs to {known.optimizer.__name__}, wanted another; change "
             f"{config.__name__}.name"
+        )
+    if config.name.lower() in _names_of_transformers():
+        raise ValueError(
+            f"the name {config.name!r} belongs to transformers, wanted another; change {config.__name__}.name"
         )
     for plan in _sample_plans(optimizer, config):
         check_rule(plan)
     ENTRIES[config.name] = Entry(optimizer, config)
     for call in CALL_AFTER_REGISTERING:
         call()
+
+
+def _names_of_transformers() -> set[str]:
+    """Returns the names and values of transformers' own optimizers in lower case, if it has been imported."""
+    members = getattr(sys.modules.get("transformers.training_args"), "OptimizerNames", ())
+    # Members that this package added are pickled in a way of their own.
+    theirs = [member for member in members if "__reduce_ex__" not in vars(member)]
+    return {text.lower() for member in theirs for text in (member.name, member.value)}
+
+
+def _path(optimizer: type[BlockOptimizer]) -> tuple[str, str]:
+    return optimizer.__module__, optimizer.__qualname__
 
 
 @cache
@@ -143,5 +161,7 @@ def check_rule(plan: Plan) -> None:
     }
     for method, needed in needs.items():
         inherited = {getattr(Rule, method), getattr(WrappingRule, method)}
-        if needed and all(getattr(type(part), method) in inherited for part in parts):
+        # A wrapper forwards all of these to the rule that it wraps, except for the fused step.
+        asked = parts if method in vars(WrappingRule) else parts[:1]
+        if needed and all(getattr(type(part), method) in inherited for part in asked):
             raise TypeError(f"{name} must define {method}, since its state or traits require it")

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from hf_soap.distributed import owners
@@ -124,7 +123,7 @@ def cost(optimizer: BlockOptimizer, *, ranks: int, mode: Mode) -> Cost:
     assigned = owners.assign([(share.plan.work(), share.state) for share in owned], ranks)
     for share, owner in zip(owned, assigned, strict=True):
         of_rank[owner].work += share.plan.work()
-        of_rank[owner].state += share.state - torch.float32.itemsize
+        of_rank[owner].state += share.state - COUNT.itemsize
         of_rank[owner].factors += share.factors
     total.work += max(one.work for one in of_rank)
     total.state += max(one.state for one in of_rank)

@@ -47,8 +47,8 @@ class MarsRule(WrappingRule):
         return specs if self.exact else {**specs, "prev_grad": moment(layout)}
 
     def traits(self, layout: Layout) -> Traits:
-        """As the inner rule, but for the clipping: it is to the norm of the whole tensor."""
-        return replace(self.inner.traits(layout), is_elementwise=False)
+        """As the inner rule, with its fused step. It is not elementwise: it clips to the norm of the whole tensor."""
+        return replace(super().traits(layout), has_fused_step=self.inner.traits(layout).has_fused_step)
 
     def describe(self, layout: Layout) -> str:
         """Returns the inner rule with MARS before it."""

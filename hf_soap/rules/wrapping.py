@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from torch import Tensor
 
@@ -15,7 +16,8 @@ class WrappingRule(Rule):
     """A rule that changes the gradient before another rule, its inner rule, sees it.
 
     Subclasses define ``update``, and also ``seed`` if they change the gradient that seeds. They add their state to
-    that of :meth:`state_spec`. Everything else is the inner rule's.
+    that of :meth:`state_spec`. Everything else is the inner rule's, except for two traits: a subclass that defines a
+    fused step, or treats each entry alone, says so in ``traits``.
 
     Attributes:
         inner: The inner rule.
@@ -28,8 +30,8 @@ class WrappingRule(Rule):
         return self.inner.state_spec(layout)
 
     def traits(self, layout: Layout) -> Traits:
-        """As the inner rule."""
-        return self.inner.traits(layout)
+        """As the inner rule, but without its fused step, and not elementwise."""
+        return replace(self.inner.traits(layout), has_fused_step=False, is_elementwise=False)
 
     def restate(self, state: State, layout: Layout) -> dict[str, Tensor]:
         """As the inner rule; added state has the tensor's coordinates already."""

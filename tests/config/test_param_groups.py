@@ -11,7 +11,7 @@ from torch.nn import Parameter
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
 
-from hf_soap import MARS, SOAP, Shampoo
+from hf_soap import MARS, SOAP, Muon, Shampoo
 from hf_soap.config.checks import check_group_keys
 
 
@@ -147,6 +147,21 @@ def test_cycled_betas_are_those_of_each_step(row: Row, schedule: str, tensor: bo
     assert_same(*sides)
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_cycled_momentum_comes_from_the_checkpoint(schedule: str) -> None:
+    """It was that of the constructor until the scheduler's next step, unlike betas."""
+    optimizers = []
+    for _ in range(2):
+        params = parameters()
+        optimizers.append(Muon(params, lr=0.01))
+    scheduler = SCHEDULES[schedule](optimizers[0])
+    for _ in range(2):
+        optimizers[0].step()
+        scheduler.step()
+    optimizers[1].load_state_dict(optimizers[0].state_dict())
+    assert optimizers[1].param_groups[0]["momentum"] == optimizers[0].param_groups[0]["momentum"] != 0.95
+
+
 @pytest.mark.parametrize("name", ["soap", "shampoo", "mars", "mars-soap"])
 def test_cycled_betas_copy_no_state(name: str) -> None:
     """All state was copied at every step of a scheduler that cycles betas, which took longer than many a step."""
@@ -167,6 +182,21 @@ def ones(*shape: int) -> Parameter:
     param = Parameter(torch.ones(shape))
     param.grad = torch.ones(shape)
     return param
+
+
+def test_a_list_in_overrides_may_change_in_place() -> None:
+    """The copy to which overrides are compared held the same list, and the old betas went on."""
+    moved = []
+    for betas in ([0.9, 0.9], [0.5, 0.9]):
+        param = ones(4)
+        optimizer = SOAP([{"params": [param], "overrides": [{"betas": [0.9, 0.9]}]}], weight_decay=0)
+        for step in range(3):
+            if step == 2:
+                optimizer.param_groups[0]["overrides"][0]["betas"][:] = betas
+                param.grad = -torch.ones(4)
+            optimizer.step()
+        moved.append(param.detach().clone())
+    assert not torch.equal(*moved)
 
 
 def test_a_parameter_that_moves_to_another_group_follows_its_rates() -> None:

@@ -11,6 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConf
 from hf_soap import MARS, SOAP, Shampoo
 from hf_soap.distributed import owners
 from hf_soap.engine.optimizer import BlockOptimizer
+from hf_soap.planning.costs import cost
+from hf_soap.rules.soap import SoapRule
 
 MODELS = {
     "gpt2": GPT2Config(),
@@ -54,3 +56,30 @@ def test_one_large_matrix_takes_a_rank_of_its_own() -> None:
 
 def test_nothing_to_own() -> None:
     assert owners.assign([], 3) == []
+
+
+def test_owners_are_counted_with_the_state_that_they_keep() -> None:
+    """The step count of an owner was subtracted as float32 from what had it as float64."""
+    optimizer = SOAP([nn.Parameter(torch.ones(6, 4))])
+    assert cost(optimizer, ranks=2, mode="ddp, owner").state == optimizer.state_bytes()
+
+
+def test_a_step_that_fails_drops_the_state_that_was_brought_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next state_dict would have saved what the step had changed as it was before."""
+    param = nn.Parameter(torch.ones(6, 4))
+    optimizer = SOAP([param])
+
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    for _ in range(2):
+        param.grad = torch.ones(6, 4)
+        optimizer.step()
+    monkeypatch.setattr(optimizer, "spreads_state", lambda: True)
+    optimizer.consolidate()
+    assert optimizer.state_dict()["state"]
+    monkeypatch.setattr(SoapRule, "update", fail)
+    with pytest.raises(MemoryError):
+        optimizer.step()
+    with pytest.raises(RuntimeError, match=r"call consolidate\(\)"):
+        optimizer.state_dict()

@@ -3,9 +3,9 @@
 import importlib.metadata
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import pytest
 import ranks
@@ -24,10 +24,14 @@ from hf_soap.config.options import option_table
 from hf_soap.engine.plan import Plan
 from hf_soap.optimizers import names
 from hf_soap.optimizers.names import ENTRIES, register
-from hf_soap.rules.base import StateSpec, Traits, moment
+from hf_soap.rules.base import Rule, StateSpec, Traits, moment
+from hf_soap.rules.elementwise import AdamWRule
 from hf_soap.rules.layout import Layout, uncut
+from hf_soap.rules.storage import is_own
 from hf_soap.rules.wrapping import WrappingRule
 from hf_soap.trainer.metrics import diagnostics
+
+Number = TypeVar("Number")
 
 
 @pytest.fixture
@@ -231,21 +235,79 @@ def test_classes_of_another_kind_are_refused(entries: dict[str, Any]) -> None:
         register(SPlus, Taken)
 
 
-def test_a_wrapper_forwards_all_that_it_does_not_change() -> None:
+@pytest.mark.parametrize("taken", ["adamw_torch", "lion"])  # a value, and the name of the member "lion_32bit"
+def test_names_of_transformers_are_refused(taken: str, entries: dict[str, Any]) -> None:
+    """The default optimizer of the Trainer was replaced, and "lion_32bit" no longer worked."""
+
     @dataclass(frozen=True, kw_only=True)
-    class Halved(WrappingRule):
-        inner: Any
+    class Taken(SPlusConfig):
+        name: ClassVar[str] = taken
 
-        def update(self, grad: Tensor, state: Any, context: Any) -> Tensor:
-            return self.inner.update(grad / 2, state, context)
+    with pytest.raises(ValueError, match=f"the name '{taken}' belongs to transformers"):
+        register(SPlus, Taken)
+    assert taken not in entries
 
+
+def test_a_class_that_is_defined_again_takes_the_place_of_the_old_one(entries: dict[str, Any]) -> None:
+    """A cell of a notebook that registers an optimizer failed when it ran again."""
+    for _ in range(2):
+        register(latest := with_rule(SPlusRule))
+    assert entries["other"].optimizer is latest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Halved(WrappingRule):
+    inner: Any
+
+    def update(self, grad: Tensor, state: Any, context: Any) -> Tensor:
+        return self.inner.update(grad / 2, state, context)
+
+
+def test_a_wrapper_forwards_all_that_it_does_not_change() -> None:
     inner = SPlusRule(smoothing=0.9, covariance_decay=0.9, every=1)
     layout = uncut((4, 3))
     rule = Halved(inner=inner)
     assert rule.state_spec(layout) == inner.state_spec(layout)
-    assert rule.traits(layout) == inner.traits(layout)
+    # What it does to the gradient may depend on all entries.
+    assert rule.traits(layout) == replace(inner.traits(layout), is_elementwise=False)
     assert rule.describe(layout) == f"Halved {inner.describe(layout)}"
     names.check_rule(Plan(rule, layout))
+
+
+def test_a_wrapper_is_not_left_out_by_the_fused_step_of_the_rule_in_it() -> None:
+    """The fused kernels of AdamW were announced for the wrapper, which has none, and each step failed."""
+
+    class HalvedAdamW(SPlus):
+        def plan(self, group: Any, shape: Any, *, part: Any = None) -> Plan:
+            return Plan(Halved(inner=AdamWRule(beta1=0.9, beta2=0.95, eps=1.0)), uncut(shape))
+
+    ours, theirs = parameters([(4, 3)]), parameters([(4, 3)])
+    optimizer = HalvedAdamW(ours, lr=0.1)
+    reference = torch.optim.AdamW(theirs, lr=0.1, betas=(0.9, 0.95), eps=1.0, weight_decay=0.0)
+    for step in range(3):
+        ours[0].grad = torch.full((4, 3), 1.0 + step)
+        theirs[0].grad = ours[0].grad / 2
+        optimizer.step()
+        reference.step()
+    torch.testing.assert_close(ours[0], theirs[0])
+
+
+def test_a_wrapper_that_announces_a_fused_step_must_define_it() -> None:
+    class Announcing(Halved):
+        def traits(self, layout: Layout) -> Traits:
+            return Traits(has_fused_step=True)
+
+    rule = Announcing(inner=AdamWRule(beta1=0.9, beta2=0.95, eps=1.0))
+    with pytest.raises(TypeError, match="Announcing must define fused_step"):
+        names.check_rule(Plan(rule, uncut((4, 3))))
+
+
+def test_rules_may_be_generic() -> None:
+    class Parametrized(Rule, Generic[Number]):
+        roles = ("of_a_generic_rule",)
+
+    assert Parametrized[int] is not Parametrized
+    assert is_own("of_a_generic_rule")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
