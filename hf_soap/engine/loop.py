@@ -50,7 +50,8 @@ class Engine:
         if not self.guard.admits(self.optimizer.param_groups, name=name):
             return False
         owners = self.optimizer.find_owners()
-        allocate_only = not any(group["lr"] for group in self.optimizer.param_groups) and self.is_synthetic()
+        has_state = any(isinstance(key, Tensor) for key in self.optimizer.state)
+        allocate_only = not has_state and self.is_synthetic()
         self.refreshes.noted.clear()  # of a step that was broken off
         LOCAL.take(self, owners, allocate_only=allocate_only)
         if owners is not None:
