@@ -17,6 +17,7 @@ SCRIPT = ROOT / "scripts" / "measure_gpu.py"
 STAGES = ["tests", "steps", "timing", "profile", "kernels", "train"]
 sys.path.insert(0, str(ROOT / "scripts"))
 
+import measure_gpu  # noqa: E402
 from _gpu_tables import gpu_tables  # noqa: E402
 
 
@@ -68,8 +69,9 @@ def test_a_cut_leaves_the_figures_whole(tmp_path: Path) -> None:
         assert set(found.get("status", {}).values()) <= {"started", "done"}, f"cut with seed {seed}"
 
 
-def test_the_budgets_add_up() -> None:
-    said = subprocess.run([sys.executable, str(SCRIPT), "--list"], capture_output=True, text=True, check=True).stdout
-    *stages, total = said.splitlines()
+def test_the_budgets_add_up(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["measure_gpu.py", "--list"])
+    measure_gpu.main()
+    *stages, total = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in stages] == STAGES
     assert sum(float(line.split()[1]) for line in stages) == float(total.split()[1]) == 25

@@ -16,7 +16,7 @@ from transformers import GPT2LMHeadModel
 
 from hf_soap import SOAP, SoapTrainer
 from hf_soap.engine.optimizer import unwrapped
-from hf_soap.linalg import decompositions, eigenbases, matrices
+from hf_soap.linalg import decompositions, eigenbases
 
 FREQUENT = "precondition_frequency=2"
 EXACT = {"optim": "mars", "optim_args": "exact=true"}
@@ -123,7 +123,7 @@ def test_what_was_broken_off_starts_anew_and_the_rest_goes_on(at: int, monkeypat
 
     with monkeypatch.context() as patch:
         patch.setattr(eigenbases, "refresh", failing(update))
-        patch.setattr(matrices, "eigenbasis", failing(seed))
+        patch.setattr(decompositions, "eigenbasis", failing(seed))
         with pytest.raises(torch.OutOfMemoryError):
             train(optimizer, params, [at])
     train(whole, others, [at])
