@@ -19,5 +19,5 @@ if [ "$constraints" = constraints.txt ]; then # other versions of the linters ha
     "$run" -m mypy
 fi
 say "pytest"
-# Two processes, each with one thread: more of them take less time on more cores, with -n 8.
-"$run" -m pytest -n 2 --dist worksteal "$@"
+# Three processes for two cores: each has one thread, and often waits for a process that a test has started.
+"$run" -m pytest -n 3 --dist worksteal "$@"
