@@ -50,8 +50,7 @@ class Engine:
         if not self.guard.admits(self.optimizer.param_groups, name=name):
             return False
         owners = self.optimizer.find_owners()
-        has_state = any(isinstance(key, Tensor) for key in self.optimizer.state)
-        allocate_only = not has_state and self.is_synthetic()
+        allocate_only = self.is_synthetic()
         self.refreshes.noted.clear()  # of a step that was broken off
         LOCAL.take(self, owners, allocate_only=allocate_only)
         if owners is not None:
@@ -62,9 +61,10 @@ class Engine:
 
     def is_synthetic(self) -> bool:
         """Whether this step is taken to make the state alone, as torch.distributed.checkpoint does before a load."""
-        if any(isinstance(key, Tensor) for key in self.optimizer.state) or any(
-            group["lr"] for group in self.optimizer.param_groups
-        ):
+        # State first: a learning rate may be on a GPU, and reading it would wait for the device.
+        if any(isinstance(key, Tensor) for key in self.optimizer.state):
+            return False
+        if any(group["lr"] for group in self.optimizer.param_groups):
             return False
         params = [member.param for member in self.optimizer.roster().trained]
         grads = [dtensor.local_grad(param) for param in params]

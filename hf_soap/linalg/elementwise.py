@@ -64,7 +64,8 @@ def fused_adam_direction(
     return direction
 
 
-def fuses_evenly(block: Sequence[int], device: torch.device) -> bool:
+@cache
+def fuses_evenly(block: tuple[int, ...], device: torch.device) -> bool:
     """Whether :func:`fused_adam_direction` rounds all entries of blocks of this shape alike."""
     return device.type != "cpu" or math.prod(block) % LANES == 0
 

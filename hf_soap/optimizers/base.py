@@ -24,22 +24,23 @@ class ConfiguredOptimizer(BlockOptimizer):
         params: Parameters, named parameters, or groups of either. A group may override any setting.
         lr: Learning rate, a number or a tensor of one element; None takes the config's.
         weight_decay: Decoupled weight decay.
-        options: Options of the config. If it has both ``beta1`` and ``beta2``, they are given as the pair ``betas``.
+        settings: Options of the config. If it has both ``beta1`` and ``beta2``, they are given as the pair ``betas``.
 
     Raises:
         ValueError: If an option is unknown, of the wrong type or out of range, or a parameter is complex.
     """
 
     def __init__(
-        self, params: ParamsT, lr: float | Tensor | None = None, weight_decay: float = 0.0, **options: Any
+        self, params: ParamsT, lr: float | Tensor | None = None, weight_decay: float = 0.0, **settings: Any
     ) -> None:
         known = default_settings(self.config)
-        if unknown := sorted(options.keys() - known.keys()):
+        if unknown := sorted(settings.keys() - known.keys()):
             raise ValueError(
-                f"{type(self).__name__} got the unknown option {unknown[0]!r}, wanted one of {', '.join(known)}"
+                f"{type(self).__name__} got the unknown option {unknown[0]!r}, wanted one that it has: "
+                f"{options.nearest(unknown[0], known)}They are {', '.join(known)}."
             )
         given = {"lr": self.config.lr if lr is None else lr, "weight_decay": weight_decay}
-        super().__init__(params, {**given, **known, **options})
+        super().__init__(params, {**given, **known, **settings})
 
 
 def default_settings(config: type[options.OptimizerConfig]) -> dict[str, Any]:

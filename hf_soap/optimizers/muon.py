@@ -24,7 +24,7 @@ class Muon(AuxiliaryRates, ConfiguredOptimizer):
         params: Parameters, named parameters, or groups of either. A group may override any setting.
         lr: Learning rate of matrices; None takes 0.02.
         weight_decay: Decoupled weight decay.
-        options: The options of :class:`hf_soap.MuonConfig`.
+        settings: The options of :class:`hf_soap.MuonConfig`.
 
     Raises:
         ValueError: If an option is unknown, of the wrong type or out of range, or a parameter is complex.
