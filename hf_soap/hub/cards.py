@@ -22,9 +22,8 @@ from huggingface_hub import EvalResult, ModelCard
 from transformers import TrainerCallback
 
 from hf_soap.engine.optimizer import unwrapped
-from hf_soap.hub import adapters, omissions, recipes
+from hf_soap.hub import adapters, arguments, omissions, recipes
 from hf_soap.hub.safety import PROVENANCE
-from hf_soap.optimizers import arguments
 from hf_soap.optimizers.names import ENTRIES
 
 if TYPE_CHECKING:

@@ -24,7 +24,7 @@ import torch
 
 from hf_soap.config import options
 from hf_soap.engine.optimizer import BlockOptimizer, unwrapped
-from hf_soap.optimizers import arguments
+from hf_soap.hub import arguments
 from hf_soap.optimizers.names import CALL_AFTER_REGISTERING, ENTRIES, load_entry_points
 from hf_soap.trainer import checksums, registry, resume
 from hf_soap.trainer.import_hook import after_import

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from hf_soap.config import options
 from hf_soap.distributed.dtensor import is_sharded, rank, ranks
 from hf_soap.engine.optimizer import BlockOptimizer
-from hf_soap.optimizers import arguments, grouping
+from hf_soap.hub import arguments
+from hf_soap.optimizers import grouping
 from hf_soap.optimizers.names import ENTRIES
 from hf_soap.rules.layout import FACTOR_RATIO
 
@@ -39,7 +40,7 @@ def class_and_kwargs(args: TrainingArguments, model: nn.Module | None) -> tuple[
         A class that takes the Trainer's param groups, and the keyword arguments for it.
 
     Raises:
-        ValueError: See :func:`hf_soap.optimizers.arguments.resolve`.
+        ValueError: See :func:`hf_soap.hub.arguments.resolve`.
     """
     _follow_log_level(args)
     entry, config = ENTRIES[arguments.optimizer_name(args)], arguments.resolve(args)

@@ -19,8 +19,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from hf_soap.config import options
 from hf_soap.distributed import dtensor
 from hf_soap.engine.optimizer import BlockOptimizer, unwrapped
-from hf_soap.hub import cards
-from hf_soap.optimizers import arguments
+from hf_soap.hub import arguments, cards
 from hf_soap.optimizers.mars import MARS
 from hf_soap.optimizers.names import ENTRIES
 from hf_soap.trainer import metrics, preflight, registry

@@ -33,7 +33,7 @@ from hf_soap import (
 )
 from hf_soap.config import options
 from hf_soap.config.options import OptimizerConfig, near_options, parse_optim_args
-from hf_soap.optimizers import arguments
+from hf_soap.hub import arguments
 from hf_soap.optimizers.names import ENTRIES
 from hf_soap.trainer import registry
 

@@ -22,7 +22,7 @@ from transformers.training_args import OptimizerNames
 
 import hf_soap
 from hf_soap import SOAP
-from hf_soap.optimizers import arguments
+from hf_soap.hub import arguments
 from hf_soap.optimizers.names import ENTRIES
 from hf_soap.trainer import patches, registry
 
