@@ -95,6 +95,12 @@ class ShampooFactorOptions(FactorOptions):
     stagger: bool = option(
         False, "Tensor number i refreshes i updates earlier, so that refreshes do not all fall on the same step."
     )
+    refresh_growth: float = option(
+        0.0,
+        "Refresh more often at first: the next refresh comes after this share of the updates so far, from 1 to "
+        "`precondition_frequency` updates; 0 keeps the distance constant.",
+        (lambda x: x == 0 or x >= 1e-3, "0 or >= 0.001"),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -53,6 +53,8 @@ class Shampoo(BlockOptimizer):
         merge_dims: Merge small neighbouring dimensions of tensors with more than two dimensions.
         precondition_1d: Factor vectors too.
         stagger: Spread the root computations of different parameters over different steps.
+        refresh_growth: Compute roots more often at first: the next ones come after this share of the updates so far, but
+            at least 1 and at most ``precondition_frequency`` updates. 0, or at least 0.001; 0 keeps the distance.
         one_sided: Factor only the shorter side of each matrix, with the exponent -1/2.
         kl: KL-Shampoo: whiten the gradient by the other factors before it enters a factor; requires ``graft=None``.
         nonfinite: ``"skip"`` skips a step in which any gradient holds NaN or Inf; ``"off"`` does not check.
@@ -111,6 +113,7 @@ class Shampoo(BlockOptimizer):
         merge_dims: bool = False,
         precondition_1d: bool = False,
         stagger: bool = False,
+        refresh_growth: float = 0.0,
         one_sided: bool = False,
         kl: bool = False,
         nonfinite: Literal["skip", "off"] = "skip",
@@ -145,6 +148,11 @@ class Shampoo(BlockOptimizer):
             )
         if delay and not group["asynchronous"]:
             raise ValueError(f"got delay={delay} without asynchronous, wanted both or none; set asynchronous=True")
+        if group["asynchronous"] and group["refresh_growth"]:
+            raise ValueError(
+                f"asynchronous=True got refresh_growth={group['refresh_growth']}, wanted 0: the first distances are too "
+                "short for roots that come later; use one of the two"
+            )
         if group["kl"] and (group["graft"] or group["exponent"] or group["statistics"] == "sum"):
             raise ValueError(
                 "kl=True wants graft=None, exponent=None and statistics='ema', got "
@@ -192,6 +200,7 @@ PASSED_ON = (
     "correct_bias",
     "one_sided",
     "stagger",
+    "refresh_growth",
     "kl",
 )
 """Settings that the rule takes under the same names."""

@@ -38,6 +38,8 @@ class SOAP(BlockOptimizer):
         normalize_grads: Divide each tensor's update by its root mean square.
         correct_bias: Adam's bias correction.
         stagger: Spread the refreshes of different parameters over different steps.
+        refresh_growth: Refresh more often at first: the next refresh comes after this share of the updates so far, but
+            at least 1 and at most ``precondition_frequency`` updates. 0, or at least 0.001; 0 keeps the distance.
         one_sided: Factor only the shorter side of each matrix.
         block_size: Cut longer sides into blocks of at most this size, each with its own factors.
         factorized: Keep the second moment of a factored matrix as the product of row and column means.
@@ -94,6 +96,7 @@ class SOAP(BlockOptimizer):
         correct_bias: bool = True,
         *,
         stagger: bool = False,
+        refresh_growth: float = 0.0,
         one_sided: bool = False,
         block_size: int | None = None,
         factorized: bool = False,
@@ -140,6 +143,7 @@ def soap_rule(group: Mapping[str, Any]) -> SoapRule:
         normalize_grads=group.get("normalize_grads", False),
         correct_bias=group.get("correct_bias", True),
         stagger=group["stagger"],
+        refresh_growth=group["refresh_growth"],
         # A rounded basis is orthonormal only to 2^-9, and the rounding errors of refreshes would accumulate.
         orthonormalize_every=ORTHONORMALIZE_EVERY if group["state_dtype"] == "float32" else 1,
         **{

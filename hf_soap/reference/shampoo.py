@@ -17,7 +17,16 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hf_soap.reference.soap import TINY, block_grid, float64_copies, gram, merged_shape, mode_product, unfold
+from hf_soap.reference.soap import (
+    TINY,
+    block_grid,
+    float64_copies,
+    gram,
+    merged_shape,
+    mode_product,
+    refresh_is_due,
+    unfold,
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Inverse roots
@@ -116,6 +125,7 @@ class ReferenceShampoo:
         precondition_1d: bool = False,
         block_size: int | None = None,
         stagger: bool = False,
+        refresh_growth: float = 0.0,
         beta1: float = 0.0,
     ) -> None:
         self.weights = float64_copies(weights)
@@ -137,6 +147,7 @@ class ReferenceShampoo:
         self.precondition_1d = precondition_1d
         self.block_size = block_size
         self.stagger = stagger
+        self.refresh_growth = refresh_growth
         self.state = [self._initial_state(weight) for weight in self.weights]
 
     def _initial_state(self, weight: Tensor) -> ShampooParameter:
@@ -181,7 +192,7 @@ class ReferenceShampoo:
                 direction = grafted
             else:
                 offset = index if self.stagger else 0
-                due = (state.t + offset) % self.precondition_frequency == 0
+                due = refresh_is_due(state.t, offset, self.precondition_frequency, self.refresh_growth)
                 direction = torch.zeros_like(grad)
                 for block, cut in zip(state.blocks, state.slices, strict=True):
                     if due or block.roots is None:

@@ -114,6 +114,23 @@ def zero_padded(tensor: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# When to refresh
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def refresh_is_due(t: int, offset: int, every: int, growth: float) -> bool:
+    """Whether the interval between two refreshes ends at update t, for a tensor that refreshes `offset` updates early.
+
+    The first interval starts after update 0. One that starts after update s has floor(growth * s) updates, but at
+    least 1 and at most `every`. Without growth all have `every` updates.
+    """
+    start = end = 0
+    while end < t:
+        start, end = end, end + (min(every, max(1, math.floor(growth * end))) if growth else every)
+    return t == end - offset % (end - start)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # SOAP
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -178,6 +195,7 @@ class ReferenceSOAP:
         normalize_grads: bool = False,
         correct_bias: bool = True,
         stagger: bool = False,
+        refresh_growth: float = 0.0,
         one_sided: bool = False,
         factorized: bool = False,
         block_size: int | None = None,
@@ -199,6 +217,7 @@ class ReferenceSOAP:
         self.normalize_grads = normalize_grads
         self.correct_bias = correct_bias
         self.stagger = stagger
+        self.refresh_growth = refresh_growth
         self.one_sided = one_sided
         self.factorized = factorized
         self.block_size = block_size
@@ -246,7 +265,7 @@ class ReferenceSOAP:
 
             state.t += 1
             offset = index if self.stagger else 0
-            due = (state.t + offset) % self.precondition_frequency == 0
+            due = refresh_is_due(state.t, offset, self.precondition_frequency, self.refresh_growth)
 
             if self.include_current:
                 self._update_preconditioner(state, pieces, due)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 from hf_soap.rules.base import State
@@ -12,24 +14,48 @@ from hf_soap.rules.layout import Layout
 
 @dataclass(frozen=True)
 class Schedule:
-    """Refreshes at every so many updates.
+    """At which updates refreshes are due: a function of the number of the update alone.
 
     Attributes:
         every: Updates between two refreshes.
-        stagger: Shift the refreshes of tensor number i by i updates, so that they do not all fall on the same step.
+        stagger: Refresh tensor number i by i updates earlier, so that not all refreshes fall on the same step.
+        growth: If positive, the distance to the next refresh is this share of the updates so far, rounded down, but at
+            least 1 and at most ``every``: refreshes are frequent at first.
     """
 
     every: int
     stagger: bool = False
+    growth: float = 0.0
 
     def numbers(self, context: StepContext) -> list[int | None]:
-        """Returns for each tensor the number of the refresh that is due, counted from 0, or None."""
-        ages = [t + index * self.stagger for t, index in zip(context.t, context.index, strict=True)]
-        return [None if age % self.every else age // self.every for age in ages]
+        """Returns for each tensor the number of the refresh that is due, counted from 1, or None."""
+        return [self._number(t, index) for t, index in zip(context.t, context.index, strict=True)]
 
     def last(self, t: int, index: int) -> int:
-        """Returns the latest update up to ``t`` at which a refresh was due."""
+        """Returns the latest update up to ``t`` at which a refresh was due, if the distances do not grow."""
         return t - (t + index * self.stagger) % self.every
+
+    @cached_property
+    def early(self) -> tuple[int, ...]:
+        """The updates, from 0, at which refreshes are due until they are ``every`` updates apart."""
+        times = [0]
+        while self.growth and (distance := max(1, int(self.growth * times[-1]))) < self.every:
+            times.append(times[-1] + distance)
+        return tuple(times)
+
+    def _number(self, t: int, index: int) -> int | None:
+        """Returns the number of the refresh of a tensor that is due at an update."""
+        number, start, end = self._interval(t)
+        due = end - (index % (end - start) if self.stagger else 0)
+        return number if t == due else None
+
+    def _interval(self, t: int) -> tuple[int, int, int]:
+        """Returns the number of the refresh that ends the interval of an update, and its bounds, the first excluded."""
+        place = bisect_left(self.early, t)
+        if 0 < place < len(self.early):
+            return place, self.early[place - 1], self.early[place]
+        number, rest = divmod(t - 1 - self.early[-1], self.every)
+        return len(self.early) + number, t - 1 - rest, t - 1 - rest + self.every
 
 
 class HasRoots(Protocol):

@@ -43,6 +43,7 @@ class ShampooRule(Rule):
         correct_bias: Debias moving averages.
         one_sided: The layout factors one side of a matrix only, and the other side gets no diagonal either.
         stagger: Shift the computation of the roots of tensor i by i updates.
+        refresh_growth: Share of the updates so far after which the next roots come, if that is earlier; 0 is off.
         kl: Whiten the gradient by the other factors before it enters a factor (KL-Shampoo).
         delay: Updates between a snapshot and the use of its roots, which are computed in the background meanwhile. 0
             computes them in the step; None uses roots as soon as they are done.
@@ -68,6 +69,7 @@ class ShampooRule(Rule):
     correct_bias: bool = True
     one_sided: bool = False
     stagger: bool = False
+    refresh_growth: float = 0.0
     kl: bool = False
     delay: int | None = 0
 
@@ -268,7 +270,8 @@ class ShampooRule(Rule):
         Its factors whiten each other: while they are inaccurate, both overshoot until the next roots.
         """
         first = self.precondition_frequency if self.kl else max(1, self.start_step)
-        return RootSchedule(Schedule(self.precondition_frequency, self.stagger), first, self.kl, self.delay)
+        schedule = Schedule(self.precondition_frequency, self.stagger, self.refresh_growth)
+        return RootSchedule(schedule, first, self.kl, self.delay)
 
     def background_roots(self, factors: Roots, layout: Layout) -> Roots:
         """Computes roots in float64, for factors that nothing changes meanwhile."""

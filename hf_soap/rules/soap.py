@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, TypeVar
 
 import torch
@@ -46,6 +47,7 @@ class SoapRule(Rule):
         normalize_grads: Divide the direction of each tensor by its root mean square.
         correct_bias: Multiply the direction by √(1-β₂ᵗ)/(1-β₁ᵗ).
         stagger: Shift the refreshes of tensor i by i updates, so that they do not all fall on the same step.
+        refresh_growth: Share of the updates so far after which the next refresh comes, if that is earlier; 0 is off.
         factorized: Keep V of a factored matrix as the product of row and column means.
         kl: Whiten the gradient by the other factors before it enters a factor.
         include_current: Factor and basis include the current gradient before it is rotated, not only afterwards.
@@ -68,6 +70,7 @@ class SoapRule(Rule):
     normalize_grads: bool = False
     correct_bias: bool = True
     stagger: bool = False
+    refresh_growth: float = 0.0
     factorized: bool = False
     kl: bool = False
     include_current: bool = False
@@ -200,9 +203,14 @@ class SoapRule(Rule):
                 self.refresh(state, context)
         return direction
 
+    @cached_property
+    def schedule(self) -> Schedule:
+        """When bases are refreshed."""
+        return Schedule(self.precondition_frequency, self.stagger, self.refresh_growth)
+
     def due(self, context: StepContext) -> list[bool]:
-        """Every ``precondition_frequency`` updates, for each tensor."""
-        numbers = Schedule(self.precondition_frequency, self.stagger).numbers(context)
+        """As the schedule says, for each tensor with a factored side."""
+        numbers = self.schedule.numbers(context)
         return [bool(context.layout.sides) and number is not None for number in numbers]
 
     def refresh(self, state: State, context: StepContext) -> None:
@@ -254,7 +262,7 @@ class SoapRule(Rule):
         return values.maximum(floor).rsqrt()
 
     def _refresh(self, state: State, context: StepContext) -> None:
-        refreshes = Schedule(self.precondition_frequency, self.stagger).numbers(context)
+        refreshes = self.schedule.numbers(context)
         for side in context.layout.sides:
             if self.refresh_tol:
                 stale = eigenbases.off_diagonal_share(state[f"factor_{side}"]) > self.refresh_tol
