@@ -187,6 +187,11 @@ def _work(report: Report) -> Table:
     for batch in report.batches:
         work = f"{report.asked.cost.work / 1e12:,.2f} TFLOP"
         table.add_row(f"{batch.tokens:,}", f"{batch.model_work / 1e12:,.2f} TFLOP", work, f"{batch.overhead:.1%}")
+    if report.early_updates:
+        table.caption = (
+            f"preconditioning after the first {report.early_updates} updates, in which there are "
+            f"{report.early_refreshes} refreshes of each basis"
+        )
     return _right(table)
 
 

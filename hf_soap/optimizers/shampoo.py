@@ -53,8 +53,8 @@ class Shampoo(BlockOptimizer):
         merge_dims: Merge small neighbouring dimensions of tensors with more than two dimensions.
         precondition_1d: Factor vectors too.
         stagger: Spread the root computations of different parameters over different steps.
-        refresh_growth: Compute roots more often at first: the next ones come after this share of the updates so far, but
-            at least 1 and at most ``precondition_frequency`` updates. 0, or at least 0.001; 0 keeps the distance.
+        refresh_growth: Compute roots more often at first: the next ones come after this share of the updates so far,
+            but at least 1 and at most ``precondition_frequency`` updates. 0, or at least 0.001; 0 keeps the distance.
         one_sided: Factor only the shorter side of each matrix, with the exponent -1/2.
         kl: KL-Shampoo: whiten the gradient by the other factors before it enters a factor; requires ``graft=None``.
         nonfinite: ``"skip"`` skips a step in which any gradient holds NaN or Inf; ``"off"`` does not check.
@@ -150,8 +150,8 @@ class Shampoo(BlockOptimizer):
             raise ValueError(f"got delay={delay} without asynchronous, wanted both or none; set asynchronous=True")
         if group["asynchronous"] and group["refresh_growth"]:
             raise ValueError(
-                f"asynchronous=True got refresh_growth={group['refresh_growth']}, wanted 0: the first distances are too "
-                "short for roots that come later; use one of the two"
+                f"asynchronous=True got refresh_growth={group['refresh_growth']}, wanted 0: the first distances are "
+                "too short for roots that come later; use one of the two"
             )
         if group["kl"] and (group["graft"] or group["exponent"] or group["statistics"] == "sum"):
             raise ValueError(

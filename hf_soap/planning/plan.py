@@ -18,6 +18,7 @@ from hf_soap.engine.optimizer import BlockOptimizer
 from hf_soap.optimizers import grouping
 from hf_soap.optimizers.names import ENTRIES
 from hf_soap.planning import costs
+from hf_soap.rules.schedule import Schedule
 
 if TYPE_CHECKING:
     from torch import nn
@@ -328,6 +329,8 @@ class Report:
         gradients: Bytes of gradients on a rank.
         model_work: Operations of forward and backward on a rank in a step.
         batches: The overhead at several numbers of tokens in a step.
+        early_updates: Updates at the start in which refreshes are more frequent than in this estimate.
+        early_refreshes: Refreshes of a basis in these updates.
         asked: The requested settings.
         adamw: torch's AdamW on the same ranks.
         fits: Whether the requested settings are within the limits; None without limits.
@@ -346,6 +349,8 @@ class Report:
     gradients: int
     model_work: float
     batches: list[Batch]
+    early_updates: int
+    early_refreshes: int
     asked: Setting
     adamw: Setting
     fits: bool | None
@@ -386,6 +391,8 @@ def report(
     cost, adamw = run.cost(config), config if isinstance(config, AdamW) else AdamW()
     is_within = fits(cost)
     found = [] if is_within or isinstance(config, AdamW) else settings_that_fit(config, run.cost, fits)
+    every, growth = (getattr(config, name, 0) for name in ("precondition_frequency", "refresh_growth"))
+    early = Schedule(every, growth=growth).early
     at = [replace(run, tokens=tokens) for tokens in batches or (run.tokens,)]
     return Report(
         model=type(getattr(run.model, "get_base_model", lambda: run.model)()).__name__,
@@ -400,6 +407,8 @@ def report(
         gradients=run.weights(trained=True),
         model_work=run.model_work,
         batches=[Batch(each.tokens, each.model_work, each.overhead(cost)) for each in at],
+        early_updates=early[-1],
+        early_refreshes=len(early) - 1,
         asked=setting(config, cost),
         adamw=setting(adamw, run.cost(adamw)),
         fits=None if memory is None and overhead is None else is_within,

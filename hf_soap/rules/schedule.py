@@ -50,7 +50,7 @@ class Schedule:
         return number if t == due else None
 
     def _interval(self, t: int) -> tuple[int, int, int]:
-        """Returns the number of the refresh that ends the interval of an update, and its bounds, the first excluded."""
+        """Returns the number of the refresh that ends an update's interval, and its bounds, the first excluded."""
         place = bisect_left(self.early, t)
         if 0 < place < len(self.early):
             return place, self.early[place - 1], self.early[place]

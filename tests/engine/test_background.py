@@ -65,6 +65,11 @@ def test_no_delay_equals_roots_in_place() -> None:
         assert torch.equal(got, wanted)
 
 
+def test_roots_in_the_background_leave_no_room_for_growing_distances() -> None:
+    with pytest.raises(ValueError, match=r"asynchronous=True got refresh_growth=0\.1, wanted 0"):
+        Shampoo(fresh(), asynchronous=True, refresh_growth=0.1, **SETTINGS)
+
+
 @pytest.mark.parametrize("delay", [1, 4, 6])
 def test_a_fixed_delay_is_reproducible_and_uses_roots_exactly_that_much_later(
     delay: int, monkeypatch: pytest.MonkeyPatch

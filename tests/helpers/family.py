@@ -49,6 +49,7 @@ ShampooRow = partial(Row, waits=True)
 TABLE = {
     "soap": SoapRow(soap),
     "staggered": SoapRow(partial(soap, stagger=True)),
+    "growing": SoapRow(partial(soap, refresh_growth=0.5, stagger=True)),
     "one-sided": SoapRow(partial(soap, one_sided=True, factorized=True)),
     "blocks": SoapRow(partial(soap, block_size=3), slow=True),
     "padded blocks": SoapRow(partial(soap, block_size=4, normalize_grads=True)),

@@ -204,6 +204,14 @@ def test_a_plan_says_what_it_costs_at_several_batches(tmp_path: Path) -> None:
     assert alone["tokens"] == 1000
 
 
+def test_a_plan_says_how_often_bases_are_refreshed_at_first(tmp_path: Path) -> None:
+    folder = save_config("llama", tmp_path)
+    report = plan(folder, "--optim-args", "refresh_growth=0.1")
+    assert (report["early_updates"], report["early_refreshes"]) == (103, 39)
+    report = plan(folder, "--optim", "mars")
+    assert (report["early_updates"], report["early_refreshes"]) == (0, 0)
+
+
 def test_all_of_it_is_printed(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
     done = CliRunner().invoke(app, ["plan", str(tmp_path)], env={"COLUMNS": "160"})

@@ -59,6 +59,7 @@ def shampoo_pair(**options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         pytest.param(ANY, {"momentum": 0.9, "betas": (0.9, 0.95), "graft": "rmsprop"}, id="momentum"),
         pytest.param(ANY, {"start_step": 7, "graft": "adam"}, id="late start"),
         pytest.param([(16, 16), (16, 16), (16, 16)], {"stagger": True, "graft": "adam"}, id="staggered"),
+        pytest.param(ANY, {"refresh_growth": 0.2, "start_step": 3, "graft": "adam"}, id="growing"),
         pytest.param(SQUARES, {"root_method": "newton", "ridge": 0.0}, id="newton"),
     ],
 )

@@ -1,17 +1,25 @@
 """What SOAP does alone, and what MARS does."""
 
 import itertools
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from family import STEPS, TABLE, Row, close, trained
 from helpers import SHAPES, assert_same, gradient, parameters, train
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.nn import Parameter
 from torch.optim import AdamW
 
 from hf_soap import MARS, SOAP, Shampoo
-from hf_soap.rules.layout import is_vector
+from hf_soap.reference.soap import refresh_is_due
+from hf_soap.rules.context import StepContext
+from hf_soap.rules.layout import is_vector, plan_layout
+from hf_soap.rules.schedule import Schedule
+
+LAYOUT = plan_layout((2, 2), max_precond_dim=2)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -86,6 +94,29 @@ def test_refreshes_fall_on_every_third_update_together() -> None:
 def test_staggered_refreshes_spread_over_the_steps() -> None:
     changed = changed_bases(TABLE["staggered"], parameters([(6, 6)] * 6))
     assert changed == [[2, 5], [1, 4], [0, 3]] * 3
+
+
+def test_growing_distances_end_at_the_frequency() -> None:
+    assert Schedule(4, growth=0.25).early == (0, 1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 15, 18)
+    assert Schedule(4).early == (0,)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 12), st.booleans(), st.floats(0.001, 3) | st.just(0.0), st.integers(0, 40), st.integers(1, 300))
+def test_refreshes_are_due_when_the_textbook_says(
+    every: int, stagger: bool, growth: float, index: int, t: int
+) -> None:
+    context = StepContext(LAYOUT, t=(t,), index=(index,))
+    (number,) = Schedule(every, stagger, growth).numbers(context)
+    assert (number is not None) == refresh_is_due(t, index if stagger else 0, every, growth)
+
+
+def test_each_interval_refreshes_each_tensor_once() -> None:
+    schedule, tensors = Schedule(5, stagger=True, growth=0.3), tuple(range(8))
+    bounds = [*schedule.early, *(schedule.early[-1] + 5 * n for n in range(1, 4))]
+    for number, (start, end) in enumerate(pairwise(bounds), start=1):
+        due = [schedule.numbers(StepContext(LAYOUT, t=(t,) * 8, index=tensors)) for t in range(start + 1, end + 1)]
+        assert [[n for n in column if n] for column in zip(*due, strict=True)] == [[number]] * 8
 
 
 @pytest.mark.parametrize("stagger", [False, True])
@@ -217,6 +248,6 @@ def test_a_checkpoint_whose_vectors_decayed_otherwise_says_so(caplog: pytest.Log
     MARS([param]).load_state_dict(before.state_dict())
     assert "was trained with weight_decay_1d=0.1, but vectors now decay by their group's 0.0" in caplog.text
     caplog.clear()
-    for settings in ({"weight_decay_1d": 0.1}, {"weight_decay_1d": 0.2}, {"weight_decay": 0.1}):
-        MARS([param], **settings).load_state_dict(before.state_dict())
+    for decays in ({"weight_decay_1d": 0.1}, {"weight_decay_1d": 0.2}, {"weight_decay": 0.1}):
+        MARS([param], **decays).load_state_dict(before.state_dict())
     assert not caplog.records
