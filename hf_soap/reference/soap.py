@@ -290,9 +290,23 @@ class ReferenceSOAP:
                 self._update_preconditioner(state, pieces, due)
 
     def _seed(self, state: SoapParameter, grad: Tensor) -> SoapBlock:
-        """Factors (1 - beta) GG^T, and their eigenvectors by descending eigenvalue. Moments start at zero."""
+        """Factors (1 - beta) GG^T, and their eigenvectors by descending eigenvalue. Moments start at zero.
+
+        With KL, the gradient is added to multiples of the identity whose product is the mean of its squares.
+        """
         modes = range(grad.dim())
-        factors = [(1 - self.shampoo_beta) * gram(grad, mode) if mode in state.factored else None for mode in modes]
+        beta = self.shampoo_beta
+        if self.kl:
+            scale = grad.square().mean() ** (1 / max(1, len(state.factored)))
+            others = scale ** (len(state.factored) - 1) * grad.numel()
+            factors = [
+                beta * scale * torch.eye(size, dtype=grad.dtype) + (1 - beta) * size / others * gram(grad, mode)
+                if mode in state.factored
+                else None
+                for mode, size in enumerate(grad.shape)
+            ]
+        else:
+            factors = [(1 - beta) * gram(grad, mode) if mode in state.factored else None for mode in modes]
         # eigh returns eigenvalues in ascending order
         bases = [None if factor is None else torch.linalg.eigh(factor).eigenvectors.flip(1) for factor in factors]
         return SoapBlock(

@@ -161,10 +161,24 @@ class SoapRule(Rule):
 
     def seed(self, grad: Tensor, state: State, context: StepContext) -> None:
         """Computes factors and bases from the first gradient."""
+        if self.kl:
+            self._start_kl(grad, state, context.layout)
         for side in context.layout.sides:
             factor = state[f"factor_{side}"]
-            matrices.add_gram_(factor, grad, side, beta=0.0, alpha=1 - self.shampoo_beta)
+            if not self.kl:
+                matrices.add_gram_(factor, grad, side, beta=0.0, alpha=1 - self.shampoo_beta)
             state[f"basis_{side}"].copy_(self._diagonalize_(factor, context))
+
+    def _start_kl(self, grad: Tensor, state: State, layout: Layout) -> None:
+        """Starts the factors as equal multiples of the identity, and adds the first gradient.
+
+        The product of the multiples is the mean square of the gradient. A factor of the first gradient alone would be
+        singular, and what its inverse does to the second gradient would outweigh hundreds of later ones.
+        """
+        scale = grad.square().flatten(1).mean(1).pow(1 / max(1, len(layout.sides)))
+        for side in layout.sides:
+            state[f"factor_{side}"].diagonal(dim1=-2, dim2=-1).copy_(scale.view(-1, 1))
+        self._accumulate(grad, state, layout)
 
     @staticmethod
     def _diagonalize_(factor: Tensor, context: StepContext) -> Tensor:

@@ -206,13 +206,18 @@ def test_soap_preconditions_every_mode_of_a_tensor():
 
 
 def test_soap_kl_factors_by_hand():
-    """Right after seeding the bases are exact, so the whitening is by the true inverses of the plain factors."""
+    """The factors start at multiples of the identity; right after seeding, the bases are exact."""
     first, second = normal(4, 4, seed=1), normal(4, 4, seed=2)
     soap = ReferenceSOAP([normal(4, 4)], shampoo_beta=0.9, kl=True, eps_kl=1e-12)
     soap.step([first])
-    soap.step([second])
-    left, right = 0.1 * first @ first.T, 0.1 * first.T @ first
+    scale = first.square().mean().sqrt()
+    left, right = (
+        0.9 * scale * torch.eye(4).double() + 0.1 / (4 * scale) * a for a in (first @ first.T, first.T @ first)
+    )
     block = soap.state[0].blocks[0]
+    assert_close(block.factors[0], left)
+    assert_close(block.factors[1], right)
+    soap.step([second])
     kl_left = 0.9 * left + 0.1 * second @ torch.linalg.inv(right) @ second.T / 4
     kl_right = 0.9 * right + 0.1 * second.T @ torch.linalg.inv(left) @ second / 4
     torch.testing.assert_close(block.factors[0], kl_left, rtol=1e-7, atol=1e-7)
@@ -220,11 +225,20 @@ def test_soap_kl_factors_by_hand():
 
 
 def test_soap_kl_clamps_small_eigenvalues():
-    soap = ReferenceSOAP([normal(2, 2)], shampoo_beta=0.5, kl=True, eps_kl=0.25)
+    soap = ReferenceSOAP([normal(2, 2)], shampoo_beta=0.5, kl=True, eps_kl=0.5)
     soap.step([torch.diag(torch.tensor([2.0, 0.0]))])
     soap.step([torch.eye(2)])
-    # the plain factors are diag(2, 0), and 0 is raised to a quarter of 2
-    assert_close(soap.state[0].blocks[0].factors[0], torch.diag(torch.tensor([1 + 0.125, 0.5], dtype=torch.float64)))
+    # the seeds are diag(3/2, 1/2), and 1/2 is raised to half of 3/2
+    assert_close(soap.state[0].blocks[0].factors[0], torch.diag(torch.tensor([11 / 12, 7 / 12], dtype=torch.float64)))
+
+
+def test_no_eigenvalue_of_a_kl_factor_outweighs_the_gradients_that_follow():
+    """Factors of one gradient are singular: a second one, whitened by them, was 1e8 times as large as later ones."""
+    grads = gradients((4, 8), 30)
+    soap = ReferenceSOAP([normal(4, 8)], kl=True)
+    run(soap, grads)
+    traces = [factor.trace() for factor in soap.state[0].blocks[0].factors]
+    assert 0.2 < traces[0] / 4 * traces[1] / 8 / torch.stack(grads).square().mean() < 5
 
 
 def test_soap_include_current_uses_the_basis_that_the_gradient_shaped():
