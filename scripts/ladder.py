@@ -20,35 +20,29 @@ them again. The results are in OUT/ladder.json and OUT/ladder.md, and
 from __future__ import annotations
 
 import argparse
-import functools
 import itertools
 import json
-import math
-import multiprocessing
-import os
 import signal
 import statistics
 import subprocess
-import tempfile
-import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from _ladder_runs import MissingRun, Runs, text
+from _ladder_search import UNIT, search, steps_to
 from _ladder_table import ladder_table
-from transformers.utils import logging
 
 import hf_soap
 from hf_soap.cli.compare.contenders import DEFAULT_BETA2
-from hf_soap.cli.compare.corpus import Corpus, build_corpus
-from hf_soap.cli.compare.results import RunLog, RunResult, RunSettings, finite, machine, versions
+from hf_soap.cli.compare.results import RunLog, RunSettings, finite, machine, versions
 from hf_soap.cli.compare.summary import Spread
 from hf_soap.cli.compare.sweep import run_case
-from hf_soap.cli.compare.training import check_settings, train_once
+from hf_soap.cli.compare.training import check_settings
 from hf_soap.hub.cards import processor
 
 
@@ -70,165 +64,9 @@ RUNGS = {
     "small state": Rung("soap", "one_sided=true,state_dtype=bfloat16", guess=0.67),
 }
 
-UNIT = 6
-"""Lengths of runs are multiples of this many steps."""
-RATIO = 1.12
-"""Two lengths are close enough to interpolate between them if the longer one is at most this times the shorter one."""
-SLOPE = 0.3
-"""Fall of the loss per factor e of the length, where two runs do not show it."""
 TIMED_STEPS, TIMED_ROUNDS = 30, 3
 
 Json = dict[str, Any]
-
-
-class MissingRun(Exception):
-    """Raised where a run is needed that is neither in the log nor to be made."""
-
-
-def length_for(target: float, steps: float, loss: float, slope: float) -> float:
-    """Returns the length of a run that would end with the target loss, at most a factor of two from ``steps``."""
-    limit = math.log(2)
-    return steps * math.exp(max(-limit, min(limit, (loss - target) / slope)))
-
-
-def slope_between(points: Mapping[int, float]) -> float:
-    """Returns the fall of the loss per factor e of the length, from two lengths and their losses."""
-    (short, before), (long, after) = sorted(points.items())
-    slope = (before - after) / math.log(long / short)
-    return slope if slope > 0 else SLOPE
-
-
-def search(start: int, loss_of: Callable[[int], float], target: float, longest: int) -> list[int]:
-    """Finds how long a run must be to end with a loss.
-
-    Args:
-        start: The first length to try, in steps.
-        loss_of: Makes a run of some length and returns its final loss.
-        target: The loss to reach.
-        longest: No longer run is made.
-
-    Returns:
-        Two lengths, of which only the longer one reaches the target; or ``longest`` alone, if it does not reach the
-        target; or the shortest length alone, if it does.
-    """
-    losses: dict[int, float] = {}
-    steps = start
-    while True:
-        losses[steps] = loss_of(steps)
-        long = min((each for each, loss in losses.items() if loss <= target), default=math.inf)
-        short = max((each for each in losses if each < long), default=0)
-        if short == longest or long <= UNIT:
-            return [steps]
-        if long <= RATIO * short or long - short <= UNIT:
-            return [short, int(long)]
-        steps = min(longest, next_length(losses, target, short, long))
-
-
-def next_length(losses: Mapping[int, float], target: float, short: int, long: float) -> int:
-    """Returns a length between two others, slightly longer than the estimate, or shorter if that is too close."""
-    nearest = sorted(losses, key=lambda steps: abs(losses[steps] - target))[:2]
-    slope = slope_between({steps: losses[steps] for steps in nearest}) if len(nearest) == 2 else SLOPE
-    estimate = length_for(target, nearest[0], losses[nearest[0]], slope)
-    margin = RATIO**0.45
-    wanted = estimate * margin if estimate * margin < long else estimate / margin
-    return int(max(short + UNIT, min(long - UNIT, UNIT * round(wanted / UNIT))))
-
-
-def steps_to(losses: Mapping[int, list[float]], target: float) -> list[float]:
-    """Returns for each seed the length of a run that ends with the target, from runs of two lengths.
-
-    Args:
-        losses: Final losses of the seeds at each length. The seeds share a slope, which the noise of one could hide.
-            A single length is returned as it is.
-        target: The loss to reach.
-    """
-    if len(losses) == 1:
-        return [float(steps) for steps in losses]
-    slope = slope_between({steps: statistics.fmean(values) for steps, values in losses.items()})
-    middle = math.sqrt(math.prod(losses))
-    return [length_for(target, middle, statistics.fmean(pair), slope) for pair in zip(*losses.values(), strict=True)]
-
-
-class Runs:
-    """Runs by their settings: read from the log, or made by worker processes and added to it.
-
-    Args:
-        log: The finished runs.
-        data: Text to train on; None is Python's standard library.
-        workers: Processes that train one model each; without any, a run that is not in the log is missing.
-        threads: Threads of each.
-    """
-
-    def __init__(self, log: RunLog, data: Path | None, workers: int = 0, threads: int = 1) -> None:
-        self.log, self.data = log, data
-        self.futures: dict[RunSettings, Future[RunResult]] = {}
-        self.pool: ProcessPoolExecutor | None = None
-        if workers:
-            context = multiprocessing.get_context("spawn")
-            self.pool = ProcessPoolExecutor(workers, context, start_worker, (data, threads))
-
-    def __call__(self, settings: RunSettings) -> RunResult:
-        """Returns a run after it has ended."""
-        return self.start(settings).result()
-
-    def start(self, settings: RunSettings) -> Future[RunResult]:
-        """Starts a run, unless there is one, and returns its future."""
-        if settings not in self.futures:
-            self.futures[settings] = self._new(settings)
-        return self.futures[settings]
-
-    def close(self) -> None:
-        """Waits until all runs have ended and are in the log."""
-        if self.pool:
-            self.pool.shutdown()
-
-    def _new(self, settings: RunSettings) -> Future[RunResult]:
-        done = self.log.get(settings)
-        if self.pool and not done:
-            future = self.pool.submit(train, settings, self.data)
-            future.add_done_callback(self._record)
-            return future
-        future = Future()
-        if done:
-            future.set_result(done)
-        else:
-            future.set_exception(MissingRun())
-        return future
-
-    def _record(self, future: Future[RunResult]) -> None:
-        if future.exception() is None:
-            run = future.result()
-            self.log.add(run)
-            name = (
-                f"{run.settings.label}, lr {run.settings.lr:g}, {run.settings.steps} steps, seed {run.settings.seed}"
-            )
-            print(f"{name}: {run.final_loss:.4f} after {run.seconds:.0f} s", flush=True)
-
-
-def start_worker(data: Path | None, threads: int) -> None:
-    """Prepares a process that trains, and ends with the process that started it."""
-
-    def end_with_parent() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    torch.set_num_threads(threads)
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    text(data)
-
-
-def train(settings: RunSettings, data: Path | None) -> RunResult:
-    """Makes one run and deletes its checkpoint."""
-    with tempfile.TemporaryDirectory() as folder:
-        return train_once(settings, text(data), Path(folder), lambda step: None)
-
-
-@functools.cache
-def text(data: Path | None) -> Corpus:
-    """Reads the text once per process."""
-    return build_corpus(data, vocab_size=256, seq_len=64, max_held_out=256)
 
 
 def settings_of(rung: Rung, base: RunSettings) -> RunSettings:
@@ -285,7 +123,7 @@ def climb(
             goal = target()
             lengths = search(first.steps, lambda steps: runs(with_steps(best, steps)).final_loss, goal, longest)
             found["losses"] = losses(*lengths)
-            found["reached"] = statistics.fmean(found["losses"][lengths[-1]]) <= goal
+            found["reached"] = lengths != [longest]
         by_seed = steps_to(found["losses"], goal)
         found |= {"steps": spread(by_seed), "percent": spread([100 * steps / longest for steps in by_seed])}
     return found
@@ -339,7 +177,9 @@ def costs(first: RunSettings, log: RunLog) -> Json:
 def commit() -> str:
     """Returns the commit of this checkout, marked if files differ from it; empty without git."""
     command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, check=False, text=True).stdout.strip()
+    return subprocess.run(
+        command, cwd=Path(__file__).parent, capture_output=True, check=False, text=True
+    ).stdout.strip()
 
 
 def parse() -> argparse.Namespace:
