@@ -31,7 +31,8 @@ def gpu_tables(report: Mapping[str, Any]) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _table(headings: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+def table(headings: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
+    """Returns the lines of a Markdown table, with its first column aligned to the left and the others to the right."""
     marks = ["---", *["---:"] * (len(headings) - 1)]
     return [f"| {' | '.join(map(str, row))} |" for row in (headings, marks, *rows)]
 
@@ -61,7 +62,7 @@ def _steps(found: Mapping[str, Any]) -> list[str]:
             )
             for name, row in rows.items()
         ]
-        lines += ["", *_table((f"{model}: {headings[0]}", *headings[1:]), cells)]
+        lines += ["", *table((f"{model}: {headings[0]}", *headings[1:]), cells)]
     return lines
 
 
@@ -72,7 +73,7 @@ def _timing(found: Mapping[str, Any]) -> list[str]:
         if "seconds_per_step" in row
     ]
     lines = ["Training steps of GPT-2 124M through the Trainer: 262,144 tokens, bf16, no compilation.", ""]
-    return lines + _table(("optimizer", "seconds a step", "over AdamW", "peak GiB"), rows)
+    return lines + table(("optimizer", "seconds a step", "over AdamW", "peak GiB"), rows)
 
 
 def _train(found: Mapping[str, Any]) -> list[str]:
@@ -87,7 +88,7 @@ def _train(found: Mapping[str, Any]) -> list[str]:
         rows.append((name, f"{row['seconds_per_step']:.3f}", *(f"{losses[step]:.3f}" for step in shown)))
     tokens = size.get("tokens a step", 0)
     lines = [f"Held-out loss of GPT-2 124M from scratch, {size.get('steps')} steps of {tokens:,} tokens.", ""]
-    return lines + _table(("run", "seconds a step", *(f"step {step}" for step in shown)), rows)
+    return lines + table(("run", "seconds a step", *(f"step {step}" for step in shown)), rows)
 
 
 def _kernels(found: Mapping[str, Any]) -> list[str]:
@@ -97,11 +98,11 @@ def _kernels(found: Mapping[str, Any]) -> list[str]:
         for name, row in found.items()
     ]
     lines = ["Decompositions of batches of float32 factors, in milliseconds."]
-    return [*lines, "", *_table(("what", "QR", "Cholesky-QR", "eigh", "Newton"), rows)]
+    return [*lines, "", *table(("what", "QR", "Cholesky-QR", "eigh", "Newton"), rows)]
 
 
 def _profile(found: Mapping[str, Any]) -> list[str]:
     keys = ("wall_ms", "queued_ms", "device_busy_ms", "launches", "host_waits")
     rows = [(name, *(row[key] for key in keys)) for name, row in found.items()]
     lines = ["One step under torch's profiler, which slows the host down.", ""]
-    return lines + _table(("step", "wall ms", "queued ms", "device busy ms", "launches", "host waits"), rows)
+    return lines + table(("step", "wall ms", "queued ms", "device busy ms", "launches", "host waits"), rows)

@@ -1,7 +1,8 @@
-"""Writes anew what pages of docs/ take from elsewhere: option tables, the textbook loop of SOAP, figures of a GPU.
+"""Writes anew what pages of docs/ take from elsewhere: option tables, the textbook loop of SOAP, measured figures.
 
 python scripts/update_readme.py
 python scripts/update_readme.py --gpu gpu/gpu.json     # figures of another run of scripts/measure_gpu.py
+python scripts/update_readme.py --ladder ladder/ladder.json    # tables of other runs of scripts/ladder.py
 """
 
 from __future__ import annotations
@@ -11,10 +12,11 @@ import ast
 import json
 import re
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from _gpu_tables import gpu_tables
+from _ladder_table import ladder_table
 
 from hf_soap.config import options
 from hf_soap.optimizers.names import ENTRIES
@@ -24,6 +26,7 @@ OPTIONS = ROOT / "docs" / "optimizers.md"
 ALGORITHM = ROOT / "docs" / "algorithm.md"
 BENCHMARKS = ROOT / "docs" / "benchmarks.md"
 GPU = ROOT / "docs" / "measurements" / "h100-2026-11-27.json"
+LADDERS = sorted((ROOT / "docs" / "measurements").glob("ladder-*.json"))
 TEXTBOOK = ROOT / "hf_soap" / "reference" / "soap.py"
 
 
@@ -45,8 +48,17 @@ def with_sources(text: str) -> str:
 
 def with_figures(text: str, report: Path = GPU) -> str:
     """Returns a page with the tables of a run of scripts/measure_gpu.py between its marks."""
-    tables = gpu_tables(json.loads(report.read_text(encoding="utf-8")))
-    marked = re.compile(r"(<!-- gpu -->\n).*?(<!-- end -->)", re.DOTALL)
+    return _between(text, "gpu", gpu_tables(json.loads(report.read_text(encoding="utf-8"))))
+
+
+def with_ladders(text: str, reports: Sequence[Path] = LADDERS) -> str:
+    """Returns a page with the tables of runs of scripts/ladder.py between their marks."""
+    tables = (ladder_table(json.loads(report.read_text(encoding="utf-8"))) for report in reports)
+    return _between(text, "ladder", "\n".join(tables))
+
+
+def _between(text: str, kind: str, tables: str) -> str:
+    marked = re.compile(rf"(<!-- {kind} -->\n).*?(<!-- end -->)", re.DOTALL)
     return marked.sub(lambda match: f"{match[1]}{tables}{match[2]}", text)
 
 
@@ -71,11 +83,14 @@ def main() -> None:
     """Writes the pages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpu", type=Path, default=GPU, help="gpu.json of scripts/measure_gpu.py")
-    report = parser.parse_args().gpu
+    parser.add_argument(
+        "--ladder", type=Path, nargs="+", default=LADDERS, help="each the ladder.json of scripts/ladder.py"
+    )
+    args = parser.parse_args()
     for page, made in (
         (OPTIONS, with_tables),
         (ALGORITHM, with_sources),
-        (BENCHMARKS, lambda text: with_figures(text, report)),
+        (BENCHMARKS, lambda text: with_ladders(with_figures(text, args.gpu), args.ladder)),
     ):
         page.write_text(made(page.read_text(encoding="utf-8")), encoding="utf-8")
 

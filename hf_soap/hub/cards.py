@@ -360,10 +360,11 @@ def _samples(trainer: Trainer) -> int:
 def _hardware(processes: int) -> dict[str, Any]:
     if torch.cuda.is_available():
         return {"device": torch.cuda.get_device_name(), "count": processes}
-    return {"device": _cpu(), "cores": os.cpu_count(), "processes": processes, "threads": torch.get_num_threads()}
+    return {"device": processor(), "cores": os.cpu_count(), "processes": processes, "threads": torch.get_num_threads()}
 
 
-def _cpu() -> str:
+def processor() -> str:
+    """Returns the name of this machine's processor."""
     listing = Path("/proc/cpuinfo")
     if listing.exists() and (found := re.search(r"^model name\s*: (.+)$", listing.read_text(), re.MULTILINE)):
         return found.group(1).strip()

@@ -19,7 +19,7 @@ from paths import ROOT
 from hf_soap.cli.compare import report
 from hf_soap.cli.compare.contenders import Contender, per_contender, read_contenders
 from hf_soap.cli.compare.corpus import build_corpus
-from hf_soap.cli.compare.results import EvalPoint, RunLog, RunResult, RunSettings
+from hf_soap.cli.compare.results import EvalPoint, RunLog, RunResult, RunSettings, present_conditions
 from hf_soap.cli.compare.summary import Spread, crossing, equal_loss, summarize
 from hf_soap.cli.compare.sweep import MAX_WIDER, Case, run_case
 from hf_soap.cli.compare.training import train_once
@@ -307,16 +307,16 @@ def test_a_later_call_makes_only_the_runs_that_are_missing(text: Path, tmp_path:
 
 def test_runs_of_other_data_or_code_are_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = ends_with(SETTINGS, math.nan)
-    RunLog(tmp_path / "runs.jsonl", data="text").add(done)
-    log = RunLog(tmp_path / "runs.jsonl", data="text")
+    RunLog(tmp_path / "runs.jsonl", present_conditions("text")).add(done)
+    log = RunLog(tmp_path / "runs.jsonl", present_conditions("text"))
     found = log.get(SETTINGS)
     assert found is not None
     assert json.dumps(found.to_json()) == json.dumps(done.to_json())
     assert math.isnan(found.evals[-1].loss)
     assert log.get(replace(SETTINGS, lr=1.0)) is None
-    assert RunLog(tmp_path / "runs.jsonl", data="another text").get(SETTINGS) is None
+    assert RunLog(tmp_path / "runs.jsonl", present_conditions("another text")).get(SETTINGS) is None
     monkeypatch.setattr("hf_soap.cli.compare.results.code_digest", lambda: "edited")
-    assert RunLog(tmp_path / "runs.jsonl", data="text").get(SETTINGS) is None
+    assert RunLog(tmp_path / "runs.jsonl", present_conditions("text")).get(SETTINGS) is None
 
 
 @pytest.mark.slow

@@ -59,6 +59,8 @@ THEIRS = f"--model_name_or_path gpt2 --train_file notes.txt --block_size 32 --do
 CHAT = f"--model_name_or_path gpt2 --dataset_name data --max_length 16 {SHORT}"
 OURS = f"--block_size 32 {SHORT}"
 
+LADDER = "--layers 1 --width 16 --steps 12 --seeds 1 --at 6 --data books"
+
 CARD = "--max_steps 2 --eval_strategy epoch --train_files stdlib:argparse.py"
 MEASURE = "OMP_NUM_THREADS=1 python scripts/measure_recipe.py scripts/run_clm.py"
 PRETRAINING = "hf-soap run scripts/run_clm.py --recipe model_cards/small-lm-pretraining.yaml"
@@ -104,6 +106,8 @@ WAYS = {
     "python scripts/measure_gpu.py --rehearse": Way(),
     "python scripts/measure_gpu.py --list": Way(),
     "python scripts/count_path.py": Way(),
+    "python scripts/ladder.py": Way(LADDER),
+    "python scripts/update_readme.py --ladder": Way(behind="python scripts/ladder.py"),
     "python scripts/update_readme.py --gpu": Way(behind="python scripts/measure_gpu.py --minutes"),
     "python scripts/measure_gpu.py --minutes": Way("--rehearse --stages kernels"),
     "python scripts/measure_gpu.py --stages": Way("--rehearse --stages kernels"),

@@ -39,6 +39,12 @@ def test_the_figures_of_the_gpu_are_those_of_the_file() -> None:
     assert update_readme.with_figures(page) == page
 
 
+def test_the_tables_of_the_ladder_are_those_of_the_files() -> None:
+    page = update_readme.BENCHMARKS.read_text(encoding="utf-8")
+    assert page.count("<!-- ladder -->\n") == 1
+    assert update_readme.with_ladders(page) == page
+
+
 def test_the_readme_is_read_in_three_minutes() -> None:
     assert len(README.read_text(encoding="utf-8").split()) <= 1500
 

@@ -147,29 +147,22 @@ class RunResult:
 class RunLog:
     """A file of JSON lines with every finished run, each written as soon as it ends.
 
-    A run counts as done if its settings, data, code, package versions and machine are the same as now.
+    A run counts as done if its settings and its conditions are the same as now.
     """
 
-    def __init__(self, path: Path, *, data: str, model: str = "") -> None:
+    def __init__(self, path: Path, conditions: Json, notes: Json | None = None) -> None:
         """Reads the runs of an earlier call.
 
         Args:
             path: The file, which need not exist.
-            data: Digest of the data of the present runs.
-            model: Folder of the model from which they start, or an empty string.
+            conditions: Everything apart from the settings that makes another run of it, as JSON values.
+            notes: JSON values that are kept with each new run and do not make it another one.
         """
         self.path = path
-        self.conditions = {
-            "data": data,
-            "model": [f"{file.name} {file.stat().st_mtime_ns}" for file in sorted(Path(model).glob("*.safetensors"))]
-            if model
-            else [],
-            "code": code_digest(),
-            **versions(),
-            **machine(),
-        }
+        self.conditions = conditions
+        self.notes = notes or {}
         self._done = {
-            RunSettings(**entry["run"]["settings"]): RunResult.from_json(entry["run"])
+            RunSettings(**entry["run"]["settings"]): (RunResult.from_json(entry["run"]), entry.get("notes", {}))
             for entry in self._entries()
             if entry["conditions"] == self.conditions
         }
@@ -177,15 +170,20 @@ class RunLog:
     def __len__(self) -> int:
         return len(self._done)
 
+    def __iter__(self) -> Iterator[tuple[RunResult, Json]]:
+        """Yield the finished runs, each with its notes."""
+        return iter(self._done.values())
+
     def get(self, settings: RunSettings) -> RunResult | None:
         """Return the run with these settings, if there was one."""
-        return self._done.get(settings)
+        return self._done[settings][0] if settings in self._done else None
 
     def add(self, result: RunResult) -> None:
         """Write a run to the file."""
-        self._done[result.settings] = result
+        self._done[result.settings] = result, self.notes
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        line = json.dumps({"conditions": self.conditions, "run": result.to_json()}, allow_nan=False)
+        entry = {"conditions": self.conditions, "notes": self.notes, "run": result.to_json()}
+        line = json.dumps(entry, allow_nan=False)
         with self.path.open("a", encoding="utf-8") as file:
             # On a separate line, even after one that a killed process left incomplete.
             file.write(f"\n{line}\n" if file.tell() else f"{line}\n")
@@ -199,6 +197,23 @@ class RunLog:
             except (ValueError, TypeError):
                 continue  # an incomplete line, or the settings of another version
             yield entry
+
+
+def present_conditions(data: str, model: str = "") -> Json:
+    """Return everything apart from the settings that determines a run: data, model, code, packages and machine.
+
+    Args:
+        data: Digest of the data.
+        model: Folder of the model from which the run starts, or an empty string.
+    """
+    files = sorted(Path(model).glob("*.safetensors")) if model else []
+    return {
+        "data": data,
+        "model": [f"{file.name} {file.stat().st_mtime_ns}" for file in files],
+        "code": code_digest(),
+        **versions(),
+        **machine(),
+    }
 
 
 def versions() -> dict[str, str]:

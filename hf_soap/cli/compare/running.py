@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from hf_soap.cli.compare.corpus import Corpus
-from hf_soap.cli.compare.results import RunLog, RunResult, RunSettings
+from hf_soap.cli.compare.results import RunLog, RunResult, RunSettings, present_conditions
 from hf_soap.cli.compare.sweep import Case, run_case
 from hf_soap.cli.compare.training import train_once
 
@@ -40,7 +40,7 @@ def run_cases(
     Returns:
         One case per base.
     """
-    log = RunLog(output_dir / "runs.jsonl", data=corpus.digest, model=bases[0].model)
+    log = RunLog(output_dir / "runs.jsonl", present_conditions(corpus.digest, bases[0].model))
     if len(log):
         console.print(f"{log.path} has runs of this code on this text: {len(log)}. They are not repeated.")
     columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn()
