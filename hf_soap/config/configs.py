@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 from hf_soap.config.options import AT_LEAST_1, DECAY_RATE, NON_NEGATIVE, POSITIVE, OptimizerConfig, option
@@ -73,6 +75,9 @@ class FactorOptions(CommonOptions):
     block_size: int | None = option(
         None, "Split longer sides into blocks of at most this size, each with its own factors.", AT_LEAST_1
     )
+    square_blocks: bool = option(
+        False, "Split the longer side of each matrix into blocks that are about square, each with its own factors."
+    )
     pack_factors: bool = option(False, "Store one triangle of each symmetric matrix: exact, and slightly slower.")
     distributed_refresh: bool | None = option(
         None, "Split refreshes among ranks with equal weights and gradients; `none` does so under the Trainer's DDP."
@@ -122,12 +127,26 @@ class AuxiliaryOptions(OptimizerConfig):
         return {"betas_1d": (kwargs.pop("beta1_1d"), kwargs.pop("beta2_1d")), **kwargs}
 
 
+SOAP_PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "official": {
+            "refresh_growth": 0.0,
+            "max_aspect_ratio": None,
+            "stacked_matrices": False,
+            "lora_sides": "both",
+        },
+    }
+)
+"""What ``preset=NAME`` sets for SOAP."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class SoapConfig(ShampooFactorOptions):
     """Options of SOAP, with the defaults of its official implementation (arXiv:2409.11321)."""
 
     name: ClassVar[str] = "soap"
     lr: ClassVar[float] = 3e-3
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = SOAP_PRESETS
 
     beta1: float = option(0.95, "Decay rate of the first moment.", DECAY_RATE)
     beta2: float = option(0.95, "Decay rate of the second moment.", DECAY_RATE)

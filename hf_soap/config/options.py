@@ -15,8 +15,10 @@ import typing
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from functools import partial
 from numbers import Real
-from typing import Any, ClassVar, Literal, TypeVar
+from types import MappingProxyType
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 Check = tuple[Callable[[Any], bool], str]
 
@@ -60,6 +62,20 @@ class OptimizerConfig:
     """Whether that learning rate comes from the paper or its code; otherwise it is ours."""
     adam_embeddings: ClassVar[bool] = False
     """Whether embeddings and the output head are updated by Adam."""
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({})
+    """Options that ``preset=NAME`` sets together, by name."""
+
+    @classmethod
+    def preset(cls, preset: str, **changes: Any) -> Self:
+        """Returns the options of a preset; ``changes`` are options that differ from it.
+
+        Raises:
+            ValueError: If the optimizer has no such preset, or an option is wrong.
+        """
+        if preset not in cls.presets:
+            known = f"{nearest(preset, cls.presets)}its presets are {', '.join(cls.presets) or 'none'}"
+            raise ValueError(f"{cls.name} got preset={preset!r}, wanted one that it has: {known}")
+        return cls(**{**cls.presets[preset], **changes})
 
     def __post_init__(self) -> None:
         check_values(type(self), {f.name: getattr(self, f.name) for f in fields(self)})
@@ -127,8 +143,9 @@ def parse_optim_args(given: OptimArgs, config: type[ConfigT], defaults: Mapping[
 
     Args:
         given: ``key=value`` pairs split by commas; commas inside brackets belong to the value, so that
-            ``betas=(0.9,0.95)`` and regular expressions with groups can be written. A value may be quoted. A mapping
-            or a list of pairs, from YAML or JSON, is converted by :func:`as_text`.
+            ``betas=(0.9,0.95)`` and regular expressions with groups can be written. A value may be quoted.
+            ``preset=NAME`` sets the options of a preset, and the other pairs change them. A mapping or a list of
+            pairs, from YAML or JSON, is converted by :func:`as_text`.
         config: The config that declares the options.
         defaults: Values for options that are not given, instead of the published ones.
 
@@ -141,11 +158,14 @@ def parse_optim_args(given: OptimArgs, config: type[ConfigT], defaults: Mapping[
     """
     hints = typing.get_type_hints(config)
     values: dict[str, Any] = {}
+    create: Callable[..., ConfigT] = config
     for key, raw in _pairs(as_text(given) or "", config):
         if key in values:
             raise ValueError(f"optim_args got {key} twice, wanted it once; remove one of them")
-        values[key] = _from_text(key, raw, hints[key])
-    return config(**{**(defaults or {}), **values})
+        values[key] = _from_text(key, raw, hints.get(key, str))
+    if PRESET in values:
+        create = partial(config.preset, values.pop(PRESET))
+    return create(**{**(defaults or {}), **values})
 
 
 def as_text(given: Any) -> str | None:
@@ -342,11 +362,14 @@ def _pairs(text: str, config: type[OptimizerConfig]) -> Iterable[tuple[str, str]
             raise ValueError(
                 f"{key} is not an option of optim_args; set it as TrainingArguments({ELSEWHERE[key]}=...)"
             )
-        elif key not in option_fields(config):
+        elif key != PRESET and key not in option_fields(config):
             raise ValueError(_unknown(config, key))
         else:
             yield key, raw
 
+
+PRESET = "preset"
+"""Key of ``optim_args`` that sets several options."""
 
 ELSEWHERE = {
     "lr": "learning_rate",

@@ -70,6 +70,7 @@ def plan_factors(group: Mapping[str, Any], shape: Sequence[int], *, part: Sequen
         precondition_1d=group["precondition_1d"],
         one_sided=group["one_sided"],
         block_size=group["block_size"],
+        square_blocks=group["square_blocks"],
         factored=group["rule"] != "adam",
         part=part,
     )

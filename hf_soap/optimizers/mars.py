@@ -107,6 +107,7 @@ class MARS(AuxiliaryRates):
         merge_dims: bool = False,
         precondition_1d: bool = False,
         stagger: bool = False,
+        square_blocks: bool = False,
         refresh_growth: float = 0.0,
         one_sided: bool = False,
         block_size: int | None = None,

@@ -37,6 +37,7 @@ class Shampoo(BlockOptimizer):
         precondition_frequency: Updates between two computations of the inverse roots; factors accumulate at each.
         max_precond_dim: A longer side keeps only the diagonal of its factor.
         block_size: Cut longer sides into blocks of at most this size, each with its own factors.
+        square_blocks: Cut the longer side of each matrix into blocks that are about square, each with its own factors.
         exponent: Power of each factor, below 0; None takes -1/(2k) for a tensor with k axes, -1/2 with ``kl``.
         statistics: ``"ema"`` averages; ``"sum"`` sums, as in the original Shampoo.
         graft: ``"adam"``, ``"adagrad"``, ``"rmsprop"``, ``"sgd"``, or None for Shampoo's own step length.
@@ -113,6 +114,7 @@ class Shampoo(BlockOptimizer):
         merge_dims: bool = False,
         precondition_1d: bool = False,
         stagger: bool = False,
+        square_blocks: bool = False,
         refresh_growth: float = 0.0,
         one_sided: bool = False,
         kl: bool = False,

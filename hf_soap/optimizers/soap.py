@@ -42,6 +42,7 @@ class SOAP(BlockOptimizer):
             at least 1 and at most ``precondition_frequency`` updates. 0, or at least 0.001; 0 keeps the distance.
         one_sided: Factor only the shorter side of each matrix.
         block_size: Cut longer sides into blocks of at most this size, each with its own factors.
+        square_blocks: Cut the longer side of each matrix into blocks that are about square, each with its own factors.
         factorized: Keep the second moment of a factored matrix as the product of row and column means.
         kl: Whiten the gradient by the other factors before it enters a factor (KL-SOAP, arXiv:2509.03378).
         include_current: Add the current gradient to factor and basis before it is rotated, not afterwards.
@@ -96,6 +97,7 @@ class SOAP(BlockOptimizer):
         correct_bias: bool = True,
         *,
         stagger: bool = False,
+        square_blocks: bool = False,
         refresh_growth: float = 0.0,
         one_sided: bool = False,
         block_size: int | None = None,

@@ -199,6 +199,7 @@ class ReferenceSOAP:
         one_sided: bool = False,
         factorized: bool = False,
         block_size: int | None = None,
+        square_blocks: bool = False,
         kl: bool = False,
         eps_kl: float = 1e-8,
         include_current: bool = False,
@@ -221,6 +222,7 @@ class ReferenceSOAP:
         self.one_sided = one_sided
         self.factorized = factorized
         self.block_size = block_size
+        self.square_blocks = square_blocks
         self.kl = kl
         self.eps_kl = eps_kl
         self.include_current = include_current
@@ -232,7 +234,8 @@ class ReferenceSOAP:
         shape = tuple(weight.shape) or (1,)
         if self.merge_dims:
             shape = merged_shape(shape, self.max_precond_dim)
-        block_shape, slices = block_grid(shape, self.block_size)
+        longest = min(shape) if self.square_blocks and len(shape) == 2 else self.block_size
+        block_shape, slices = block_grid(shape, longest)
         factored = [mode for mode, size in enumerate(block_shape) if 1 < size <= self.max_precond_dim]
         if weight.dim() <= 1 and not self.precondition_1d:
             factored = []

@@ -180,6 +180,7 @@ def plan_layout(
     precondition_1d: bool = False,
     one_sided: bool = False,
     block_size: int | None = None,
+    square_blocks: bool = False,
     factored: bool = True,
     part: Sequence[int] | None = None,
 ) -> Layout:
@@ -197,6 +198,8 @@ def plan_layout(
         precondition_1d: Factor vectors too, whatever their aspect ratio.
         one_sided: Factor only the shorter side of a matrix (the left one if they are equal).
         block_size: Cut sides longer than this into equal blocks, the last one zero-padded.
+        square_blocks: Cut the longer side of a matrix so that blocks are about square, unless it is flatter than
+            ``max_aspect_ratio``: it then has a factor on its short side only.
         factored: False keeps every basis at the identity, which makes SOAP Adam.
         part: Shape of the largest part on a rank, if the tensor is sharded. The whole tensor decides which sides have
             a factor. Factors that are larger than the part by more than ``FACTOR_RATIO`` are cut into blocks.
@@ -215,11 +218,16 @@ def plan_layout(
             view = (size[0] * size[1], size[2])
         elif merge_dims and len(view) > 2:
             view = merge_shape(view, max_precond_dim, max_aspect_ratio)
+        longest = block_size
+        if square_blocks and (stacked or len(view) == 2):
+            short, long = sorted(size[1:] if stacked else view)
+            if max_aspect_ratio is None or long <= max_aspect_ratio * short:
+                longest = max(1, min(short, block_size or short))
         grid = [1 for _ in view]
-        if factored and block_size is not None and (not vector or precondition_1d):
-            grid = [max(1, -(-extent // block_size)) for extent in view]
+        if factored and longest is not None and (not vector or precondition_1d):
+            grid = [max(1, -(-extent // longest)) for extent in view]
         if stacked:
-            grid[0] = size[0] * _even_cuts(size[1], block_size or size[1])
+            grid[0] = size[0] * _even_cuts(size[1], longest or size[1])
         block = tuple(-(-extent // count) for extent, count in zip(view, grid, strict=True))
         sides: tuple[int, ...] = ()
         if factored and (not vector or precondition_1d):
