@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from hf_soap.config import modules
 from hf_soap.config.options import AT_LEAST_1, DECAY_RATE, NON_NEGATIVE, POSITIVE, OptimizerConfig, option
 
 OVERLAP_REFRESH = "On a GPU, refresh during the next forward and backward pass."
@@ -35,6 +37,13 @@ class CommonOptions(OptimizerConfig):
     stacked_matrices: bool = option(
         True, "Treat a 3-D tensor whose first dimension is the shortest (experts of a mixture) as a stack of matrices."
     )
+    modules: Mapping[str, Any] | None = option(
+        None,
+        "Mapping of regexes on parameter names, or roles such as `@vectors`, to settings of the parameters that "
+        "match: options, `rule`, `lr` or `lr_factor`, `weight_decay`.",
+        trainer_only=True,
+        hashed=False,
+    )
     adam_modules: str | None = option(
         None, "Regex on parameter names: matching parameters are updated by Adam, without factors.", trainer_only=True
     )
@@ -44,6 +53,11 @@ class CommonOptions(OptimizerConfig):
         NON_NEGATIVE,
         trainer_only=True,
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.modules is not None:
+            object.__setattr__(self, "modules", modules.checked(self, self.modules))
 
 
 @dataclass(frozen=True, kw_only=True)
