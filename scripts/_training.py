@@ -12,7 +12,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, AutoConfig, HfArgumentParser, Trainer, TrainingArguments, set_seed
 
 from hf_soap.cli.compare.training import Clock, state_bytes
-from hf_soap.hub import plain_yaml
+from hf_soap.config import plain_yaml
 from hf_soap.hub.safety import PROVENANCE
 from hf_soap.trainer.resume import last_complete_checkpoint
 

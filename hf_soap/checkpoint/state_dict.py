@@ -78,6 +78,14 @@ def _detached(role: Any, value: Any) -> Any:
     return value.clone() if is_own(role) and isinstance(value, Tensor) else value
 
 
+def saved_groups(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns param groups with None for empty overrides: torch.distributed.checkpoint does not save empty mappings."""
+    return [
+        {**group, OVERRIDES: [own or None for own in group[OVERRIDES]]} if group.get(OVERRIDES) else group
+        for group in groups
+    ]
+
+
 def regrouped(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> dict[str, Any]:
     """Returns a state dict with the groups of an optimizer: as many parameters in each, in the same order.
 

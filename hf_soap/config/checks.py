@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from hf_soap.config import configs, options
+from hf_soap.config.options import check_number
 
 CONFIGS = (configs.SoapConfig, configs.ShampooConfig, configs.MarsSoapConfig)
 FAMILY_OPTIONS = {name for config in CONFIGS for name in options.option_fields(config)} | options.ELSEWHERE.keys()
@@ -120,16 +121,6 @@ def check_learning_rate(lr: Any) -> None:
             )
         lr = lr.item()
     check_number("lr", lr)
-
-
-def check_number(name: str, value: Any) -> None:
-    """Checks a setting that must be a finite number >= 0.
-
-    Raises:
-        ValueError: If it is not.
-    """
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
-        raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
 
 
 def check_pair(name: str, value: Any) -> tuple[Any, Any]:

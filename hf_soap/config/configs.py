@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
+from hf_soap.config import modules
 from hf_soap.config.options import AT_LEAST_1, DECAY_RATE, NON_NEGATIVE, POSITIVE, OptimizerConfig, option
 
 OVERLAP_REFRESH = "On a GPU, refresh during the next forward and backward pass."
@@ -37,6 +38,13 @@ class CommonOptions(OptimizerConfig):
     stacked_matrices: bool = option(
         True, "Treat a 3-D tensor whose first dimension is the shortest (experts of a mixture) as a stack of matrices."
     )
+    modules: Mapping[str, Any] | None = option(
+        None,
+        "Mapping of regexes on parameter names, or roles such as `@vectors`, to settings of the parameters that "
+        "match: options, `rule`, `lr` or `lr_factor`, `weight_decay`.",
+        trainer_only=True,
+        hashed=False,
+    )
     adam_modules: str | None = option(
         None, "Regex on parameter names: matching parameters are updated by Adam, without factors.", trainer_only=True
     )
@@ -46,6 +54,11 @@ class CommonOptions(OptimizerConfig):
         NON_NEGATIVE,
         trainer_only=True,
     )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.modules is not None:
+            object.__setattr__(self, "modules", modules.checked(self, self.modules))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +140,12 @@ class AuxiliaryOptions(OptimizerConfig):
         return {"betas_1d": (kwargs.pop("beta1_1d"), kwargs.pop("beta2_1d")), **kwargs}
 
 
+_ADAMW = {"rule": "adam", "lr_factor": 0.5, "beta1": 0.9, "beta2": 0.95}
+_FRONTIER = {
+    "beta2": 0.9,
+    "refresh_growth": 0.1,
+    "modules": {role: _ADAMW for role in ("@embeddings", "@head", "@vectors")},
+}
 SOAP_PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "official": {
@@ -134,6 +153,14 @@ SOAP_PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "max_aspect_ratio": None,
             "stacked_matrices": False,
             "lora_sides": "both",
+        },
+        "frontier": _FRONTIER,
+        "small": {
+            **_FRONTIER,
+            "state_dtype": "bfloat16",
+            "pack_factors": True,
+            "factorized": True,
+            "square_blocks": True,
         },
     }
 )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_soap.config import options
 from hf_soap.distributed import dtensor
 
 OVERRIDES = "overrides"
@@ -22,7 +23,16 @@ OF_GROUPS = {
 }
 """Settings that are read once for a group or for the whole step, so that all parameters of a group share them."""
 
+OWN_RATES = ("lr_factor", "weight_decay", "lr_1d", "weight_decay_1d")
+"""Entries of overrides that say how far a step goes: they are read at each step, like the group's.
+
+``lr_factor`` multiplies the learning rate that a parameter would otherwise have.
+"""
+
 Groups = Sequence[dict[str, Any]]
+
+RateSource = tuple[int, tuple[tuple[str, Any], ...]]
+"""Where the rates of a parameter come from: the number of its group, and its :data:`OWN_RATES`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +46,8 @@ class Member:
         param: The parameter.
         settings: The group's settings, overridden by those of the parameter. The learning rate, and all else that a
             scheduler may change at each step, is read from the group instead.
+        own: What it overrides.
+        rates: Where its learning rate and weight decay come from.
         name: Its name in error messages.
     """
 
@@ -43,6 +55,8 @@ class Member:
     number: int
     param: Tensor
     settings: dict[str, Any]
+    own: Mapping[str, Any]
+    rates: RateSource
     name: str
 
 
@@ -118,7 +132,8 @@ def _members(groups: Groups) -> Iterator[Member]:
         for index, param in enumerate(group["params"]):
             own = overrides[index] if overrides else {}
             name = names[index] if index < len(names) else f"parameter {index} of group {number}"
-            yield Member(place, number, param, {**common, **own} if own else common, name)
+            rates = number, tuple((key, own[key]) for key in OWN_RATES if key in own)
+            yield Member(place, number, param, {**common, **own} if own else common, own, rates, name)
             place += 1
 
 
@@ -219,10 +234,13 @@ def check_overrides(group: Mapping[str, Any], settings: Collection[str]) -> None
             f"{OVERRIDES} of a param group must hold one mapping of settings for each of its "
             f"{len(group['params'])} parameters, got {overrides!r}"
         )
-    of_parameters = [name for name in settings if name not in OF_GROUPS]
+    rates = ["lr_factor", *(name for name in settings if name in OWN_RATES)]
+    of_parameters = [*rates, *(name for name in settings if name not in OF_GROUPS)]
     unknown = sorted({str(key) for own in overrides for key in own} - {*of_parameters})
     if unknown:
         raise ValueError(
             f"{OVERRIDES} of a param group got {', '.join(unknown)}, wanted settings that may differ between the "
             f"parameters of a group: {', '.join(of_parameters)}; for other settings, use a separate group"
         )
+    for own in overrides:
+        options.check_number("lr_factor", own.get("lr_factor", 1.0), options.POSITIVE)

@@ -20,6 +20,9 @@ from numbers import Real
 from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Self, TypeVar
 
+MAPPING = Mapping[str, Any]
+"""Type of an option whose values are mappings."""
+
 Check = tuple[Callable[[Any], bool], str]
 
 POSITIVE: Check = (lambda x: x > 0, "> 0")
@@ -29,7 +32,13 @@ DECAY_RATE: Check = (lambda x: 0 <= x < 1, "in [0, 1)")
 
 
 def option(
-    default: Any, help: str, check: Check | None = None, *, remedy: str = "", trainer_only: bool = False
+    default: Any,
+    help: str,
+    check: Check | None = None,
+    *,
+    remedy: str = "",
+    trainer_only: bool = False,
+    hashed: bool = True,
 ) -> Any:
     """Declares one option of a config.
 
@@ -39,12 +48,13 @@ def option(
         check: Predicate and its wording; ``None`` as a value is never checked.
         remedy: What to do instead; it is appended to the error.
         trainer_only: Whether only the Trainer reads it; the optimizer's constructor has no such argument.
+        hashed: Whether the hash of a config depends on it; that of a mapping cannot.
 
     Returns:
         A dataclass field.
     """
     metadata = {"help": help, "check": check, "remedy": remedy, "trainer_only": trainer_only}
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata=metadata, hash=hashed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,7 +129,7 @@ def check_values(config: type[OptimizerConfig], values: Mapping[str, Any]) -> No
     hints = typing.get_type_hints(config)
     for key, value in values.items():
         if key not in known:
-            raise ValueError(_unknown(config, key))
+            raise ValueError(unknown(f"option {shown(key)} of {config.name}", key, _own_first(config)))
         if not _has_type(value, hints[key]):
             raise ValueError(f"{key} must be {_type_name(hints[key])}, got {shown(value)}{_meant(value, hints[key])}")
         meta = known[key].metadata
@@ -128,14 +138,30 @@ def check_values(config: type[OptimizerConfig], values: Mapping[str, Any]) -> No
             if not _is_finite(value) or not test(value):
                 raise ValueError(f"{key} must be {wording}, got {shown(value)}{_remedy(known[key])}")
         if key.endswith("_modules") and value is not None:
-            try:
-                re.compile(value)
-            except (
-                re.error,
-                OverflowError,
-                RecursionError,
-            ) as error:  # such as a{99999999999} or a thousand parentheses
-                raise ValueError(f"{key} must be a regular expression, got {shown(value)}: {error}") from error
+            check_pattern(key, value)
+
+
+def check_pattern(name: str, pattern: str) -> None:
+    """Checks that text is a regular expression.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:  # such as a{99999999999} or a thousand parentheses
+        raise ValueError(f"{name} must be a regular expression, got {shown(pattern)}: {error}") from error
+
+
+def check_number(name: str, value: Any, check: Check = NON_NEGATIVE) -> None:
+    """Checks a setting that must be a finite number in a range.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    test, wording = check
+    if not (_has_type(value, float) and _is_finite(value) and test(value)):
+        raise ValueError(f"{name} must be a finite number {wording}, got {shown(value)}")
 
 
 def parse_optim_args(given: OptimArgs, config: type[ConfigT], defaults: Mapping[str, Any] | None = None) -> ConfigT:
@@ -143,9 +169,9 @@ def parse_optim_args(given: OptimArgs, config: type[ConfigT], defaults: Mapping[
 
     Args:
         given: ``key=value`` pairs split by commas; commas inside brackets belong to the value, so that
-            ``betas=(0.9,0.95)`` and regular expressions with groups can be written. A value may be quoted.
-            ``preset=NAME`` sets the options of a preset, and the other pairs change them. A mapping or a list of
-            pairs, from YAML or JSON, is converted by :func:`as_text`.
+            ``betas=(0.9,0.95)`` and regular expressions with groups can be written. A value may be quoted, and is
+            YAML if it is a mapping in braces. ``preset=NAME`` sets the options of a preset, and the other pairs change
+            them. A mapping or a list of pairs, from YAML or JSON, is converted by :func:`as_text`.
         config: The config that declares the options.
         defaults: Values for options that are not given, instead of the published ones.
 
@@ -163,6 +189,8 @@ def parse_optim_args(given: OptimArgs, config: type[ConfigT], defaults: Mapping[
         if key in values:
             raise ValueError(f"optim_args got {key} twice, wanted it once; remove one of them")
         values[key] = _from_text(key, raw, hints.get(key, str))
+        if key == MODULES and isinstance(values[key], Mapping):
+            values[key] = {name: _with_types(own, config) for name, own in values[key].items()}
     if PRESET in values:
         create = partial(config.preset, values.pop(PRESET))
     return create(**{**(defaults or {}), **values})
@@ -173,7 +201,8 @@ def as_text(given: Any) -> str | None:
 
     Args:
         given: Text, which is returned unchanged; a mapping of options to numbers, text, true, false or none; or a
-            list of texts of the form ``key=value``. In a mapping, ``betas`` may be a list of two numbers.
+            list of texts of the form ``key=value``. In a mapping, ``betas`` may be a list of two numbers, and
+            ``modules`` a mapping.
 
     Returns:
         The text, or None if there are no options.
@@ -206,6 +235,8 @@ def _value_of(key: str, value: Any) -> str:
         return _to_text(value)
     if key == "betas" and isinstance(value, Sequence):
         return f"({','.join(map(str, value))})"
+    if key == MODULES and isinstance(value, Mapping):
+        return _to_text(value)
     raise ValueError(f"{key} must be a number, text, true, false or none, got {shown(value)}")
 
 
@@ -226,10 +257,13 @@ def patterns(text: str) -> list[str]:
     """Returns the regular expressions in ``optim_args`` of any optimizer.
 
     Raises:
-        ValueError: If a quoted one cannot be read.
+        ValueError: If one cannot be read.
     """
     pairs = [[part.strip() for part in item.partition("=")] for item in _split(text)]
-    return [_from_text(key, raw, str) for key, _, raw in pairs if key.endswith("_modules")]
+    found = [_from_text(key, raw, str) for key, _, raw in pairs if key.endswith("_modules")]
+    mappings = [_from_text(key, raw, MAPPING) for key, _, raw in pairs if key == MODULES]
+    selectors = [selector for given in mappings if isinstance(given, Mapping) for selector in given]
+    return found + [selector for selector in selectors if not selector.startswith(ROLE)]
 
 
 def option_table(config: type[OptimizerConfig]) -> str:
@@ -270,11 +304,17 @@ def _own_first(config: type[OptimizerConfig]) -> dict[str, Field[Any]]:
     return {key: known[key] for key in dict.fromkeys(listed)}
 
 
-def _unknown(config: type[OptimizerConfig], key: str) -> str:
-    choices = _own_first(config)
-    *first, last = near_options(key, choices) or [""]
+def unknown(what: str, name: str, choices: Collection[str]) -> str:
+    """Returns the error for an unknown name, with the names that it may stand for.
+
+    Args:
+        what: What is unknown, for the error.
+        name: The unknown name.
+        choices: The known ones.
+    """
+    *first, last = near_options(name, choices) or [""]
     meant = f"did you mean {' or '.join([', '.join(first), last] if first else [last])}? " if last else ""
-    return f"unknown option {shown(key)} of {config.name}: {meant}It takes {', '.join(choices)}."
+    return f"unknown {what}: {meant}It takes {', '.join(choices)}."
 
 
 def near_options(name: str, choices: Collection[str]) -> list[str]:
@@ -363,13 +403,22 @@ def _pairs(text: str, config: type[OptimizerConfig]) -> Iterable[tuple[str, str]
                 f"{key} is not an option of optim_args; set it as TrainingArguments({ELSEWHERE[key]}=...)"
             )
         elif key != PRESET and key not in option_fields(config):
-            raise ValueError(_unknown(config, key))
+            raise ValueError(unknown(f"option {shown(key)} of {config.name}", key, _own_first(config)))
         else:
             yield key, raw
 
 
 PRESET = "preset"
 """Key of ``optim_args`` that sets several options."""
+
+MODULES = "modules"
+"""The option that sets others for some of the parameters."""
+
+RATES: dict[str, Check] = {"lr": POSITIVE, "lr_factor": POSITIVE, "weight_decay": NON_NEGATIVE}
+"""What :data:`MODULES` may set in addition to options, and the rule."""
+
+ROLE = "@"
+"""First character of a role, which stands for a pattern in :data:`MODULES`."""
 
 ELSEWHERE = {
     "lr": "learning_rate",
@@ -383,17 +432,28 @@ ELSEWHERE = {
 CLOSING = {"(": ")", "[": "]", "{": "}"}
 
 
+YAML_TOKEN = re.compile(
+    r"""'(?:[^']|'')*'|"(?:[^"\\]|\\.)*"|(?!\?\s)[^\s{}\[\],:'"](?:[^{}\[\],:]|:(?!\s))*|.""", re.DOTALL
+)
+"""A token of YAML in braces: a scalar in quotes or without, or a single character."""
+
+
 def _split(text: str) -> list[str]:
-    """Splits at commas outside brackets and quotes; empty items are dropped."""
-    items, closing, quote, escaped = [""], "", "", False
-    for char in text:
-        if escaped:
+    """Splits at commas outside brackets, quotes and YAML in braces; empty items are dropped."""
+    items, closing, quote, escaped, end_of_yaml = [""], "", "", False, 0
+    for place, char in enumerate(text):
+        starts = char in "'\"{" and items[-1].strip().endswith("=") and items[-1].count("=") == 1
+        if place < end_of_yaml:
+            pass
+        elif escaped:
             escaped = False
         elif char == "\\":
             escaped = True
         elif quote:
             quote = "" if char == quote else quote
-        elif char in "'\"" and items[-1].strip().endswith("=") and items[-1].count("=") == 1:
+        elif char == "{" and starts:
+            end_of_yaml = _end_of_mapping(text, place)
+        elif starts:
             quote = char  # only at the start of a value: elsewhere it is part of a regular expression
         elif char == closing[-1:]:
             closing = closing[:-1]
@@ -406,6 +466,16 @@ def _split(text: str) -> list[str]:
     return [item.strip() for item in items if item.strip()]
 
 
+def _end_of_mapping(text: str, start: int) -> int:
+    """Returns where the YAML ends whose first brace is at ``start``; the end of the text if that is not closed."""
+    depth = 0
+    for token in YAML_TOKEN.finditer(text, start):
+        depth += (token[0] in "{[") - (token[0] in "}]")
+        if depth == 0:
+            return token.end()
+    return len(text)
+
+
 def _from_text(key: str, raw: str, hint: Any) -> Any:
     args = _alternatives(hint)
     if type(None) in args and raw.lower() in ("none", "null"):
@@ -413,8 +483,9 @@ def _from_text(key: str, raw: str, hint: Any) -> Any:
     kind = next(arg for arg in args if arg is not type(None))
     if raw == "false" and "off" in typing.get_args(kind):
         return "off"  # YAML reads off as false
-    if typing.get_origin(kind) is Literal or kind is str:
-        return _unquoted(key, raw) if len(raw) > 1 and raw[0] == raw[-1] and raw[0] in "'\"" else raw
+    if typing.get_origin(kind) is Literal or kind in (str, MAPPING):
+        text = _unquoted(key, raw) if len(raw) > 1 and raw[0] == raw[-1] and raw[0] in "'\"" else raw
+        return text if kind != MAPPING else _from_yaml(key, text)
     if kind is bool:
         if raw.lower() in ("true", "1", "yes", "on"):
             return True
@@ -425,6 +496,28 @@ def _from_text(key: str, raw: str, hint: Any) -> Any:
         return kind(raw)
     except ValueError:
         raise ValueError(f"{key} must be {_type_name(hint)}, got {shown(raw)}") from None
+
+
+def _from_yaml(key: str, text: str) -> Any:
+    """Reads YAML in braces; other text is returned unchanged, for the error of a check to show."""
+    from hf_soap.config import plain_yaml  # not with hf_soap: PyYAML is not needed without such an option
+
+    try:
+        return plain_yaml.load(text.encode()) if text.startswith("{") else text
+    except ValueError as error:
+        raise ValueError(f"{key} got {shown(text)}, {error}; write patterns and roles in single quotes") from error
+
+
+def _with_types(own: Any, config: type[OptimizerConfig]) -> Any:
+    """Converts text among settings, such as 1e-2 of some readers of YAML, to the types of these settings."""
+    if not isinstance(own, Mapping):
+        return own
+    hints = typing.get_type_hints(config)
+    types_of = {**{name: hints[name] for name in option_fields(config)}, **dict.fromkeys(RATES, float)}
+    return {
+        name: _from_text(name, value, types_of[name]) if isinstance(value, str) and name in types_of else value
+        for name, value in own.items()
+    }
 
 
 def _unquoted(key: str, raw: str) -> str:
@@ -446,6 +539,10 @@ def _alternatives(hint: Any) -> tuple[Any, ...]:
 
 
 def _to_text(value: Any) -> str:
+    if isinstance(value, Mapping):
+        from hf_soap.config import plain_yaml
+
+        return plain_yaml.dump(value, in_one_line=True)
     if isinstance(value, str):
         unquoted = _split(f"k={value},k") == [f"k={value}", "k"] and value.lower() not in ("", "none", "null")
         return value if unquoted and value == value.strip() and value[0] not in "'\"" else repr(value)
@@ -468,7 +565,7 @@ def _has_type(value: Any, hint: Any) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint)
+    return isinstance(value, typing.get_origin(hint) or hint)
 
 
 def _type_name(hint: Any) -> str:
@@ -476,5 +573,5 @@ def _type_name(hint: Any) -> str:
         return " or ".join(_type_name(arg) for arg in _alternatives(hint))
     if typing.get_origin(hint) is Literal:
         return " or ".join(typing.get_args(hint))
-    names = {bool: "true or false", type(None): "none", str: "text"}
+    names = {bool: "true or false", type(None): "none", str: "text", MAPPING: "mapping"}
     return names[hint] if hint in names else str(hint.__name__)

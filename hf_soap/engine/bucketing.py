@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_soap.checkpoint import state_dict
-from hf_soap.config.members import Member, Roster
+from hf_soap.config.members import Member, RateSource, Roster
 from hf_soap.distributed import dtensor
 from hf_soap.distributed.owners import Ownership
 from hf_soap.engine.buckets import Bucket, BucketCache, Kind, state_dtype, warn_if_flattened
@@ -44,7 +44,7 @@ class PlannedOptimizer(Protocol):
     def plan_of(self, settings: Mapping[str, Any], param: Tensor) -> Plan:
         """Returns rule and layout of what this rank steps of a parameter."""
 
-    def rates(self, group: Mapping[str, Any], plan: Plan) -> Rate:
+    def rates_from(self, source: RateSource, plan: Plan) -> Rate:
         """Returns learning rate and weight decay."""
 
     def wanted_state(self, member: Member) -> dict[str, Tensor]:

@@ -63,7 +63,7 @@ class Bucket:
         self.plan = plan
         self.dtype = dtype
         self.index = [member.place for member, _ in members]
-        self.groups = [member.number for member, _ in members]
+        self.rates = [member.rates for member, _ in members]
         self.params = [member.param for member, _ in members]
         self.shapes = [shape for _, shape in members]
         self._kinds = [(param.shape, param.dtype, param.device) for param in self.params]
@@ -104,7 +104,7 @@ class Bucket:
         if kind != (self.plan, self.dtype, self.params[0].device):
             return False
         found = [members.get(param) for param in self.params]
-        return [(m.place, m.number) for m in found if m is not None] == list(zip(self.index, self.groups, strict=True))
+        return [(m.place, m.rates) for m in found if m is not None] == list(zip(self.index, self.rates, strict=True))
 
     def takes(self, plan: Plan) -> bool:
         """Whether the bucket as it is, state and all, would be built for another plan too."""
@@ -288,8 +288,8 @@ class BucketCache:
         """
         if not roster.same_parameters(self.roster):
             return False
-        settings = {member.param: member.settings for member in roster.trained}
-        found = [{plan_of(settings[param], param) for param in bucket.params} for bucket in self.buckets]
+        members = {member.param: member for member in roster.trained}
+        found = [{plan_of(members[param].settings, param) for param in bucket.params} for bucket in self.buckets]
         pairs = zip(found, self.buckets, strict=True)
         kinds = {(plan, bucket.dtype, bucket.params[0].device) for plans, bucket in pairs for plan in plans}
         if not len(kinds) == len(self.buckets) == sum(map(len, found)):
@@ -298,7 +298,7 @@ class BucketCache:
         if not all(bucket.takes(plan) for bucket, plan in zip(self.buckets, plans, strict=True)):
             return False
         for bucket, plan in zip(self.buckets, plans, strict=True):
-            bucket.plan = plan
+            bucket.plan, bucket.rates = plan, [members[param].rates for param in bucket.params]
         self.roster = roster
         return True
 

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from hf_soap.config.members import Member
+from hf_soap.config.members import Member, RateSource
 from hf_soap.distributed import dtensor
 from hf_soap.distributed.owners import SEEDED, UPDATED, Outcome, Ownership
 from hf_soap.engine.background import Background
@@ -78,11 +78,8 @@ class Engine:
         plan = bucket.plan
         steps = [int(count) for count in bucket.steps.tolist()]
         fresh, ready = split_by_first_grad(bucket, grads, steps)
-        of_group = {
-            number: self.optimizer.rates(self.optimizer.param_groups[number], plan)
-            for number in dict.fromkeys(bucket.groups)
-        }
-        rates = [of_group[number] for number in bucket.groups]
+        found = {source: self.optimizer.rates_from(source, plan) for source in dict.fromkeys(bucket.rates)}
+        rates = [found[source] for source in bucket.rates]
         profiler = self.optimizer.profiler
         metrics = NO_METRICS if profiler is None else profiler.of(plan.label)
         size = bucket.tensors_per_chunk(watched=metrics.watches)
@@ -170,18 +167,18 @@ class OwnerStep:
 
     def _follow(self, engine: Engine, owners: Ownership, outcomes: dict[Tensor, Outcome]) -> None:
         """Takes the step that owners have decided on, on this rank's parts of the parameters."""
-        alike: dict[tuple[int, Plan], list[tuple[Tensor, Tensor]]] = {}
+        alike: dict[tuple[RateSource, Plan], list[tuple[Tensor, Tensor]]] = {}
         for member in engine.optimizer.roster().trained:
             param = member.param
             happened, direction = outcomes.get(param, (0, None))
             if happened and not owners.owns(param):
                 engine.optimizer.state[param]["step"] += 1
             if happened == UPDATED and direction is not None and direction.numel():
-                kind = member.number, engine.optimizer.plan_of(member.settings, param)
+                kind = member.rates, engine.optimizer.plan_of(member.settings, param)
                 alike.setdefault(kind, []).append((dtensor.local(param), direction))
-        for (number, plan), pairs in alike.items():
+        for (source, plan), pairs in alike.items():
             weights, directions = ([pair[i] for pair in pairs] for i in (0, 1))
-            rates = [engine.optimizer.rates(engine.optimizer.param_groups[number], plan)] * len(pairs)
+            rates = [engine.optimizer.rates_from(source, plan)] * len(pairs)
             profiler = engine.optimizer.profiler
             metrics = NO_METRICS if profiler is None else profiler.of(plan.label)
             with metrics.watching(weights):

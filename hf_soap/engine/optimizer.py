@@ -16,8 +16,8 @@ from torch.optim.optimizer import ParamsT
 
 from hf_soap.checkpoint import state_dict as checkpoint
 from hf_soap.config import options
-from hf_soap.config.checks import check_group_keys, check_learning_rate, check_number, check_pair
-from hf_soap.config.members import OVERRIDES, Member, Registered, Roster, check_overrides
+from hf_soap.config.checks import check_group_keys, check_learning_rate, check_pair
+from hf_soap.config.members import OVERRIDES, Member, RateSource, Registered, Roster, check_overrides
 from hf_soap.distributed import dtensor
 from hf_soap.distributed.owners import Ownership
 from hf_soap.engine.buckets import state_dtype
@@ -153,6 +153,21 @@ class BlockOptimizer(torch.optim.Optimizer):
         """Returns learning rate and weight decay of what a group's parameters with this plan do at the next step."""
         return group["lr"], group["weight_decay"]
 
+    def rates_from(self, source: RateSource, plan: Plan) -> Rate:
+        """Returns :meth:`rates`, with the entries of a parameter's overrides in place of the group's.
+
+        Args:
+            source: Where the rates come from; see :class:`hf_soap.config.members.Member`.
+            plan: The plan of the parameter.
+        """
+        number, entries = source
+        if not entries:
+            return self.rates(self.param_groups[number], plan)
+        own = dict(entries)
+        factor = own.pop("lr_factor", 1.0)
+        lr, decay = self.rates({**self.param_groups[number], **own}, plan)
+        return lr * factor, decay
+
     def members(self) -> list[Member]:
         """Returns all parameters, frozen ones too, each with the settings that hold for it."""
         return self.roster().members
@@ -174,7 +189,8 @@ class BlockOptimizer(torch.optim.Optimizer):
 
         Args:
             param_group: ``params``, and settings that differ from the constructor's. ``overrides`` may hold a mapping
-                for each of its parameters, of settings that differ from the group's.
+                for each of its parameters, of settings that differ from the group's. ``lr_factor`` is among them, by
+                which the learning rate is multiplied, and ``weight_decay``.
 
         Raises:
             ValueError: If a setting is wrong, or a parameter is complex.
@@ -193,7 +209,7 @@ class BlockOptimizer(torch.optim.Optimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         check_group_keys(group, self.defaults)
         check_learning_rate(group["lr"])
-        check_number("weight_decay", group["weight_decay"])
+        options.check_number("weight_decay", group["weight_decay"])
         if group["differentiable"]:
             raise ValueError(
                 f"got differentiable=True, wanted False: {type(self).__name__} changes state and weights in place"
@@ -306,7 +322,9 @@ class BlockOptimizer(torch.optim.Optimizer):
                 state[key] = checkpoint.packed(member.param, plan, known, wanted)
             else:
                 state[key] = checkpoint.packed_of_owner(member.param, plan, known, wanted, owner, to_first=to_first)
-        return {**plain, "state": {**state, **{key: v for key, v in plain["state"].items() if key not in state}}}
+        others = {key: value for key, value in plain["state"].items() if key not in state}
+        groups = checkpoint.saved_groups(plain["param_groups"])
+        return {**plain, "state": {**state, **others}, "param_groups": groups}
 
     @torch.inference_mode(False)
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_downl
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError, LocalEntryNotFoundError
 
 from hf_soap.config.options import shown
-from hf_soap.hub.plain_yaml import MAX_BYTES
+from hf_soap.config.plain_yaml import MAX_BYTES
 from hf_soap.hub.recipes import NAME, Recipe, embedded, read
 
 CARD = "README.md"

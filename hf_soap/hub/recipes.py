@@ -18,7 +18,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from hf_soap.hub import plain_yaml
+from hf_soap.config import plain_yaml
 from hf_soap.hub.keys import SCRIPT_KEYS, mistakes
 from hf_soap.hub.safety import PROVENANCE, problem_of_key, refusals
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from hf_soap.config import options
-from hf_soap.config.checks import check_pair
+from hf_soap.config.checks import check_choice, check_pair
 from hf_soap.engine.optimizer import BlockOptimizer
 from hf_soap.engine.plan import Plan
 from hf_soap.linalg.elementwise import Rate
@@ -41,6 +41,10 @@ class ConfiguredOptimizer(BlockOptimizer):
             )
         given = {"lr": self.config.lr if lr is None else lr, "weight_decay": weight_decay}
         super().__init__(params, {**given, **known, **settings})
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        check_choice("rule", group["rule"], (self.config.name, "adam"))
 
 
 def default_settings(config: type[options.OptimizerConfig]) -> dict[str, Any]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import logging
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from hf_soap.config.members import OVERRIDES
+from hf_soap.config import modules
+from hf_soap.config.members import OVERRIDES, OWN_RATES
+from hf_soap.config.options import MODULES
 from hf_soap.distributed.dtensor import local
 from hf_soap.engine.buckets import state_dtype
 from hf_soap.engine.optimizer import BlockOptimizer
@@ -27,47 +29,45 @@ logger = logging.getLogger(__name__)
 LORA = re.compile(r"lora_(embedding_)?[AB]\b")
 """Names of LoRA matrices in peft: (r, in), (out, r)."""
 
-Overrides = dict[str, Any]
+Overrides = Mapping[str, Any]
 ADAM: Overrides = {"rule": "adam"}
 ONE_SIDED: Overrides = {"one_sided": True}
 BOTH_SIDES: Overrides = {"one_sided": False, "max_aspect_ratio": None}
 
+Entry = tuple[Collection[Tensor], Overrides]
+"""Parameters, and what their settings are."""
 
-def with_overrides(params: Iterable[Any], model: nn.Module | None, config: OptimizerConfig) -> list[dict[str, Any]]:
+
+def with_overrides(
+    params: Iterable[Any], model: nn.Module | None, config: OptimizerConfig, *, lr: float | Tensor | None = None
+) -> list[dict[str, Any]]:
     """Determines for each parameter which settings differ from those of its param group. The first match wins.
 
-    The order is: ``adam_modules``, ``one_sided_modules``, adapters (``lora_sides``), embeddings and output head if the
-    optimizer updates them by Adam, the optimizer's defaults. Tied weights match under each of their names.
+    The order is: ``modules``, ``adam_modules``, ``one_sided_modules``, adapters (``lora_sides``), embeddings and
+    output head if the optimizer updates them by Adam, the optimizer's defaults. Tied weights match under each of their
+    names.
 
     Args:
         params: Param groups as the Trainer makes them, or parameters.
         model: Where the names come from.
         config: The options.
+        lr: Peak learning rate of groups without one, to which that of single parameters is in proportion; None takes
+            the config's.
 
     Returns:
         The same groups in the same order, including empty ones, since a scheduler may have a function for each. They
         have names if a model was given, and ``overrides`` with the settings of each parameter if any differ.
 
     Raises:
-        ValueError: If a pattern matches no trainable parameter, or there is no model to match it with.
+        ValueError: If a pattern matches no trainable parameter, if there is no model to match it with, or if
+            a parameter has a learning rate in proportion to zero.
     """
     given = list(params)
     groups = given if given and isinstance(given[0], dict) else [{"params": given}]
     groups = [{**group, "params": _listed(group["params"])} for group in groups]
     names = _names(model) if model is not None else {}
-    trainable = [name for group in groups for param in group["params"] for name in names.get(param, ())]
-    patterns = {
-        key: re.compile(pattern)
-        for key in ("adam_modules", "one_sided_modules")
-        if (pattern := getattr(config, key, None)) is not None
-    }
-    for key, pattern in patterns.items():
-        if not any(pattern.search(name) for name in trainable):
-            raise ValueError(
-                f"{key}={pattern.pattern!r} matches no trainable parameter; names look like {', '.join(trainable[:3])}"
-                if trainable
-                else f"{key}={pattern.pattern!r} needs parameter names; build the optimizer with its model"
-            )
+    listed = [param for group in groups for param in group["params"]]
+    entries = _selected(listed, names, model, config)
     sides = getattr(config, "lora_sides", "rank")
     if model is None and sides != "rank":
         logger.warning(
@@ -76,16 +76,13 @@ def with_overrides(params: Iterable[Any], model: nn.Module | None, config: Optim
             sides,
             getattr(config, "max_aspect_ratio", None),
         )
-    embeddings = _embeddings(model) if model is not None and config.adam_embeddings else set()
-    adapters = _adapters(model) if model is not None else set()
-    named = all(param in names for group in groups for param in group["params"])
+    if model is not None:
+        entries += _by_kind(names, model, config)
+    named = all(param in names for param in listed)
     for group in groups:
-        overrides = []
-        for param in group["params"]:
-            own = _overrides(param, names.get(param, ()), patterns, config, is_adapter=param in adapters)
-            if own is None:
-                own = ADAM if param in embeddings else {}
-            overrides.append(dict(own))
+        peak: Any = group.get("lr", config.lr if lr is None else lr)
+        own = [next((own for chosen, own in entries if param in chosen), {}) for param in group["params"]]
+        overrides = [_with_factor(each, peak) for each in own]
         if any(overrides):
             group[OVERRIDES] = overrides
         if named:
@@ -110,7 +107,7 @@ def routing_table(optimizer: BlockOptimizer) -> str:
         if not param.requires_grad:
             continue
         plan, whole = optimizer.plan_of(member.settings, param), optimizer.owned(member.settings, param)
-        count = totals.setdefault(describe(plan, owned=whole), [0, 0, 0])
+        count = totals.setdefault(describe(plan, member.own, owned=whole), [0, 0, 0])
         count[0] += 1
         count[1] += param.numel() if whole else local(param).numel()
         count[2] += 2 * plan.layout.factor_numel() * state_dtype(param).itemsize
@@ -123,17 +120,26 @@ def routing_table(optimizer: BlockOptimizer) -> str:
     )
 
 
-def describe(plan: Plan, *, owned: bool) -> str:
+def describe(plan: Plan, own: Overrides, *, owned: bool) -> str:
     """Describes in a few words how a tensor is updated.
 
     Args:
         plan: Its plan.
+        own: What it overrides.
         owned: Whether one rank preconditions the whole of it.
     """
     blocks = plan.layout.blocks
     flat = ", the others too long" if plan.layout.too_long else ""
     parts = f" of each of {blocks} blocks" if blocks > 1 else ""
-    return f"{plan.label}{flat}{parts}{', by owner' if owned else ''}"
+    return ", ".join([f"{plan.label}{flat}{parts}", *(["by owner"] if owned else []), *_own_words(own)])
+
+
+def _own_words(own: Overrides) -> list[str]:
+    """Describes overrides that the rule does not show: rates, and options other than sides."""
+    shown_by_rule = {*ADAM, *BOTH_SIDES, *OWN_RATES}
+    factor = [f"lr ×{own['lr_factor']:.3g}"] if "lr_factor" in own else []
+    decay = [f"weight decay {own['weight_decay']:g}"] if "weight_decay" in own else []
+    return factor + decay + [f"{key}={value}" for key, value in own.items() if key not in shown_by_rule]
 
 
 def _listed(params: Any) -> list[Tensor]:
@@ -149,11 +155,89 @@ def _names(model: nn.Module) -> dict[Tensor, list[str]]:
     return dict(names)
 
 
-def _embeddings(model: nn.Module) -> set[Tensor]:
-    tables = {module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+def _selected(
+    params: list[Tensor], names: Mapping[Tensor, list[str]], model: nn.Module | None, config: OptimizerConfig
+) -> list[Entry]:
+    """Returns the settings that options give to parameters by name or role."""
+    chosen = [
+        (f"{MODULES}, {selector!r}", selector, modules.overrides_of(config, own))
+        for selector, own in (getattr(config, MODULES, None) or {}).items()
+    ]
+    for key, own in (("adam_modules", ADAM), ("one_sided_modules", ONE_SIDED)):
+        if (pattern := getattr(config, key, None)) is not None:
+            chosen.append((f"{key}={pattern!r}", pattern, dict(own)))
+    trainable = [name for param in params for name in names.get(param, ())]
+    entries: list[Entry] = []
+    for said, selector, own in chosen:
+        if model is None or not trainable:
+            raise ValueError(f"{said} needs parameter names; build the optimizer with its model")
+        if selector in modules.ROLES:  # a model need not have every role, such as a head
+            found = _roles(params, names, model)[selector]
+        else:
+            pattern = re.compile(selector)
+            found = {param for param in params if any(map(pattern.search, names.get(param, ())))}
+            if not found:
+                raise ValueError(
+                    f"{said} matches no trainable parameter; names look like {', '.join(trainable[:3])}"
+                )
+        entries.append((found, own))
+    return entries
+
+
+def _roles(params: Iterable[Tensor], names: Mapping[Tensor, list[str]], model: nn.Module) -> dict[str, set[Tensor]]:
+    """Returns the parameters of each of :data:`hf_soap.config.modules.ROLES`."""
+    every = set(params)
+    # Modules that peft trains as a whole, beside its adapters.
+    copies = {param for param, known in names.items() if any(".modules_to_save." in name for name in known)}
+    found = {
+        "@embeddings": every & _tables(model),
+        "@head": every & _head(model),
+        "@vectors": {param for param in every if param.dim() < 2},
+        "@adapters": every & (_lora(names) | _adapters(model)) - copies,
+    }
+    return {**found, "@matrices": every.difference(*found.values())}
+
+
+def _by_kind(names: Mapping[Tensor, list[str]], model: nn.Module, config: OptimizerConfig) -> list[Entry]:
+    """Returns the settings that adapters and embeddings have by default."""
+    entries: list[Entry] = []
+    if hasattr(config, "lora_sides"):
+        lora = _lora(names)
+        adapters = lora | _adapters(model)
+        by_side = {"rank": ONE_SIDED, "both": BOTH_SIDES, "none": ADAM}[config.lora_sides]
+        entries.append(({param for param in adapters if param.dim() == 2}, by_side))
+        if config.lora_sides != "both":
+            # Blocks of rotations and banks of vectors: their dimensions are not the sides of a matrix.
+            entries.append(({param for param in adapters - lora if param.dim() > 2}, ADAM))
+    if config.adam_embeddings:
+        entries.append((_tables(model) | _head(model), ADAM))
+    return entries
+
+
+def _with_factor(own: Overrides, peak: float | Tensor) -> dict[str, Any]:
+    """Replaces a learning rate by its ratio to that of the group, which schedulers change."""
+    if "lr" not in own:
+        return dict(own)
+    if not peak:
+        raise ValueError(
+            f"{MODULES} got lr={own['lr']} with a learning rate of 0, wanted one > 0, to which lr is in proportion; "
+            "set learning_rate"
+        )
+    return {**{key: value for key, value in own.items() if key != "lr"}, "lr_factor": own["lr"] / float(peak)}
+
+
+def _tables(model: nn.Module) -> set[Tensor]:
+    return {module.weight for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+
+
+def _head(model: nn.Module) -> set[Tensor]:
     find_head: Any = getattr(model, "get_output_embeddings", None)
     head = find_head() if find_head is not None else None
-    return tables | ({head.weight} if head is not None else set())
+    return {head.weight} if head is not None else set()
+
+
+def _lora(names: Mapping[Tensor, list[str]]) -> set[Tensor]:
+    return {param for param, known in names.items() if any(map(LORA.search, known))}
 
 
 def _adapters(model: nn.Module) -> set[Tensor]:
@@ -168,23 +252,3 @@ def _adapters(model: nn.Module) -> set[Tensor]:
     if isinstance(prompts, torch.nn.Module) and hasattr(model, "peft_config"):
         found.update(prompts.parameters())
     return found
-
-
-def _overrides(
-    param: Tensor,
-    names: Sequence[str],
-    patterns: dict[str, re.Pattern[str]],
-    config: OptimizerConfig,
-    *,
-    is_adapter: bool,
-) -> Overrides | None:
-    for key, overrides in (("adam_modules", ADAM), ("one_sided_modules", ONE_SIDED)):
-        if key in patterns and any(patterns[key].search(name) for name in names):
-            return overrides
-    is_lora = any(LORA.search(name) for name in names)
-    if not hasattr(config, "lora_sides") or not (is_lora or is_adapter):
-        return None
-    if param.dim() == 2:
-        return {"rank": ONE_SIDED, "both": BOTH_SIDES, "none": ADAM}[config.lora_sides]
-    # Blocks of rotations and banks of vectors: their dimensions are not the sides of a matrix.
-    return ADAM if param.dim() > 2 and not is_lora and config.lora_sides != "both" else None

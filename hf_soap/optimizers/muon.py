@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hf_soap.config import configs
-from hf_soap.config.checks import check_choice
 from hf_soap.engine.plan import Plan
 from hf_soap.optimizers.base import AuxiliaryRates, ConfiguredOptimizer, state_options
 from hf_soap.rules.elementwise import AdamWRule
@@ -34,10 +33,6 @@ class Muon(AuxiliaryRates, ConfiguredOptimizer):
     """
 
     config = configs.MuonConfig
-
-    def _check_group(self, group: dict[str, Any]) -> None:
-        super()._check_group(group)
-        check_choice("rule", group["rule"], ("muon", "adam"))
 
     def plan(self, group: Mapping[str, Any], shape: Sequence[int], *, part: Sequence[int] | None = None) -> Plan:
         """Returns Muon for matrices and stacks of them, and AdamW for everything else."""

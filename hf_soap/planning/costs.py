@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -44,6 +44,7 @@ class Share:
     """The plan of a parameter: of the largest part of any rank, or of the whole parameter on its owner."""
 
     group: dict[str, Any]
+    own: Mapping[str, Any]
     param: Tensor
     plan: Plan
     owned: bool
@@ -74,9 +75,10 @@ def shares(optimizer: BlockOptimizer, *, ranks: int, mode: Mode) -> Iterator[Sha
         stays = mode == "owner" and whole.traits.is_elementwise
         owned = mode in ("owner", "ddp, owner") and not stays and ranks > 1
         if owned or ranks == 1 or mode == "ddp":
-            yield Share(settings, param, whole, owned)
+            yield Share(settings, member.own, param, whole, owned)
         else:
-            yield Share(settings, param, optimizer.plan(settings, param.shape, part=largest_part(param, ranks)), owned)
+            plan = optimizer.plan(settings, param.shape, part=largest_part(param, ranks))
+            yield Share(settings, member.own, param, plan, owned)
 
 
 def largest_part(param: Tensor, ranks: int) -> tuple[int, ...]:

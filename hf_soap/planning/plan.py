@@ -65,7 +65,7 @@ def build(model: nn.Module, params: Iterable[Any], config: options.OptimizerConf
         config: The options.
 
     Returns:
-        The optimizer, with groups split by rule.
+        The optimizer, with the config's learning rate, to which an ``lr`` in ``modules`` is in proportion.
 
     Raises:
         ValueError: If options contradict each other, or a pattern matches no parameter.
@@ -211,7 +211,8 @@ def routing(model: nn.Module, optimizer: BlockOptimizer, *, ranks: int, mode: co
     rows = _Rows()
     for share in costs.shares(optimizer, ranks=ranks, mode=mode):
         layout = share.plan.layout
-        rule, sides = grouping.describe(share.plan, owned=share.owned), tuple(layout.block[i] for i in layout.sides)
+        rule = grouping.describe(share.plan, share.own, owned=share.owned)
+        sides = tuple(layout.block[i] for i in layout.sides)
         name, shape, decays = names[share.param], tuple(share.param.shape), share.group["weight_decay"] != 0
         rows.add(name, shape, rule, sides, decays=decays, factors=share.factors, state=share.state)
     return rows.listed()

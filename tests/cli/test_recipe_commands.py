@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 
 from hf_soap.__main__ import app
 from hf_soap.cli.run import CHILDREN, with_recipe
-from hf_soap.hub import plain_yaml, recipes
+from hf_soap.config import plain_yaml
+from hf_soap.hub import recipes
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The launcher

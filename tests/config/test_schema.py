@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn import Parameter
 
 from hf_soap import MARS, SOAP, Shampoo, SoapConfig
-from hf_soap.config.options import OptimizerConfig, nearest, option_fields, option_table, parse_optim_args
+from hf_soap.config.options import OptimizerConfig, nearest, option_fields, option_table, parse_optim_args, patterns
 from hf_soap.optimizers.names import ENTRIES, Entry
 from hf_soap.planning.plan import build
 
@@ -158,7 +158,7 @@ def test_defaults_may_come_from_elsewhere_and_yield_to_the_text() -> None:
 
 
 @entries
-@pytest.mark.parametrize("value", [0.125, 1e-12, 3, True, False, None, "rank", "off", "a|b"])
+@pytest.mark.parametrize("value", [0.125, 1e-12, 3, True, False, None, "rank", "off", "a|b", {"a,b": {"lr": 1}}])
 def test_a_config_survives_being_written_as_text(entry: Entry, value: Any) -> None:
     """Every option that can be set to the value is."""
     config = entry.config()
@@ -190,6 +190,95 @@ def test_a_pattern_survives_being_written_as_text(pattern: str) -> None:
     """SoapTrainer writes its config into optim_args; a comma or a bracket of a pattern cut the text elsewhere."""
     config = SoapConfig(adam_modules=pattern, eps=1e-6)
     assert parse_optim_args(config.to_optim_args(), SoapConfig) == config
+
+
+BY_MODULE: dict[str, Any] = {
+    "modules={wte: {lr: 1e-2}}": {"wte": {"lr": 1e-2}},
+    r"modules={'wte|lm_head': {rule: adam, lr: 1e-2}, '\.mlp\.': {one_sided: true, beta2: 0.9}},eps=1e-6": {
+        "wte|lm_head": {"rule": "adam", "lr": 1e-2},
+        r"\.mlp\.": {"one_sided": True, "beta2": 0.9},
+    },
+    '{"@vectors": {"lr_factor": 2, "block_size": null}}': {"@vectors": {"lr_factor": 2, "block_size": None}},
+    "modules='{h: {block_size: none, merge_dims: yes, weight_decay: \"0\"}}'": {
+        "h": {"block_size": None, "merge_dims": True, "weight_decay": 0.0}
+    },
+    r"""modules={'[(,{]\''': {}, "\\d{1,2}": {}, a'b: {}, '': {}}""": {
+        r"[(,{]\'": {},
+        r"\d{1,2}": {},
+        "a'b": {},
+        "": {},
+    },
+    "modules={}": {},
+    "modules=none": None,
+}
+"""What is written, and what it says."""
+
+
+@pytest.mark.parametrize(("text", "given"), BY_MODULE.items(), ids=BY_MODULE.keys())
+def test_settings_by_module_are_read_and_written(text: str, given: Any) -> None:
+    text = text if "modules=" in text else f"modules={text}"
+    found, eps = parse_optim_args(text, SoapConfig), 1e-6 if "eps" in text else 1e-8
+    assert found == SoapConfig(modules=given, eps=eps)
+    assert found.modules is None or list(found.modules) == list(given)
+    assert parse_optim_args(found.to_optim_args(), SoapConfig) == found
+    assert parse_optim_args({"modules": given, "eps": eps}, SoapConfig) == found
+    assert parse_optim_args([found.to_optim_args(), "one_sided=true"], SoapConfig) == replace(found, one_sided=True)
+    assert patterns(found.to_optim_args()) == [key for key in given or {} if key[:1] != "@"]
+    assert hash(found) == hash(SoapConfig(modules=given, eps=eps))
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["a" * 200, "é\\.", "a: b", "# a", "a #b", "- a", "a? b", "true", "1e3", "~", "\x7f", "\n \n", "%", "x, {y"],
+)
+def test_any_pattern_may_have_settings(pattern: str) -> None:
+    config = SoapConfig(modules={pattern: {"rule": "adam"}, "b": {"lr": 1e-8}}, eps=1e-6)
+    assert parse_optim_args(config.to_optim_args(), SoapConfig) == config
+
+
+def test_settings_by_module_are_copied() -> None:
+    """A config is a value."""
+    given = {"a": {"lr": 1.0}}
+    config = SoapConfig(modules=given)
+    given["a"]["lr"] = -1.0
+    assert config.modules == {"a": {"lr": 1.0}}
+
+
+WRONG_BY_MODULE = {
+    "{a: 3}": r"modules must map patterns to settings, got {'a': 3}; for example {'wte\|lm_head': {rule: adam, ",
+    "abc": r"modules must be mapping or none, got 'abc'",
+    "{a: {lr: 1}": r"modules got '{a: {lr: 1},eps=1e-6', wanted plain YAML: .*column \d+\); write ",
+    "{a[0]: {lr: 1}}": r"wanted plain YAML: .*got '\['.*write patterns and roles in single quotes",
+    "{@head: {lr: 1}}": r"character '@' that cannot start any token.*write patterns and roles in single quotes",
+    "{a: {lr: 1}, a: {lr: 2}}": r"got the key 'a' twice, wanted it once",
+    "{a: {lr: 1, lr: 2}}": r"got the key 'lr' twice, wanted it once",
+    "{a: {lr: &x 1}, b: {lr: *x}}": r"got an anchor or alias, wanted every value written out",
+    "{1: {lr: 1}}": r"got the key '1', wanted text as key",
+    "{(: {lr: 1}}": r"a key of modules must be a regular expression, got '\(': ",
+    "{'@heads': {lr: 1}}": r"modules got the unknown role '@heads', wanted a pattern or one of @embeddings, @head, ",
+    "{a: {freq: 1}}": r"modules, 'a': unknown setting 'freq': did you mean precondition_frequency\? It takes rule",
+    "{a: {shard_mode: owner}}": r"'a': got shard_mode, wanted a setting that may differ .*; set shard_mode outside",
+    "{a: {log_every: 3}}": r"'a': got log_every, wanted a setting that may differ .*; set log_every outside",
+    "{a: {modules: none}}": r"'a': got modules, wanted a setting that may differ between parameters",
+    "{a: {lr: 1, lr_factor: 2}}": r"'a': got lr and lr_factor, wanted one of them; lr is absolute",
+    "{a: {lr: 0}}": r"'a': lr must be a finite number > 0, got 0",
+    "{a: {lr_factor: .nan}}": r"'a': lr_factor must be a finite number > 0, got nan",
+    "{a: {weight_decay: -1}}": r"'a': weight_decay must be a finite number >= 0, got -1",
+    "{a: {lr: fast}}": r"lr must be float, got 'fast'",
+    "{a: {beta1: 1.0}}": r"'a': beta1 must be in \[0, 1\), got 1.0; the default is 0.95",
+    "{a: {block_size: 1.5}}": r"'a': block_size must be int or none, got 1.5",
+}
+
+
+@pytest.mark.parametrize(("value", "message"), WRONG_BY_MODULE.items(), ids=WRONG_BY_MODULE.keys())
+def test_wrong_settings_by_module(value: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_optim_args(f"modules={value},eps=1e-6", SoapConfig)
+
+
+def test_a_separate_learning_rate_is_not_set_by_module() -> None:
+    with pytest.raises(ValueError, match=r"'a': got lr_1d, wanted a setting that may differ .*; write lr$"):
+        parse_optim_args("modules={a: {lr_1d: 1e-3}}", ENTRIES["muon"].config)
 
 
 @entries
@@ -265,7 +354,7 @@ TOGETHER: tuple[dict[str, Any], ...] = (
 )
 """Settings some of which each option wants beside it: no parameter may be left that it is for."""
 
-CANDIDATES = (True, False, 3, 0.5, -0.5, "head", "none", None)
+CANDIDATES = (True, False, 3, 0.5, -0.5, "head", "none", None, {"head": {"rule": "adam"}})
 EVERY_OPTION = sorted({name for entry in ENTRIES.values() for name in option_fields(entry.config)})
 
 

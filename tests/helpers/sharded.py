@@ -28,6 +28,14 @@ from hf_soap.checkpoint import state_dict
 from hf_soap.engine.optimizer import BlockOptimizer
 from hf_soap.trainer import resume
 
+
+def _with_own_settings(params: Iterable[Any]) -> list[dict[str, Any]]:
+    """A matrix and a vector have their own rates and betas."""
+    listed = list(params)
+    own = {"lr_factor": 0.5, "weight_decay": 0.25, "betas": (0.9, 0.8)}
+    return [{"params": listed, "overrides": [{} if place % 3 else own for place in range(len(listed))]}]
+
+
 OPTIMIZERS: dict[str, Callable[[Any], BlockOptimizer]] = {
     "soap": lambda p: SOAP(p, lr=1e-2, precondition_frequency=2),
     "soap, one side, factorized": lambda p: SOAP(
@@ -45,6 +53,7 @@ OPTIMIZERS: dict[str, Callable[[Any], BlockOptimizer]] = {
     "mars_soap": lambda p: MARS(p, lr=1e-2, variant="soap", precondition_frequency=2),
     "muon": lambda p: Muon(p, lr=1e-2, lr_1d=1e-3),
     "third party": lambda p: SPlus(p, lr=1e-2, precondition_frequency=2),
+    "soap, own settings": lambda p: SOAP(_with_own_settings(p), lr=1e-2, precondition_frequency=2),
     "soap, overlapped": lambda p: SOAP(p, lr=1e-2, precondition_frequency=2, overlap_refresh=True),
 }
 WITHOUT_OWNERS: dict[str, Callable[[Any], BlockOptimizer]] = {}

@@ -19,10 +19,10 @@ from typer.testing import CliRunner
 
 from hf_soap.__main__ import app
 from hf_soap.cli.run import with_recipe
-from hf_soap.config import options
+from hf_soap.config import options, plain_yaml
 from hf_soap.config.configs import SoapConfig
 from hf_soap.config.options import parse_optim_args
-from hf_soap.hub import exchange, keys, plain_yaml, recipes, safety
+from hf_soap.hub import exchange, keys, recipes, safety
 
 
 def read(data: bytes | str) -> tuple[Any, str]:
@@ -157,6 +157,11 @@ def test_any_content_is_a_recipe_or_refused_by_key(content: dict[str, Any], key:
         ("optim_args: adam_modules=(x*)*y", "optim_args: .*groups .* that are not repeated"),
         ("optim_args: one_sided=true,one_sided_modules='(x*)*y'", "optim_args: .*groups .* that are not repeated"),
         ("optim_args: 'adam_modules=.*a.*b.*c.*d$'", "optim_args: .*at most 3 of"),
+        ("optim_args: 'modules={(x*)*y: {lr: 1}}'", "optim_args: .*groups .* that are not repeated"),
+        (r"""optim_args: 'modules={"(x\x2a)*y": {}},eps=1e-6'""", "optim_args: .*groups .* that are not repeated"),
+        ("optim_args: 'modules={.*a.*b.*c: {}, .*d.*e.*f: {}},adam_modules=.*g.*h$'", "optim_args: .*at most 3 of"),
+        ("optim_args: 'modules={a: {lr: 1}'", "optim_args: modules got .*wanted plain YAML"),
+        ("optim_args: 'modules={a: &a {lr: 1}, b: *a}'", "an anchor or alias"),
         # Neither was ? taken for a repeat, nor a group that chooses without one; peft reads this key as patterns too.
         ("optim_target_modules: '(.?){26}.{26}!'", "groups .* that are not repeated"),
         (f"optim_target_modules: '{'.?' * 22 + '.' * 22}!'", "at most 3 of"),
@@ -188,6 +193,7 @@ def test_harm_is_refused_by_key(text: str, why: str) -> None:
         "lora_target_modules: [q_proj, '.*attn.*']",
         "lora_target_modules: all-linear",
         "optim_args: adam_modules=lm_head|embed",
+        "optim_args: \"modules={'lm_head|embed': {rule: adam, lr: 1e-2}, '@vectors': {weight_decay: 0}}\"",
         r"optim_args: adam_modules='.*\.layers\.(0|1|2)\..*'",
         r"optim_args: adam_modules=^model\.(q|k|v)_proj$,one_sided_modules=layers\.[0-9]+\.mlp",
         r"optim_target_modules: .*\.layers\.\w+\.[a-z_]+\.\w+_proj\.lora_A\..*",

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from recipe_texts import VALID, read
 from transformers import HfArgumentParser, TrainingArguments
 
-from hf_soap.hub import keys, plain_yaml, recipes
+from hf_soap.config import plain_yaml
+from hf_soap.hub import keys, recipes
 
 # ---------------------------------------------------------------------------------------------------------------------
 # YAML

@@ -234,6 +234,12 @@ words = st.sampled_from(
             "(0.9,",
             "0.95)",
             "adam_modules=",
+            "modules=",
+            "{a: {lr: 1}}",
+            "{'@head': {",
+            "rule: adam",
+            ": ",
+            "}}",
             "eps=",
             "block_size=",
             "precondition_frequency=",
@@ -319,6 +325,21 @@ def values_of(hint: Any) -> st.SearchStrategy[Any]:
         st.text(max_size=8),
         st.sampled_from(
             ["rank", "both", "skip", "off", "local", "bfloat16", "ema", "sum", "adam", "newton", "attn|mlp"]
+        ),
+        st.dictionaries(
+            st.one_of(st.text(max_size=8), st.sampled_from(["@head", "@vectors", r"h\.[01]", "a{1,2}", r"[\']"])),
+            st.fixed_dictionaries(
+                {},
+                optional={
+                    "rule": st.just("adam"),
+                    "lr": st.floats(),
+                    "weight_decay": st.integers(-1, 3),
+                    "eps": st.floats(0, 1),
+                    "stacked_matrices": st.booleans(),
+                    "block_size": st.sampled_from([None, 4]),
+                },
+            ),
+            max_size=3,
         ),
     )
 

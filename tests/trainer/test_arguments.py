@@ -146,6 +146,22 @@ def test_yaml_as_it_is_written(tmp_path: Path) -> None:
     assert arguments.resolve(args) == ShampooConfig(nonfinite="off", ridge=1e-5, graft=None, stagger=True, eps=1e-6)
 
 
+def test_settings_by_module_in_a_file(tmp_path: Path) -> None:
+    """YAML of version 1.1 reads 1e-2 as text."""
+    (tmp_path / "args.yaml").write_text(
+        f"output_dir: {tmp_path}\noptim: soap\nuse_cpu: true\noptim_args:\n  eps: 1e-6\n  modules:\n"
+        "    weight: {rule: adam, lr: 1e-2, beta2: 0.5}\n    '@vectors':\n      lr_factor: 2\n      weight_decay: 0\n"
+    )
+    (args,) = HfArgumentParser(TrainingArguments).parse_yaml_file(str(tmp_path / "args.yaml"))
+    own = {"weight": {"rule": "adam", "lr": 1e-2, "beta2": 0.5}, "@vectors": {"lr_factor": 2, "weight_decay": 0}}
+    assert arguments.resolve(args) == SoapConfig(eps=1e-6, modules=own)
+    config = SoapTrainer(torch.nn.Linear(4, 4), tiny.arguments(tmp_path), optimizer_config={"modules": own}).args
+    assert arguments.resolve(config) == SoapConfig(modules=own)
+    matrices, vectors = made_from(replace(args, learning_rate=5e-3)).param_groups
+    assert matrices["overrides"] == [{"rule": "adam", "lr_factor": 2.0, "betas": (0.95, 0.5)}]
+    assert vectors["overrides"] == [{"lr_factor": 2, "weight_decay": 0}]
+
+
 def test_a_mapping_is_left_to_an_optimizer_that_is_not_ours(tmp_path: Path) -> None:
     assert tiny.arguments(tmp_path, optim="sgd", optim_args={"momentum": 0.9}).optim_args == {"momentum": 0.9}
 
@@ -161,6 +177,8 @@ def test_a_mapping_is_left_to_an_optimizer_that_is_not_ours(tmp_path: Path) -> N
         ({"freq": 2}, r"did you mean precondition_frequency\?"),
         ({"precondition_frequency": 0}, r"precondition_frequency must be >= 1, got 0"),
         ({"precondition_frequency": [2]}, r"precondition_frequency must be a number, text, .*got \[2\]"),
+        ({"modules": {"a": {"lr": {1}}}}, r"wanted plain YAML|got the tag"),
+        ({"modules": {"a": {"lr": int}}}, r"wanted mappings, lists, text, numbers, true, false or null: "),
         ({"eps": {"value": 1}}, r"eps must be a number, text, .*got {'value': 1}"),
         ({"eps": "tiny"}, r"eps must be float, got 'tiny'"),
         ({"eps": ""}, r"key=value pairs split by commas, got 'eps='"),
@@ -201,7 +219,7 @@ def test_a_pattern_in_a_file_means_what_it_means_in_text(pattern: str, shape: st
 
 
 @pytest.mark.parametrize("name", ENTRIES)
-@pytest.mark.parametrize("value", [0.125, 1e-12, 3, True, False, None, "both", "off", "a|b"])
+@pytest.mark.parametrize("value", [0.125, 1e-12, 3, True, False, None, "both", "off", "a|b", {"a|b": {"lr": 1}}])
 def test_every_option_may_stand_in_a_mapping(name: str, value: Any) -> None:
     """Those that can be set to the value are, through YAML and back."""
     cls = ENTRIES[name].config

@@ -84,7 +84,7 @@ def load(data: bytes) -> Any:
             or more than eight levels.
     """
     if len(data) > MAX_BYTES:
-        raise ValueError(f"got {len(data)} bytes, wanted at most {MAX_BYTES}; a recipe needs a few hundred")
+        raise ValueError(f"got {len(data)} bytes, wanted at most {MAX_BYTES}; settings need a few hundred")
     try:
         loader = _Loader(data.decode("utf-8-sig"))
         try:
@@ -96,10 +96,28 @@ def load(data: bytes) -> Any:
         raise ValueError(f"wanted plain YAML: {_explained(error)}") from error
 
 
-def dump(data: Any) -> str:
-    """Writes plain data in its order; :func:`load` returns the same data."""
-    text: str = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=float("inf"))
-    return text
+def dump(data: Any, *, in_one_line: bool = False) -> str:
+    """Writes plain data in its order; :func:`load` returns the same data.
+
+    Args:
+        data: What :func:`load` returns.
+        in_one_line: Write mappings and lists in braces and brackets.
+
+    Raises:
+        ValueError: If it contains anything else.
+    """
+    try:
+        text: str = yaml.dump(
+            data,
+            Dumper=_Dumper,
+            sort_keys=False,
+            allow_unicode=True,
+            width=float("inf"),
+            default_flow_style=in_one_line,
+        )
+    except yaml.YAMLError as error:
+        raise ValueError(f"wanted mappings, lists, text, numbers, true, false or null: {error}") from error
+    return text.removesuffix("\n") if in_one_line else text
 
 
 def _explained(error: Exception) -> str:
