@@ -4,10 +4,14 @@ python scripts/bench_step.py                 # both sets of shapes
 python scripts/bench_step.py --shapes gpt256 --rounds 5 --device cuda
 python scripts/bench_step.py --shapes gpt256 --only "MARS adamw" "MARS lion" --rounds 30
 python scripts/bench_step.py --scaling       # how time and bytes of SOAP grow with width and layers
+python scripts/bench_step.py --shapes gpt256 --only SOAP --rounds 1 --isa avx2   # as without AVX512
 
 Each round runs each optimizer for `--steps` steps with new random gradients, in turn, so that a slow moment of the
 machine affects all of them; medians over rounds are printed. The floor is the time of the matrix products that SOAP
 needs at least: 2.5 times 2mn(m+n) FLOP a step plus 6.67n³ per factor and refresh, at this machine's float32 rate.
+
+First come the processor's name, its instructions and its rates. `--isa avx2` runs everything in a process whose
+libraries use AVX2 only. On a CPU that has more, this is an emulation: its clock and caches remain.
 """
 
 from __future__ import annotations
@@ -16,8 +20,10 @@ import argparse
 import importlib.util
 import json
 import math
-import platform
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -30,6 +36,8 @@ from rich.table import Table
 from torch import Tensor
 
 from hf_soap import MARS, SOAP, Shampoo
+from hf_soap.linalg import processor
+from hf_soap.linalg.precision import float32_products
 
 Shape = tuple[int, ...]
 
@@ -49,6 +57,9 @@ SHAPES: dict[str, list[Shape]] = {
     ],
 }
 
+
+ISA = {"avx2": {"ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}}
+"""Variables that restrict oneDNN, MKL and torch to a set of instructions. They are read when a process starts."""
 
 LIGHT = ("(fused)", "adamw", "lion")
 """Last words of the names of optimizers without factors."""
@@ -104,8 +115,23 @@ def floor_flop(shapes: list[Shape], frequency: int) -> float:
 
 def product_rate(device: torch.device) -> float:
     """Returns the operations a second of a 1024³ product of float32 matrices with torch's default settings."""
-    a, b = (torch.randn(1024, 1024, device=device) for _ in range(2))
-    return 2 * 1024**3 / statistics.median([seconds(lambda: a @ b, device) for _ in range(20)][5:])
+    return rate(*(torch.randn(1024, 1024, device=device) for _ in range(2)), calls=20)
+
+
+def rate(a: Tensor, b: Tensor, *, calls: int) -> float:
+    """Returns the operations a second of the product of matrices (..., m, k) and (..., k, n); a quarter warms up."""
+    times = [seconds(lambda: a @ b, a.device) for _ in range(calls)][calls // 4 :]
+    return 2 * a.numel() * b.shape[-1] / statistics.median(times)
+
+
+def rates(device: torch.device) -> dict[str, float]:
+    """Returns GFLOP/s: of :func:`product_rate`, and of six products as in a step of SOAP on `gpt256`."""
+    bases, blocks = (torch.randn(6, 256, columns, device=device) for columns in (256, 1024))
+    found = {"float32, 1024³": product_rate(device)}
+    with float32_products((256, 1024), device, sides=(0, 1)):
+        found["float32, 6 × 256 × 256 × 1024"] = rate(bases, blocks, calls=20)
+    found["bfloat16, 6 × 256 × 256 × 1024"] = rate(bases.bfloat16(), blocks.bfloat16(), calls=5)
+    return {name: found_rate / 1e9 for name, found_rate in found.items()}
 
 
 def seconds(call: Callable[[], Any], device: torch.device) -> float:
@@ -243,16 +269,27 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="steps per round; a multiple of the frequency")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--isa", choices=[*ISA], help="instructions that the libraries may use, in a child process")
     parser.add_argument("--only", nargs="+", default=[""], help="beginnings of names; AdamW is always included")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     args = parser.parse_args()
+    restricted = {**os.environ, **ISA.get(args.isa, {})}
+    if restricted != dict(os.environ):
+        raise SystemExit(subprocess.run([sys.executable, *sys.argv], env=restricted, check=False).returncode)
     device = torch.device(args.device)
     console = Console()
     report: dict[str, Any] = {
-        "machine": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor(),
+        "machine": processor.name(device),
+        "instructions": processor.instructions(device),
+        "emulated": args.isa,
+        "gflop_per_s": rates(device),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
     }
+    instructions = report["instructions"] + (" emulated" if args.isa else "")
+    console.print(f"{report['machine']}, {instructions}, threads: {report['threads']}")
+    for name, value in report["gflop_per_s"].items():
+        console.print(f"{name}: {value:.1f} GFLOP/s")
     if args.scaling:
         report |= scaling(args.widths, args.layers, frequency=args.frequency, device=device)
         print_scaling({name: report[name] for name in ("width", "layers")}, console)
@@ -268,9 +305,8 @@ def main() -> None:
             shapes, frequency=args.frequency, steps=args.steps, rounds=args.rounds, device=device, chosen=chosen
         )
         report[name] = {"floor_s": floor, **result}
-        table = Table(
-            title=f"{name}: floor {floor * 1e3:.1f} ms, frequency {args.frequency}, torch {torch.__version__}"
-        )
+        title = f"{name}: floor {floor * 1e3:.1f} ms, frequency {args.frequency}, torch {torch.__version__}"
+        table = Table(title=f"{title}, {instructions}")
         for heading in ("optimizer", "ms/step", "× floor", "× AdamW", "worst step / mean", "state bytes/param"):
             table.add_column(heading, justify="left" if heading == "optimizer" else "right")
         adamw = result["AdamW (fused)"]["step_s"]

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import cache
 
 import torch
 from torch import Tensor
 
+from hf_soap.linalg import processor
 from hf_soap.linalg.matrices import eye_like
+
+logger = logging.getLogger(__name__)
 
 
 def eigenbasis(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -211,7 +216,15 @@ def _inverse_cholesky(gram: Tensor) -> Tensor:
 
 def in_panels(matrix: Tensor) -> bool:
     """Whether matrices are processed in panels, which skips products with known zeros."""
-    return matrix.device.type == "cpu" and matrix.shape[-1] >= 4 * PANEL
+    return _in_panels(matrix.shape[-1], matrix.device)
+
+
+@cache
+def _in_panels(n: int, device: torch.device) -> bool:
+    panels = device.type == "cpu" and n >= 4 * PANEL
+    kernel = "in panels" if panels else "by torch's default kernel"
+    logger.debug("QR of (%d, %d) %s: %s", n, n, kernel, processor.instructions(device))
+    return panels
 
 
 def qr(matrix: Tensor) -> tuple[Tensor, Tensor]:

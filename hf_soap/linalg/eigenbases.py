@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import logging
+from functools import cache
+
 import torch
 from torch import Tensor
 
+from hf_soap.linalg import processor
 from hf_soap.linalg.decompositions import cholesky_qr, in_panels, one_by_one, qr
 from hf_soap.linalg.matrices import safe_scale, symmetrize
+
+logger = logging.getLogger(__name__)
 
 
 def refresh(factor: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,9 +46,15 @@ FAST_FLOAT64 = ((7, 0), (8, 0), (9, 0), (10, 0))
 
 
 def _solves_by_products(factor: Tensor) -> bool:
-    if factor.device.type != "cuda" or factor.dtype != torch.float32:
-        return False
-    return torch.cuda.get_device_capability(factor.device) in FAST_FLOAT64
+    return factor.device.type == "cuda" and factor.dtype == torch.float32 and _has_fast_float64(factor.device)
+
+
+@cache
+def _has_fast_float64(device: torch.device) -> bool:
+    fast = torch.cuda.get_device_capability(device) in FAST_FLOAT64
+    kernel = "Cholesky QR in float64" if fast else "Householder QR"
+    logger.debug("refreshes of float32 factors by %s: %s", kernel, processor.instructions(device))
+    return fast
 
 
 def _symmetric_product(upper: Tensor, basis: Tensor) -> Tensor:

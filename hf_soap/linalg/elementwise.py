@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
+
+from hf_soap.linalg import processor
+
+logger = logging.getLogger(__name__)
 
 
 def adam_direction(
@@ -67,11 +72,14 @@ def fused_adam_direction(
 @cache
 def fuses_evenly(block: tuple[int, ...], device: torch.device) -> bool:
     """Whether :func:`fused_adam_direction` rounds all entries of blocks of this shape alike."""
-    return device.type != "cpu" or math.prod(block) % LANES == 0
+    evenly = device.type != "cpu" or math.prod(block) % LANES == 0
+    kernel = "the fused kernel" if evenly else "six passes"
+    logger.debug("Adam on rotated blocks of %s by %s: %s", block, kernel, processor.instructions(device))
+    return evenly
 
 
 LANES = 16
-"""Number of float32 entries in a CPU's longest vector."""
+"""Number of float32 entries in a CPU's longest vector, that of AVX512. Those of other processors divide it."""
 
 
 def changed_by_kernel(tensors: Sequence[Tensor]) -> None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, ClassVar
 
 import torch
+
+from hf_soap.linalg import processor
+
+logger = logging.getLogger(__name__)
 
 EXACT, REDUCED = "ieee", {"cpu": "bf16", "cuda": "tf32"}
 """Names of torch's settings for products of float32 matrices: in float32, or in a reduced precision that is faster."""
@@ -23,9 +28,8 @@ There it is up to twice as fast as oneDNN."""
 class float32_products:
     """Multiplies float32 matrices in float32 within the context, whatever the program has set for its model.
 
-    Factors need that precision: if eigenvalues differ by a factor of 1e7, TF32 loses the small ones. On a CPU without
-    a matrix unit for bf16, oneDNN computes in float32 even in torch's bf16 mode. On AMD processors that is about twice
-    as fast as MKL, so it is used wherever it is exact.
+    Factors need that precision: if eigenvalues differ by a factor of 1e7, TF32 loses the small ones. oneDNN multiplies
+    large matrices where :func:`prefers_onednn` says so.
 
     Args:
         block: Shape of the blocks that the matrices belong to.
@@ -38,10 +42,7 @@ class float32_products:
         self, block: Sequence[int], device: torch.device, *, sides: Sequence[int] = (), reduced: bool = False
     ) -> None:
         self._settings = _settings(device.type)
-        flat = tuple(sides) == (0,) and block[0] <= FLAT
-        usual = SMALLEST <= max(block, default=0) <= LARGEST and not flat
-        fast = reduced if device.type == "cuda" else usual and onednn_is_exact()
-        self._wanted = REDUCED[device.type] if fast and self._settings is not None else EXACT
+        self._wanted = _wanted(tuple(block), device, tuple(sides), reduced) if self._settings is not None else EXACT
 
     def __enter__(self) -> None:
         if self._settings is not None:
@@ -55,11 +56,46 @@ class float32_products:
 
 
 @cache
+def _wanted(block: tuple[int, ...], device: torch.device, sides: tuple[int, ...], reduced: bool) -> str:
+    """Returns torch's setting for the products of these blocks."""
+    flat = sides == (0,) and block[0] <= FLAT
+    usual = SMALLEST <= max(block, default=0) <= LARGEST and not flat
+    fast = reduced if device.type == "cuda" else usual and prefers_onednn()
+    kernel = {"cpu": "oneDNN", "cuda": "TF32"}[device.type] if fast else "torch's default kernel"
+    logger.debug("float32 products of %s by %s: %s", block, kernel, processor.instructions(device))
+    return REDUCED[device.type] if fast else EXACT
+
+
+@cache
+def allows_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 matrices are worth multiplying on a device. Warns, once per process, if they are not."""
+    if device.type != "cpu" or processor.multiplies_bfloat16():
+        logger.debug("bfloat16 products on %s: %s", processor.name(device), processor.instructions(device))
+        return True
+    logger.warning(
+        "matmul_dtype='bfloat16' computes in float32 here: the processor (%s, %s) has no instructions for bfloat16 "
+        "products, which would take several times as long. Use matmul_dtype='float32', or a processor with "
+        "AVX512-BF16 or AMX.",
+        processor.name(device),
+        processor.instructions(device),
+    )
+    return False
+
+
+def prefers_onednn() -> bool:
+    """Whether oneDNN, in torch's bf16 mode, multiplies float32 matrices in float32 and faster than torch's default.
+
+    It does on AMD processors with AVX512, where it is about twice as fast as MKL. On Intel's, MKL uses AVX512 too: it
+    is as fast as oneDNN up to sides of 1024, and two to three times as fast at 3072. On processors without AVX512,
+    torch does not pass products to oneDNN.
+    """
+    return processor.onednn_takes_bfloat16() and not processor.is_intel() and onednn_is_exact()
+
+
+@cache
 def onednn_is_exact() -> bool:
     """Whether oneDNN's bf16 mode computes products of float32 matrices in float32 on this processor."""
     settings = _settings("cpu")
-    if settings is None or not torch.backends.mkldnn.is_available():
-        return False
     generator = torch.Generator(device="cpu").manual_seed(0)
     before = settings.fp32_precision
     try:

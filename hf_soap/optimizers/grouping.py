@@ -177,9 +177,7 @@ def _selected(
             pattern = re.compile(selector)
             found = {param for param in params if any(map(pattern.search, names.get(param, ())))}
             if not found:
-                raise ValueError(
-                    f"{said} matches no trainable parameter; names look like {', '.join(trainable[:3])}"
-                )
+                raise ValueError(f"{said} matches no trainable parameter; names look like {', '.join(trainable[:3])}")
         entries.append((found, own))
     return entries
 

@@ -47,7 +47,8 @@ class SOAP(BlockOptimizer):
         kl: Whiten the gradient by the other factors before it enters a factor (KL-SOAP, arXiv:2509.03378).
         include_current: Add the current gradient to factor and basis before it is rotated, not afterwards.
         refresh_tol: Skip the refresh of a basis that diagonalises its factor up to this share (arXiv:2506.03595).
-        matmul_dtype: Arithmetic of the rotations of gradient and direction: ``"bfloat16"``, or ``"tf32"`` on GPUs.
+        matmul_dtype: Arithmetic of the rotations of gradient and direction: ``"bfloat16"``, or ``"tf32"`` on GPUs. On
+            a CPU without instructions for bfloat16 products, ``"bfloat16"`` is float32, with a warning.
         nonfinite: ``"skip"`` skips a step in which any gradient holds NaN or Inf; ``"off"`` does not check.
         max_skipped_in_a_row: Raise an error when this many steps in a row were skipped; 0 never does.
         shard_mode: With several ranks: ``"local"`` preconditions each rank's part of a matrix by itself, ``"owner"``

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_soap.linalg import decompositions, eigenbases, elementwise, matrices
-from hf_soap.linalg.precision import float32_products
+from hf_soap.linalg.precision import allows_bfloat16, float32_products
 from hf_soap.rules.base import Rule, State, StateSpec, Traits, moment, square, vector
 from hf_soap.rules.context import StepContext, adjacent
 from hf_soap.rules.layout import Layout
@@ -54,6 +54,7 @@ class SoapRule(Rule):
         refresh_tol: Skip the refresh of a basis while ‖L̂ - diag L̂‖ ≤ refresh_tol·‖L̂‖.
         orthonormalize_every: Refreshes between two corrections of a basis.
         matmul_dtype: Arithmetic of the rotations of gradient and direction. All other products are exact.
+            ``"bfloat16"`` is float32 where :func:`~hf_soap.linalg.precision.allows_bfloat16` is false.
 
     Source:
         SOAP, arXiv:2409.11321, algorithm 3, with the conventions of its official implementation; factorized V there
@@ -236,16 +237,18 @@ class SoapRule(Rule):
     def _bases(self, state: State, layout: Layout) -> dict[int, Tensor]:
         """Returns the bases by side, in the dtype of a step's rotations."""
         own = {side: state[f"basis_{side}"] for side in layout.sides}
-        return {side: basis.bfloat16() for side, basis in own.items()} if self.matmul_dtype == "bfloat16" else own
+        if self.matmul_dtype != "bfloat16" or not own or not allows_bfloat16(state["exp_avg"].device):
+            return own
+        return {side: basis.bfloat16() for side, basis in own.items()}
 
     def _rotate(self, tensor: Tensor, own: Mapping[int, Tensor], layout: Layout, *, back: bool = False) -> Tensor:
         """Rotates into the eigenbases, or back."""
         reduced = self.matmul_dtype == "tf32" and bool(own)
         arithmetic = float32_products(layout.block, tensor.device, reduced=True) if reduced else nullcontext()
-        rotated = tensor.bfloat16() if self.matmul_dtype == "bfloat16" and own else tensor
+        rotated = tensor
         with arithmetic:
             for side, basis in own.items():
-                rotated = matrices.mode_product(rotated, basis.mT if back else basis, side)
+                rotated = matrices.mode_product(rotated.to(basis.dtype), basis.mT if back else basis, side)
         return rotated.to(tensor.dtype)
 
     def _adam_direction(self, rotated: Tensor, state: State, layout: Layout) -> Tensor:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_soap import SOAP
-from hf_soap.linalg.precision import EXACT, float32_products, onednn_is_exact
+from hf_soap.linalg.precision import EXACT, float32_products, prefers_onednn
 
 CPU = torch.device("cpu")
 LARGE = (256, 256)
@@ -55,7 +55,7 @@ def test_small_blocks_are_multiplied_by_the_exact_setting(chosen: str) -> None:
     with float32_products((4, 4), CPU):
         assert settings.fp32_precision == EXACT
     with float32_products(LARGE, CPU):
-        assert (settings.fp32_precision == EXACT) != onednn_is_exact()
+        assert (settings.fp32_precision == EXACT) != prefers_onednn()
 
 
 @pytest.mark.cuda

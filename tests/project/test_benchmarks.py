@@ -1,5 +1,12 @@
 """The benchmarks run, and what they count is right; nobody asserts a time."""
 
+import json
+import os
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
 import bench_async
 import bench_distributed
 import bench_metrics
@@ -8,7 +15,7 @@ import bench_step
 import pytest
 import torch
 import typer
-from paths import ROOT
+from paths import PYTHONPATH, ROOT
 from rich.console import Console
 from typer.testing import CliRunner
 
@@ -25,7 +32,24 @@ def test_bench_step_counts_state_and_times_each_optimizer() -> None:
     assert result["SOAP"]["state_bytes_per_param"] * numel == pytest.approx(moments + factors + 3 * 8)
     assert all(row["worst_s"] >= row["step_s"] > 0 for row in result.values())
     assert bench_step.floor_flop([(10, 20), (5,)], 2) == 5 * 200 * 30 + 6.67 * (1000 + 8000) / 2
-    assert bench_step.product_rate(torch.device("cpu")) > 0
+    rates = bench_step.rates(torch.device("cpu"))
+    assert len(rates) == 3
+    assert min(rates.values()) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="the CPU has no AVX2")
+def test_bench_step_emulates_avx2(tmp_path: Path) -> None:
+    file = tmp_path / "found.json"
+    options = shlex.split(f"--shapes gpt256 --only 'MARS lion' --rounds 1 --steps 1 --isa avx2 --json {file}")
+    command = [sys.executable, ROOT / "scripts" / "bench_step.py", *options]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": PYTHONPATH}, capture_output=True, check=True)
+    assert b"AVX2 emulated" in done.stdout
+    found = json.loads(file.read_text())
+    assert (found["instructions"], found["emulated"]) == ("AVX2", "avx2")
+    assert found["machine"]
+    assert len(found["gflop_per_s"]) == 3
+    assert min(found["gflop_per_s"].values()) > 0
 
 
 def test_scaling_fits_exponents() -> None:
