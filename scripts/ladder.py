@@ -62,7 +62,8 @@ RUNGS = {
     "+ β₂ 0.9": Rung("soap", "beta2=0.9", guess=0.47),
     "+ growing refreshes": Rung("soap", "beta2=0.9,refresh_growth=0.1", guess=0.42),
     "+ f = 1": Rung("soap", "beta2=0.9,precondition_frequency=1", guess=0.42),
-    "small state": Rung("soap", "one_sided=true,state_dtype=bfloat16", guess=0.67),
+    "+ module rates": Rung("soap", "preset=frontier", guess=0.41),
+    "+ small state": Rung("soap", "preset=small", guess=0.41),
 }
 
 TIMED_STEPS, TIMED_ROUNDS = 30, 3
