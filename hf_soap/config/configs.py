@@ -148,7 +148,7 @@ _ADAMW = {"rule": "adam", "lr_factor": 0.5, "beta1": 0.9, "beta2": 0.95}
 _FRONTIER = {
     "beta2": 0.9,
     "refresh_growth": 0.1,
-    "modules": {role: _ADAMW for role in ("@embeddings", "@head", "@vectors")},
+    "modules": dict.fromkeys(("@embeddings", "@head", "@vectors"), _ADAMW),
 }
 SOAP_PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {

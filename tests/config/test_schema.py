@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 
-from hf_soap import MARS, SOAP, Shampoo, SoapConfig
+from hf_soap import MARS, SOAP, KlSoapConfig, MarsConfig, Shampoo, SoapConfig
 from hf_soap.config.options import OptimizerConfig, nearest, option_fields, option_table, parse_optim_args, patterns
 from hf_soap.optimizers.names import ENTRIES, Entry
 from hf_soap.planning.plan import build
@@ -148,6 +148,34 @@ def test_an_unknown_rule_of_a_group() -> None:
 )
 def test_what_optim_args_can_say(text: str | None, config: SoapConfig) -> None:
     assert parse_optim_args(text, SoapConfig) == config
+
+
+def test_a_preset_sets_several_options_and_the_rest_of_the_text_changes_them() -> None:
+    config = parse_optim_args("preset=small,beta2=0.8", SoapConfig, {"eps": 1e-6})
+    assert config == SoapConfig.preset("small", beta2=0.8, eps=1e-6)
+    assert (config.state_dtype, config.beta2, config.eps) == ("bfloat16", 0.8, 1e-6)
+    assert parse_optim_args(config.to_optim_args(), SoapConfig) == config
+    assert parse_optim_args({"preset": "official"}, SoapConfig).max_aspect_ratio is None
+
+
+@pytest.mark.parametrize(
+    ("text", "config", "message"),
+    [
+        ("preset=smal", SoapConfig, r"soap got preset='smal', wanted one that it has: did you mean small\? its pres"),
+        ("preset=small", MarsConfig, r"mars got preset='small', wanted one that it has: its presets are none"),
+        ("preset=small,preset=official", SoapConfig, r"optim_args got preset twice"),
+    ],
+)
+def test_presets_that_do_not_exist(text: str, config: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_optim_args(text, config)
+
+
+@pytest.mark.parametrize("name", SoapConfig.presets)
+@pytest.mark.parametrize("config", [SoapConfig, KlSoapConfig])
+def test_presets_are_valid(config: type[SoapConfig], name: str) -> None:
+    preset = config.preset(name)
+    assert all(getattr(preset, key) == value for key, value in config.presets[name].items())
 
 
 def test_defaults_may_come_from_elsewhere_and_yield_to_the_text() -> None:

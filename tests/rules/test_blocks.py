@@ -153,6 +153,22 @@ def planned(shape: tuple[int, ...], **options: object) -> Layout:
         pytest.param(
             (20, 30), {"block_size": 10, "factored": False}, Layout((20, 30), (1, 1), (20, 30), ()), id="uncut"
         ),
+        pytest.param((20, 50), {"square_blocks": True}, Layout((20, 50), (1, 3), (20, 17), (0, 1)), id="square"),
+        pytest.param(
+            (50, 20), {"square_blocks": True, "block_size": 10}, Layout((50, 20), (5, 2), (10, 10), (0, 1)), id="both"
+        ),
+        pytest.param(
+            (5, 60),
+            {"square_blocks": True, "max_aspect_ratio": 8.0},
+            Layout((5, 60), (1, 1), (5, 60), (0,), (1,)),
+            id="too flat for square blocks",
+        ),
+        pytest.param(
+            (2, 4, 8),
+            {"square_blocks": True, "stacked_matrices": True},
+            Layout((8, 8), (2, 2), (4, 4), (0, 1), stack=2),
+            id="square blocks of a stack",
+        ),
         pytest.param((3, 2), {"block_size": 1}, Layout((3, 2), (3, 2), (1, 1), ()), id="blocks of one entry"),
     ],
 )
