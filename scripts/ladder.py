@@ -60,7 +60,7 @@ RUNGS = {
     "AdamW": Rung("adamw_torch_fused", lr=1e-2, guess=1),
     "SOAP, official": Rung("soap"),
     "+ β₂ 0.9": Rung("soap", "beta2=0.9", guess=0.47),
-    "+ growing refreshes": Rung("soap", "beta2=0.9,refresh_growth=0.1", guess=0.42),
+    "+ growing refreshes": Rung("soap", "beta2=0.9,refresh_growth=0.03", guess=0.42),
     "+ f = 1": Rung("soap", "beta2=0.9,precondition_frequency=1", guess=0.42),
     "+ module rates": Rung("soap", "preset=frontier", guess=0.41),
     "+ small state": Rung("soap", "preset=small", guess=0.41),

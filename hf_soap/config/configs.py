@@ -147,7 +147,7 @@ class AuxiliaryOptions(OptimizerConfig):
 _ADAMW = {"rule": "adam", "lr_factor": 0.5, "beta1": 0.9, "beta2": 0.95}
 _FRONTIER = {
     "beta2": 0.9,
-    "refresh_growth": 0.1,
+    "refresh_growth": 0.03,
     "modules": dict.fromkeys(("@embeddings", "@head", "@vectors"), _ADAMW),
 }
 SOAP_PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
