@@ -79,7 +79,7 @@ def _detached(role: Any, value: Any) -> Any:
 
 
 def saved_groups(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Returns param groups with None for empty overrides: torch.distributed.checkpoint does not save empty mappings."""
+    """Returns param groups with None for empty overrides: torch.distributed.checkpoint saves no empty mappings."""
     return [
         {**group, OVERRIDES: [own or None for own in group[OVERRIDES]]} if group.get(OVERRIDES) else group
         for group in groups
