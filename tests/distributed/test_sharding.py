@@ -115,7 +115,7 @@ PAIRS = list(itertools.product(((1, "whole"), (1, "fsdp"), (2, "fsdp"), (3, "fsd
 )
 def test_owners_go_on_bit_for_bit(before: tuple[int, str], after: tuple[int, str], shared: Path) -> None:
     """Every number of ranks loads what every other saved; FULL lost what ranks other than the first own."""
-    names = ["soap", "shampoo", "soap, blocks", "soap, own settings"]
+    names = ["soap", "shampoo", "soap, blocks", "soap, square blocks", "soap, own settings"]
     ranks.run("sharded_owners.owners_save", before[0], shared, mode=before[1], names=names)
     ranks.run("sharded_owners.owners_go_on", after[0], shared, mode=after[1], names=names)
 

@@ -42,6 +42,9 @@ OPTIMIZERS: dict[str, Callable[[Any], BlockOptimizer]] = {
         p, lr=1e-2, precondition_frequency=2, one_sided=True, factorized=True
     ),
     "soap, blocks": lambda p: SOAP(p, lr=1e-2, precondition_frequency=2, block_size=4),
+    "soap, square blocks": lambda p: SOAP(
+        p, lr=1e-2, precondition_frequency=3, refresh_growth=0.5, square_blocks=True, factorized=True
+    ),
     "kl_soap": lambda p: SOAP(p, lr=1e-2, precondition_frequency=2, kl=True),
     "shampoo": lambda p: Shampoo(p, lr=1e-2, precondition_frequency=2, start_step=2),
     "shampoo, late roots": lambda p: Shampoo(

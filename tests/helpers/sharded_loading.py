@@ -30,6 +30,9 @@ OPTIMIZERS: dict[str, Callable[..., BlockOptimizer]] = {
     "soap, one side": lambda p, **s: SOAP(p, lr=LR, precondition_frequency=2, one_sided=True, **s),
     "soap, factorized": lambda p, **s: SOAP(p, lr=LR, precondition_frequency=2, factorized=True, **s),
     "soap, blocks": lambda p, **s: SOAP(p, lr=LR, precondition_frequency=2, block_size=4, **s),
+    "soap, square blocks": lambda p, **s: SOAP(
+        p, lr=LR, precondition_frequency=3, refresh_growth=0.5, square_blocks=True, **s
+    ),
     "soap, bfloat16": lambda p, **s: SOAP(
         p, lr=LR, precondition_frequency=2, state_dtype="bfloat16", pack_factors=True, **s
     ),
