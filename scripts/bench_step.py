@@ -67,21 +67,17 @@ LIGHT = ("(fused)", "adamw", "lion")
 
 def optimizers(frequency: int) -> dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]]:
     """Returns constructors by name: of this package, torch's fused AdamW, and other packages that are installed."""
+    # All refreshes are at their final distance, as they are after the first few hundred updates.
+    soap = partial(SOAP, lr=1e-4, precondition_frequency=frequency, refresh_growth=0.0)
     found: dict[str, Callable[[list[Tensor]], Any]] = {
         "AdamW (fused)": lambda params: torch.optim.AdamW(params, lr=1e-4, fused=True),
-        "SOAP": lambda params: SOAP(params, lr=1e-4, precondition_frequency=frequency),
-        "SOAP, staggered": lambda params: SOAP(params, lr=1e-4, precondition_frequency=frequency, stagger=True),
-        "SOAP, bf16 rotations": lambda params: SOAP(
-            params, lr=1e-4, precondition_frequency=frequency, matmul_dtype="bfloat16"
-        ),
-        "SOAP, bf16 state, packed": lambda params: SOAP(
-            params, lr=1e-4, precondition_frequency=frequency, state_dtype="bfloat16", pack_factors=True
-        ),
-        "SOAP, one side": lambda params: SOAP(params, lr=1e-4, precondition_frequency=frequency, one_sided=True),
-        "SOAP, one side, factorized": lambda params: SOAP(
-            params, lr=1e-4, precondition_frequency=frequency, one_sided=True, factorized=True
-        ),
-        "KL-SOAP": lambda params: SOAP(params, lr=1e-4, precondition_frequency=frequency, kl=True),
+        "SOAP": soap,
+        "SOAP, staggered": partial(soap, stagger=True),
+        "SOAP, bf16 rotations": partial(soap, matmul_dtype="bfloat16"),
+        "SOAP, bf16 state, packed": partial(soap, state_dtype="bfloat16", pack_factors=True),
+        "SOAP, one side": partial(soap, one_sided=True),
+        "SOAP, one side, factorized": partial(soap, one_sided=True, factorized=True),
+        "KL-SOAP": partial(soap, kl=True),
         "Shampoo": lambda params: Shampoo(params, lr=1e-4, precondition_frequency=frequency),
         **{
             f"MARS {variant}": partial(MARS, lr=1e-4, variant=variant, **options)

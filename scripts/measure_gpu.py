@@ -268,21 +268,22 @@ def contenders(frequencies: Sequence[int]) -> dict[str, Callable[[list[Parameter
         "AdamW (fused)": lambda p: torch.optim.AdamW(p, lr=1e-4, fused=p[0].is_cuda),
         "MARS": functools.partial(MARS, lr=1e-4),
     }
+    soap = functools.partial(SOAP, refresh_growth=0.0)  # as after the first few hundred updates
     if hasattr(torch.optim, "Muon"):
         found["torch Muon + AdamW"] = torch_muon
     once: dict[str, tuple[Any, dict[str, Any]]] = {
-        "SOAP, bf16 rotations": (SOAP, {"matmul_dtype": "bfloat16"}),
-        "SOAP, staggered": (SOAP, {"stagger": True}),
-        "KL-SOAP": (SOAP, {"kl": True}),
+        "SOAP, bf16 rotations": (soap, {"matmul_dtype": "bfloat16"}),
+        "SOAP, staggered": (soap, {"stagger": True}),
+        "KL-SOAP": (soap, {"kl": True}),
         "Shampoo": (Shampoo, {}),
         "Shampoo by Newton's method": (Shampoo, {"root_method": "newton"}),
-        "SOAP, bf16 state, packed": (SOAP, {"state_dtype": "bfloat16", "pack_factors": True}),
+        "SOAP, bf16 state, packed": (soap, {"state_dtype": "bfloat16", "pack_factors": True}),
     }
     peers = peer_constructors()
     for f in frequencies:
         ours: dict[str, tuple[Any, dict[str, Any]]] = {
-            "SOAP": (SOAP, {}),
-            "SOAP, tf32 rotations": (SOAP, {"matmul_dtype": "tf32"}),
+            "SOAP": (soap, {}),
+            "SOAP, tf32 rotations": (soap, {"matmul_dtype": "tf32"}),
         }
         for name, (cls, options) in (ours | (once if f == frequencies[0] else {})).items():
             found[f"{name}, f={f}"] = functools.partial(cls, lr=1e-4, precondition_frequency=f, **options)
@@ -395,8 +396,10 @@ def profile_step(setup: Setup) -> None:
 
     model, shapes = next(iter(models(setup).items()))
     for label, make in {
-        "SOAP": functools.partial(SOAP, precondition_frequency=10),
-        "SOAP, tf32 rotations": functools.partial(SOAP, precondition_frequency=10, matmul_dtype="tf32"),
+        "SOAP": functools.partial(SOAP, precondition_frequency=10, refresh_growth=0.0),
+        "SOAP, tf32 rotations": functools.partial(
+            SOAP, precondition_frequency=10, refresh_growth=0.0, matmul_dtype="tf32"
+        ),
         "Shampoo": functools.partial(Shampoo, precondition_frequency=10),
         "MARS": MARS,
     }.items():
@@ -470,32 +473,33 @@ HOST_WAITS = {"cudaStreamSynchronize", "cudaEventSynchronize", "aten::item", "at
 
 RUNS: dict[str, dict[str, Any]] = {
     "AdamW, lr 1.8e-3": {"optim": "adamw_torch_fused", "learning_rate": 1.8e-3, "adam_beta2": 0.95},
-    "SOAP f=10, tf32 rotations, lr 3e-3": {"optim": "soap", "learning_rate": 3e-3, "optim_args": "matmul_dtype=tf32"},
-    "KL-SOAP f=10, tf32 rotations, lr 3e-3": {
+    "SOAP, preset=frontier, tf32 rotations, lr 3e-3": {
+        "optim": "soap",
+        "learning_rate": 3e-3,
+        "optim_args": "preset=frontier,matmul_dtype=tf32",
+    },
+    "SOAP, tf32 rotations, lr 3e-3": {"optim": "soap", "learning_rate": 3e-3, "optim_args": "matmul_dtype=tf32"},
+    "SOAP, preset=official, lr 3e-3": {"optim": "soap", "learning_rate": 3e-3, "optim_args": "preset=official"},
+    "AdamW, lr 6e-4": {"optim": "adamw_torch_fused", "learning_rate": 6e-4, "adam_beta2": 0.95},
+    "KL-SOAP, tf32 rotations, lr 3e-3": {
         "optim": "kl_soap",
         "learning_rate": 3e-3,
         "optim_args": "matmul_dtype=tf32",
     },
-    "AdamW, lr 6e-4": {"optim": "adamw_torch_fused", "learning_rate": 6e-4, "adam_beta2": 0.95},
     "MARS, lr 3e-3": {"optim": "mars", "learning_rate": 3e-3},
-    "SOAP f=1, tf32 rotations, lr 3e-3": {
-        "optim": "soap",
-        "learning_rate": 3e-3,
-        "optim_args": "precondition_frequency=1,matmul_dtype=tf32",
-    },
     "AdamW, lr 3e-3": {"optim": "adamw_torch_fused", "learning_rate": 3e-3, "adam_beta2": 0.95},
 }
 """Arguments of the Trainer for each run that is trained to its end, the most valuable first."""
 
 POLICIES: dict[str, str | None] = {
     "AdamW (fused)": None,
-    "SOAP f=10": "",
-    "SOAP f=10, no finite check": "nonfinite=off",
-    "SOAP f=10, tf32 rotations": "matmul_dtype=tf32",
+    "SOAP f=10": "refresh_growth=0",
+    "SOAP f=10, no finite check": "refresh_growth=0,nonfinite=off",
+    "SOAP f=10, tf32 rotations": "refresh_growth=0,matmul_dtype=tf32",
     "SOAP f=1": "precondition_frequency=1",
     "SOAP f=1, tf32 rotations": "precondition_frequency=1,matmul_dtype=tf32",
-    "SOAP f=10, staggered": "stagger=true",
-    "SOAP f=10, tf32, overlap_refresh": "matmul_dtype=tf32,overlap_refresh=true",
+    "SOAP f=10, staggered": "refresh_growth=0,stagger=true",
+    "SOAP f=10, tf32, overlap_refresh": "refresh_growth=0,matmul_dtype=tf32,overlap_refresh=true",
     "AdamW (fused), again": None,
 }
 """optim_args of each run that is only timed; None stands for AdamW."""

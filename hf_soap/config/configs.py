@@ -8,8 +8,13 @@ from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 from hf_soap.config import modules
-from hf_soap.config.options import AT_LEAST_1, DECAY_RATE, NON_NEGATIVE, POSITIVE, OptimizerConfig, option
+from hf_soap.config.options import AT_LEAST_1, DECAY_RATE, NON_NEGATIVE, POSITIVE, Check, OptimizerConfig, option
 
+REFRESH_GROWTH = (
+    "Refresh more often at first: the next refresh comes after this share of the updates so far, from 1 to "
+    "`precondition_frequency` updates; 0 keeps the distance constant."
+)
+GROWTH: Check = (lambda x: x == 0 or x >= 1e-3, "0 or >= 0.001")
 OVERLAP_REFRESH = "On a GPU, refresh during the next forward and backward pass."
 
 
@@ -117,12 +122,7 @@ class ShampooFactorOptions(FactorOptions):
     stagger: bool = option(
         False, "Tensor number i refreshes i updates earlier, so that refreshes do not all fall on the same step."
     )
-    refresh_growth: float = option(
-        0.0,
-        "Refresh more often at first: the next refresh comes after this share of the updates so far, from 1 to "
-        "`precondition_frequency` updates; 0 keeps the distance constant.",
-        (lambda x: x == 0 or x >= 1e-3, "0 or >= 0.001"),
-    )
+    refresh_growth: float = option(0.03, REFRESH_GROWTH, GROWTH)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,7 +147,6 @@ class AuxiliaryOptions(OptimizerConfig):
 _ADAMW = {"rule": "adam", "lr_factor": 0.5, "beta1": 0.9, "beta2": 0.95}
 _FRONTIER = {
     "beta2": 0.9,
-    "refresh_growth": 0.03,
     "modules": dict.fromkeys(("@embeddings", "@head", "@vectors"), _ADAMW),
 }
 SOAP_PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
@@ -159,6 +158,7 @@ SOAP_PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "lora_sides": "both",
         },
         "frontier": _FRONTIER,
+        "lora": {"beta1": 0.9},
         "small": {
             **_FRONTIER,
             "state_dtype": "bfloat16",
@@ -233,6 +233,7 @@ class ShampooConfig(ShampooFactorOptions):
     graft: Literal["adam", "adagrad", "rmsprop", "sgd"] | None = option(
         "adam", "Rule whose step length each tensor takes; `none` keeps Shampoo's own."
     )
+    refresh_growth: float = option(0.0, REFRESH_GROWTH, GROWTH)
     root_method: Literal["eigh", "newton"] = option("eigh", "How inverse roots are computed.")
     ridge: float = option(1e-6, "Added to each factor, relative to its largest eigenvalue.", NON_NEGATIVE)
     start_step: int | None = option(

@@ -108,7 +108,7 @@ class MARS(AuxiliaryRates):
         precondition_1d: bool = False,
         stagger: bool = False,
         square_blocks: bool = False,
-        refresh_growth: float = 0.0,
+        refresh_growth: float = 0.03,
         one_sided: bool = False,
         block_size: int | None = None,
         overlap_refresh: bool = False,

@@ -99,7 +99,7 @@ class SOAP(BlockOptimizer):
         *,
         stagger: bool = False,
         square_blocks: bool = False,
-        refresh_growth: float = 0.0,
+        refresh_growth: float = 0.03,
         one_sided: bool = False,
         block_size: int | None = None,
         factorized: bool = False,

@@ -15,7 +15,7 @@ from hf_soap.engine.failures import Failures
 from hf_soap.rules.context import StepContext
 
 FREQUENCY = 4
-soap = partial(SOAP, precondition_frequency=FREQUENCY)
+soap = partial(SOAP, precondition_frequency=FREQUENCY, refresh_growth=0.0)
 OVERLAPPING = {
     "soap": soap,
     "staggered": partial(soap, stagger=True),

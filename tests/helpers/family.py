@@ -41,7 +41,7 @@ class Row:
         return self.make(params, **{"lr": 0.01, **overrides})
 
 
-soap = partial(SOAP, precondition_frequency=3)
+soap = partial(SOAP, precondition_frequency=3, refresh_growth=0.0)
 shampoo = partial(Shampoo, precondition_frequency=3, start_step=2)
 mars = partial(MARS, weight_decay_1d=0.0)
 SoapRow = partial(Row, seeds=True, waits=True)
@@ -72,7 +72,7 @@ TABLE = {
     "mars-m": Row(partial(mars, variant="m", lr_1d=0.05), lr=0.2, slow=True),
     "muon": Row(partial(Muon, lr_1d=0.05), lr=0.2, has_betas=False),
     "third party": Row(partial(SPlus, precondition_frequency=3), lr=0.5, has_betas=False),
-    "mars-soap": Row(partial(mars, variant="soap", precondition_frequency=3)),
+    "mars-soap": Row(partial(mars, variant="soap", precondition_frequency=3, refresh_growth=0.0)),
 }
 
 

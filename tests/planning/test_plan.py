@@ -240,13 +240,13 @@ COUNTED = {
 @pytest.mark.parametrize(
     "make",
     [
-        lambda p: SOAP(p, precondition_frequency=4),
-        lambda p: SOAP(p, precondition_frequency=4, one_sided=True, factorized=True),
-        lambda p: SOAP(p, precondition_frequency=4, block_size=24, kl=True),
+        lambda p: SOAP(p, precondition_frequency=4, refresh_growth=0.0),
+        lambda p: SOAP(p, precondition_frequency=4, refresh_growth=0.0, one_sided=True, factorized=True),
+        lambda p: SOAP(p, precondition_frequency=4, refresh_growth=0.0, block_size=24, kl=True),
         lambda p: Shampoo(p, precondition_frequency=4),
         lambda p: Shampoo(p, precondition_frequency=4, kl=True, graft=None),
         lambda p: MARS(p, variant="shampoo"),
-        lambda p: MARS(p, variant="soap", precondition_frequency=4),
+        lambda p: MARS(p, variant="soap", precondition_frequency=4, refresh_growth=0.0),
     ],
     ids=["soap", "one side", "blocks, kl", "shampoo", "kl_shampoo", "newton-schulz", "mars_soap"],
 )

@@ -100,6 +100,7 @@ def test_mars_equals_the_textbook(variant: str, optimize_1d: bool) -> None:
 
 def test_mars_in_front_of_soap_equals_the_textbook() -> None:
     settings: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.01, "betas": (0.95, 0.98), "precondition_frequency": 5}
+    settings["refresh_growth"] = 0.2
     difference = largest_difference(
         SQUARES,
         lambda p: MARS(p, variant="soap", optimize_1d=True, gamma=0.05, **settings),

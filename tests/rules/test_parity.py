@@ -18,8 +18,8 @@ from hf_soap.reference.soap import ReferenceSOAP
 
 STEPS = 60
 TOLERANCE = 1e-10
-OFFICIAL: dict[str, Any] = {"max_aspect_ratio": None, "stacked_matrices": False}
-"""What the textbook does: a factor for every side, however the tensor is shaped."""
+OFFICIAL: dict[str, Any] = {"max_aspect_ratio": None, "stacked_matrices": False, "refresh_growth": 0.0}
+"""What the textbook does: a factor for every side, however the tensor is shaped, and refreshes at equal distances."""
 
 SETTINGS = {"lr": 1e-2, "weight_decay": 0.01, "betas": (0.9, 0.95)}
 
@@ -44,7 +44,7 @@ def soap_difference(shapes: list[tuple[int, ...]], *, inject: bool = False, **op
     options = {**SETTINGS, **options}
     return largest_difference(
         shapes,
-        lambda params: SOAP(params, **OFFICIAL, **options),
+        lambda params: SOAP(params, **{**OFFICIAL, **options}),
         lambda weights: ReferenceSOAP(weights, **options),
         steps=STEPS,
         after_first=inject_full_rank if inject else None,
