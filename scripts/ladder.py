@@ -3,7 +3,7 @@
 python scripts/ladder.py --out ladder                    # all rungs
 python scripts/ladder.py --out ladder --time             # milliseconds per step, on an otherwise idle machine
 python scripts/ladder.py --out ladder --only-report      # the table of the runs so far
-python scripts/ladder.py --out ladder4 --layers 4 --rungs "SOAP, official" "+ β₂ 0.9" --workers 2
+python scripts/ladder.py --out ladder4 --layers 4 --rungs "SOAP, official" "+ KL" --workers 2
 
 A small GPT-2 learns the bytes of Python's standard library, in batches of 64 × 64, with the real Trainer. AdamW trains
 for --steps at the best learning rate of a sweep in factors of two. Its held-out loss, the mean over seeds, is the
@@ -58,12 +58,13 @@ class Rung:
 
 RUNGS = {
     "AdamW": Rung("adamw_torch_fused", lr=1e-2, guess=1),
-    "SOAP, official": Rung("soap"),
-    "+ β₂ 0.9": Rung("soap", "beta2=0.9", guess=0.47),
-    "+ growing refreshes": Rung("soap", "beta2=0.9,refresh_growth=0.03", guess=0.42),
-    "+ f = 1": Rung("soap", "beta2=0.9,precondition_frequency=1", guess=0.42),
-    "+ module rates": Rung("soap", "preset=frontier", guess=0.41),
-    "+ small state": Rung("soap", "preset=small", guess=0.41),
+    "SOAP, official": Rung("soap", "preset=official"),
+    "+ β₁ and β₂ 0.9": Rung("soap", "refresh_growth=0,beta1=0.9,beta2=0.9", guess=0.42),
+    "+ early refreshes": Rung("soap", "beta1=0.9,beta2=0.9", guess=0.4),
+    "with f = 1": Rung("soap", "precondition_frequency=1,beta1=0.9,beta2=0.9", guess=0.4),
+    "+ AdamW for embeddings and vectors": Rung("soap", "preset=frontier,kl=false", guess=0.37),
+    "+ KL": Rung("soap", "preset=frontier", guess=0.36),
+    "+ small state": Rung("soap", "preset=small", guess=0.37),
 }
 
 TIMED_STEPS, TIMED_ROUNDS = 30, 3

@@ -144,9 +144,11 @@ class AuxiliaryOptions(OptimizerConfig):
         return {"betas_1d": (kwargs.pop("beta1_1d"), kwargs.pop("beta2_1d")), **kwargs}
 
 
-_ADAMW = {"rule": "adam", "lr_factor": 0.5, "beta1": 0.9, "beta2": 0.95}
+_ADAMW = {"rule": "adam", "beta1": 0.9, "beta2": 0.95}
 _FRONTIER = {
+    "beta1": 0.9,
     "beta2": 0.9,
+    "kl": True,
     "modules": dict.fromkeys(("@embeddings", "@head", "@vectors"), _ADAMW),
 }
 SOAP_PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
