@@ -160,7 +160,7 @@ SOAP_PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "lora_sides": "both",
         },
         "frontier": _FRONTIER,
-        "lora": {"beta1": 0.9},
+        "fine_tuning": {"beta1": 0.9},
         "small": {
             **_FRONTIER,
             "state_dtype": "bfloat16",
