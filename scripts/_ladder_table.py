@@ -15,12 +15,13 @@ def ladder_table(report: Mapping[str, Any]) -> str:
         report: The content of a ladder.json, in which rungs may be unfinished.
 
     Returns:
-        How the runs were made, and one line per rung. A cell is empty where runs are missing.
+        How the runs were made, and one line per rung that has runs. A cell is empty where runs are missing.
     """
-    headings = ["rung", "`optim_args`", "lr", f"loss at {report['at']}", "±", "steps to AdamW's loss", "%", "±"]
-    headings += ["ms/step", "wall %", "state bytes / parameter", "runs"]
+    headings = ["rung", "`optim_args`", "lr", *([f"loss at {report['at']}", "±"] if report["at"] else [])]
+    headings += ["steps to AdamW's loss", "%", "±", "ms/step", "wall %", "state bytes / parameter", "runs"]
     base = report["rungs"]["AdamW"]
-    lines = table(headings, (_row(name, found, base) for name, found in report["rungs"].items()))
+    begun = {name: found for name, found in report["rungs"].items() if found["cost"]["runs"]}
+    lines = table(headings, (_row(name, found, base, at=report["at"]) for name, found in begun.items()))
     return "\n".join([_caption(report), "", *lines]) + "\n"
 
 
@@ -36,10 +37,10 @@ def _caption(report: Mapping[str, Any]) -> str:
     )
 
 
-def _row(name: str, found: Mapping[str, Any], base: Mapping[str, Any]) -> list[str]:
+def _row(name: str, found: Mapping[str, Any], base: Mapping[str, Any], *, at: int) -> list[str]:
     args = f"`{found['optim_args']}`" if found["optim_args"] else ""
     bound = "" if found.get("reached", True) else "> "
-    cells = [name, args, _number(found.get("lr"), "g"), *_spread(found.get("loss_at"), ".4f")]
+    cells = [name, args, _number(found.get("lr"), "g"), *(_spread(found.get("loss_at"), ".4f") if at else [])]
     cells += [bound + _spread(found.get("steps"), ".0f")[0], bound + _spread(found.get("percent"), ".1f")[0]]
     cells += [_spread(found.get("percent"), ".1f")[1], _number(found["time"].get("ms"), ".1f"), _wall(found, base)]
     return [*cells, _number(found["cost"].get("state_bytes"), ".1f"), str(found["cost"]["runs"])]

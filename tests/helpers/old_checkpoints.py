@@ -31,7 +31,7 @@ SHAPES = [(8, 8), (5, 5), (5, 8), (6,), (4, 3, 3)]
 STEPS, MORE = range(8), range(8, 11)
 """The checkpoint comes between the two; factors are refreshed after it too."""
 
-soap = partial(SOAP, lr=1e-2, precondition_frequency=2)
+soap = partial(SOAP, lr=1e-2, precondition_frequency=2, refresh_growth=0.0)
 shampoo = partial(Shampoo, lr=1e-2, precondition_frequency=2, start_step=2)
 mars = partial(MARS, lr=1e-2, weight_decay=0.01, weight_decay_1d=0.02)
 """With a decay for vectors: where none was given, 0.1.0 had another one."""
@@ -50,7 +50,7 @@ OPTIMIZERS: dict[str, Callable[[Any], BlockOptimizer]] = {
     "mars_lion": partial(mars, variant="lion"),
     "mars_shampoo": partial(mars, variant="shampoo"),
     "mars_m": partial(mars, variant="m"),
-    "mars_soap": partial(mars, variant="soap", precondition_frequency=2),
+    "mars_soap": partial(mars, variant="soap", precondition_frequency=2, refresh_growth=0.0),
     "mars_exact": partial(mars, exact=True),
 }
 
@@ -91,7 +91,7 @@ def trainer(folder: Path) -> Any:
 
     model = gpt2(n_embd=8, n_layer=1, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0).double()
     settings: dict[str, Any] = {
-        "optim_args": "precondition_frequency=2,adam_modules=wte|wpe,one_sided_modules=c_fc",
+        "optim_args": "precondition_frequency=2,refresh_growth=0,adam_modules=wte|wpe,one_sided_modules=c_fc",
         "weight_decay": 0.01,
         "max_steps": TRAINED + TRAINED_MORE,
         "save_strategy": "steps",
@@ -102,7 +102,7 @@ def trainer(folder: Path) -> Any:
 
 
 SHARDED: dict[str, tuple[str, type[BlockOptimizer], OptimizerConfig]] = {
-    "soap_local": ("local", SOAP, SoapConfig(precondition_frequency=2, adam_modules="bias")),
+    "soap_local": ("local", SOAP, SoapConfig(precondition_frequency=2, refresh_growth=0.0, adam_modules="bias")),
     "shampoo_owner": ("owner", Shampoo, ShampooConfig(precondition_frequency=2, start_step=2)),
 }
 """Shard mode, class and options of what two ranks save. For ``adam_modules`` 0.1.0 made a second group."""

@@ -100,8 +100,8 @@ def test_own_settings_equal_the_textbook_loop() -> None:
         return SOAP(with_overrides(params, model, config, lr=1e-2), lr=1e-2)
 
     def reference_of(weights: list[Tensor]) -> InParts:
-        own = ReferenceSOAP(weights[:2], lr=2e-2, weight_decay=0.5, betas=(0.8, 0.9))
-        return InParts([own, ReferenceSOAP(weights[2:], lr=1e-2)])
+        own = ReferenceSOAP(weights[:2], refresh_growth=0.03, lr=2e-2, weight_decay=0.5, betas=(0.8, 0.9))
+        return InParts([own, ReferenceSOAP(weights[2:], refresh_growth=0.03, lr=1e-2)])
 
     shapes = [(25, 25), (7,), (25, 25), (7,)]
     assert largest_difference(shapes, optimizer_of, reference_of, steps=40) < 1e-10

@@ -131,7 +131,7 @@ def test_the_table_has_what_is_known_and_no_more(tmp_path: Path) -> None:
     log = RunLog(tmp_path / "runs.jsonl", {})
     options = {"seeds": 2, "at": 240}
     empty = ladder_table(report(ladder.ladder(RUNGS, BASE, Runs(log, None), **options), log))
-    assert "| fast | `fast` |  |  |  |  |  |  |  |  |  | 0 |" in empty
+    assert "| fast |" not in empty
 
     known = Known()
     ladder.ladder(RUNGS, BASE, known, **options)
