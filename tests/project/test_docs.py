@@ -89,7 +89,7 @@ def test_option_tables_are_those_of_the_configs() -> None:
 
 def test_the_textbook_loop_is_that_of_the_package() -> None:
     text = update_readme.ALGORITHM.read_text(encoding="utf-8")
-    assert text.count("<!-- source") == 6
+    assert text.count("<!-- source") == 7
     assert update_readme.with_sources(text) == text, "run: python scripts/update_readme.py"
 
 
