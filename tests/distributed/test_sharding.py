@@ -106,6 +106,14 @@ def test_owners_equal_one_process(count: int, shared: Path) -> None:
     ranks.run("sharded_owners.owners_equal_one_process", count, shared)
 
 
+@pytest.mark.parametrize(
+    ("preset", "mode"), [("small", "local"), pytest.param("frontier", "owner", marks=pytest.mark.slow)]
+)
+def test_presets_resume_under_fsdp(preset: str, mode: str, shared: Path) -> None:
+    settings = {"optim": "soap", "optim_args": f"preset={preset},shard_mode={mode}"}
+    ranks.run("sharded_trainer.trainer_resumes", 2, shared, run="a", state_dict_type=SHARDED, **settings)
+
+
 FIRST = [((2, "fsdp"), (3, "fsdp")), ((1, "whole"), (2, "fsdp")), ((2, "whole"), (1, "whole"))]
 PAIRS = list(itertools.product(((1, "whole"), (1, "fsdp"), (2, "fsdp"), (3, "fsdp"), (2, "whole")), repeat=2))
 
