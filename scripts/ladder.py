@@ -43,7 +43,7 @@ from hf_soap.cli.compare.results import RunLog, RunSettings, finite, machine, ve
 from hf_soap.cli.compare.summary import Spread
 from hf_soap.cli.compare.sweep import run_case
 from hf_soap.cli.compare.training import check_settings
-from hf_soap.hub.cards import processor
+from hf_soap.linalg import processor
 
 
 @dataclass(frozen=True)
@@ -221,7 +221,7 @@ def main() -> None:
     workers = 1 if args.time else args.workers
     threads = 1 if workers > 1 else torch.get_num_threads()
     conditions = {"data": corpus.digest, "hf_soap": hf_soap.__version__, **versions()}
-    notes = {**machine(), "commit": commit(), "processor": processor(), "threads": threads}
+    notes = {**machine(), "commit": commit(), "processor": processor.name(torch.device("cpu")), "threads": threads}
     log, times = (RunLog(args.out / name, conditions, notes) for name in ("runs.jsonl", "times.jsonl"))
     options = {"seeds": args.seeds, "at": args.at}
     if not args.only_report:

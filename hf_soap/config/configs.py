@@ -175,7 +175,10 @@ SOAP_PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 @dataclass(frozen=True, kw_only=True)
 class SoapConfig(ShampooFactorOptions):
-    """Options of SOAP, with the defaults of its official implementation (arXiv:2409.11321)."""
+    """Options of SOAP (arXiv:2409.11321).
+
+    The defaults are those of its official implementation, except for what ``preset=official`` sets.
+    """
 
     name: ClassVar[str] = "soap"
     lr: ClassVar[float] = 3e-3

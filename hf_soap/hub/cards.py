@@ -24,6 +24,7 @@ from transformers import TrainerCallback
 from hf_soap.engine.optimizer import unwrapped
 from hf_soap.hub import adapters, arguments, omissions, recipes
 from hf_soap.hub.safety import PROVENANCE
+from hf_soap.linalg import processor
 from hf_soap.optimizers.names import ENTRIES
 
 if TYPE_CHECKING:
@@ -358,17 +359,11 @@ def _samples(trainer: Trainer) -> int:
 
 
 def _hardware(processes: int) -> dict[str, Any]:
-    if torch.cuda.is_available():
-        return {"device": torch.cuda.get_device_name(), "count": processes}
-    return {"device": processor(), "cores": os.cpu_count(), "processes": processes, "threads": torch.get_num_threads()}
-
-
-def processor() -> str:
-    """Returns the name of this machine's processor."""
-    listing = Path("/proc/cpuinfo")
-    if listing.exists() and (found := re.search(r"^model name\s*: (.+)$", listing.read_text(), re.MULTILINE)):
-        return found.group(1).strip()
-    return platform.processor() or platform.machine()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = {"device": processor.name(device)}
+    if device.type == "cuda":
+        return {**found, "count": processes}
+    return {**found, "cores": os.cpu_count(), "processes": processes, "threads": torch.get_num_threads()}
 
 
 def _versions() -> dict[str, str]:

@@ -76,8 +76,8 @@ class SOAP(BlockOptimizer):
         ValueError: If a setting is of the wrong type or out of range, or a parameter is complex.
 
     Source:
-        Vyas et al., SOAP: Improving and Stabilizing Shampoo using Adam, arXiv:2409.11321; conventions and defaults of
-        its official implementation.
+        Vyas et al., SOAP: Improving and Stabilizing Shampoo using Adam, arXiv:2409.11321; conventions of its official
+        implementation, and its defaults except for what ``SoapConfig.preset("official")`` sets.
     """
 
     config = configs.SoapConfig
