@@ -10,7 +10,7 @@ from torch import Tensor
 
 from hf_soap.linalg import processor
 from hf_soap.linalg.decompositions import cholesky_qr, in_panels, one_by_one, qr
-from hf_soap.linalg.matrices import safe_scale, symmetrize
+from hf_soap.linalg.matrices import permute, safe_scale, symmetrize
 
 logger = logging.getLogger(__name__)
 
@@ -83,8 +83,7 @@ def sorted_refresh(factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         sorted factors.
     """
     order = factor.diagonal(dim1=-2, dim2=-1).argsort(dim=-1, descending=True, stable=True)
-    rows = factor.gather(-2, order.unsqueeze(-1).expand_as(factor))
-    return order, *refresh(rows.gather(-1, order.unsqueeze(-2).expand_as(factor)))
+    return order, *refresh(permute(permute(factor, order, 0), order, 1))
 
 
 def orthonormalize(basis: Tensor) -> Tensor:

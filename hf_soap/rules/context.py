@@ -104,7 +104,7 @@ class StepContext:
 
     def finite_mask(self, *results: Tensor) -> Tensor:
         """Returns for which matrices all results (blocks, ...) are finite, (blocks, 1, 1), and counts the others."""
-        finite = torch.stack([result.isfinite().flatten(1).all(1) for result in results]).all(0)
+        finite = torch.stack([_all_finite(result) for result in results]).all(0)
         if self.failures is not None:
             self.failures.note(finite)
         return finite.view(-1, 1, 1)
@@ -132,6 +132,15 @@ class StepContext:
         for first, last in adjacent(flags):
             blocks = slice(first * self.layout.blocks, last * self.layout.blocks)
             yield blocks, replace(self, t=self.t[first:last], index=self.index[first:last])
+
+
+def _all_finite(blocks: Tensor) -> Tensor:
+    """Returns whether all entries of each block (blocks, ..., n) are finite, (blocks,), bool.
+
+    A product with small numbers is finite if and only if they are. It takes a tenth of the time of a look at each.
+    """
+    small = blocks.new_full((blocks.shape[-1],), 2.0**-24)  # sums of fewer than 2^24 entries cannot overflow
+    return (blocks @ small).isfinite().view(len(blocks), -1).all(1)
 
 
 def _square_sum(blocks: Tensor, together: int) -> Tensor:

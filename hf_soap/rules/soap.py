@@ -299,18 +299,17 @@ class SoapRule(Rule):
         finite, unmoved = context.finite_mask(rotation, refreshed), torch.arange(order.shape[-1], device=order.device)
         order = torch.where(finite.squeeze(-1), order, unmoved)
         rotation = torch.where(finite, rotation, matrices.eye_like(rotation))
-        factor.copy_(torch.where(finite, refreshed, factor))
+        torch.where(finite, refreshed, factor, out=factor)
         context.metrics.rotated(rotation, factor)
         # Undo the sort in the rows of the rotation, so that Q and M need not be sorted in a separate pass.
-        rotation = torch.empty_like(rotation).scatter_(-2, order.unsqueeze(-1).expand_as(rotation), rotation)
+        rotation = matrices.permute(rotation, order.argsort(), 0)
         basis.copy_(basis @ rotation)
         exp_avg.copy_(matrices.mode_product(exp_avg, rotation, side))
         # The second moments belong to the columns and must be permuted with them.
         if "exp_avg_sq" in state:
-            along = elementwise.along(order, side, exp_avg.dim()).expand_as(exp_avg)
-            state["exp_avg_sq"].copy_(state["exp_avg_sq"].gather(side + 1, along))
+            state["exp_avg_sq"].copy_(matrices.permute(state["exp_avg_sq"], order, side))
         else:
-            state[V_FACTORS[side]].copy_(state[V_FACTORS[side]].gather(1, order))
+            state[V_FACTORS[side]].copy_(matrices.permute(state[V_FACTORS[side]], order, 0))
 
 
 Key = TypeVar("Key", str, int)
