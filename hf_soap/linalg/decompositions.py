@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from hf_soap.linalg import processor
-from hf_soap.linalg.matrices import eye_like
 
 logger = logging.getLogger(__name__)
 
@@ -260,7 +259,8 @@ def qr(matrix: Tensor) -> tuple[Tensor, Tensor]:
         t = torch.linalg.solve_triangular(coupling, torch.diag_embed(tau), upper=True, unitriangular=True)
         rest[:, :, PANEL:].baddbmm_(v, t.mT @ (v.mT @ rest[:, :, PANEL:]), alpha=-1)
         reflectors.append((first, v, t))
-    basis = eye_like(matrix).repeat(matrix.shape[0], 1, 1)
+    basis = torch.zeros_like(matrix)
+    basis.diagonal(dim1=-2, dim2=-1).fill_(1)
     for first, v, t in reversed(reflectors):
         rest = basis[:, first:, first:]
         rest.baddbmm_(v, t @ (v.mT @ rest), alpha=-1)

@@ -298,7 +298,8 @@ class SoapRule(Rule):
         order, rotation, refreshed = context.decompose(eigenbases.sorted_refresh, factor)
         finite, unmoved = context.finite_mask(rotation, refreshed), torch.arange(order.shape[-1], device=order.device)
         order = torch.where(finite.squeeze(-1), order, unmoved)
-        rotation = torch.where(finite, rotation, matrices.eye_like(rotation))
+        rotation = rotation.masked_fill_(~finite, 0)
+        rotation.diagonal(dim1=-2, dim2=-1).add_(~finite.squeeze(-1))  # where it failed, the identity
         torch.where(finite, refreshed, factor, out=factor)
         context.metrics.rotated(rotation, factor)
         # Undo the sort in the rows of the rotation, so that Q and M need not be sorted in a separate pass.
