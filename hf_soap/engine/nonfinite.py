@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_soap.distributed import dtensor
-from hf_soap.engine.step import grads_are_finite
+from hf_soap.engine.step import SQUARABLE, grads_are_finite
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +32,24 @@ class NonfiniteGuard:
     def __init__(self) -> None:
         self.skipped = 0
         self.in_a_row = 0
+        self._normed: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+
+    def know_norm(self, params: Iterable[Tensor], norm: float | Tensor) -> None:
+        """Spares the next step the check of gradients whose common norm is known, unless they change before it.
+
+        Args:
+            params: Their parameters. Gradients of sharded ones are checked all the same: all ranks must agree.
+            norm: The norm of all of them, before or after clipping; nothing is spared if it is not finite.
+        """
+        self._normed = {}
+        if not float(norm) < SQUARABLE[torch.float32]:  # true for NaN
+            return
+        plain = [param.grad for param in params if param.grad is not None and not dtensor.is_sharded(param)]
+        self._normed = {id(grad): (weakref.ref(grad), grad._version) for grad in plain}
+
+    def _is_normed(self, grad: Tensor) -> bool:
+        known, version = self._normed.get(id(grad), (None, 0))
+        return known is not None and known() is grad and grad._version == version
 
     def admits(self, groups: Groups, *, name: str) -> bool:
         """Says whether the gradients of a step are finite in the groups that ask for it; all ranks get one answer.
@@ -42,7 +61,8 @@ class NonfiniteGuard:
         Raises:
             ValueError: If a gradient is sparse.
         """
-        checked, sharded = _gradients(groups, name)
+        checked, sharded = self._gradients(groups, name)
+        self._normed = {}
         flags = [grads_are_finite(grads) for grads in checked]
         finite = dtensor.agree(all(map(bool, flags)), sharded)
         if not (finite or self.skipped):
@@ -66,35 +86,34 @@ class NonfiniteGuard:
             "learning rate, or clip gradients; max_skipped_in_a_row=0 skips without end"
         )
 
+    def _gradients(self, groups: Groups, name: str) -> tuple[list[list[Tensor]], list[Tensor]]:
+        """Returns the gradients to check, grouped by device and dtype, and the sharded parameters."""
+        checked: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        sharded: list[Tensor] = []  # with gradients or without: all ranks must communicate about the same ones
+        for group in groups:
+            skips = group["nonfinite"] == "skip"
+            for param in group["params"]:
+                grad, cut = param.grad, dtensor.is_sharded(param)
+                if cut and skips:
+                    sharded.append(param)
+                if grad is None or not param.requires_grad:
+                    continue
+                if grad.layout != torch.strided:
+                    raise ValueError(
+                        f"{name} needs dense gradients, got {grad.layout} for a parameter of shape "
+                        f"{tuple(param.shape)}; build the embedding with sparse=False"
+                    )
+                if cut:
+                    dtensor.settle_gradient_(param)
+                    grad = dtensor.local_grad(param)
+                if skips and grad is not None and grad.numel() and not self._is_normed(grad):
+                    checked.setdefault((grad.device, grad.dtype), []).append(grad)
+        return list(checked.values()), sharded
+
 
 def _limit(groups: Groups) -> int:
     limits = [group["max_skipped_in_a_row"] for group in groups if group["nonfinite"] == "skip"]
     return min((limit for limit in limits if limit), default=0)
-
-
-def _gradients(groups: Groups, name: str) -> tuple[list[list[Tensor]], list[Tensor]]:
-    """Returns the gradients to check, grouped by device and dtype, and the sharded parameters."""
-    checked: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    sharded: list[Tensor] = []  # with gradients or without: all ranks must communicate about the same ones
-    for group in groups:
-        skips = group["nonfinite"] == "skip"
-        for param in group["params"]:
-            grad, cut = param.grad, dtensor.is_sharded(param)
-            if cut and skips:
-                sharded.append(param)
-            if grad is None or not param.requires_grad:
-                continue
-            if grad.layout != torch.strided:
-                raise ValueError(
-                    f"{name} needs dense gradients, got {grad.layout} for a parameter of shape {tuple(param.shape)}; "
-                    "build the embedding with sparse=False"
-                )
-            if cut:
-                dtensor.settle_gradient_(param)
-                grad = dtensor.local_grad(param)
-            if skips and grad is not None and grad.numel():
-                checked.setdefault((grad.device, grad.dtype), []).append(grad)
-    return list(checked.values()), sharded
 
 
 def _first_bad(groups: Groups) -> str:

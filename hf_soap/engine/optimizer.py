@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, ClassVar, overload
@@ -102,6 +102,17 @@ class BlockOptimizer(torch.optim.Optimizer):
         if engine.guard.in_a_row:
             engine.guard.raise_after_too_many(self.param_groups)
         return loss
+
+    def know_grad_norm(self, params: Iterable[Tensor], norm: float | Tensor) -> None:
+        """Tells the next step the norm of gradients, so that it need not check them for NaN and Inf.
+
+        The Trainer's gradient clipping computes it anyway. Gradients that change before the step are checked again.
+
+        Args:
+            params: The parameters with these gradients.
+            norm: Their common norm, before or after clipping. If it is not finite, the step checks each gradient.
+        """
+        self._engine.guard.know_norm(params, norm)
 
     @property
     def skipped_steps(self) -> int:

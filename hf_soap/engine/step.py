@@ -28,7 +28,11 @@ def grads_are_finite(grads: Sequence[Tensor]) -> Tensor:
     """
     dtype = state_dtype(grads[0])
     norms = torch.stack(elementwise.norms(grads, dtype))
-    return (norms < math.sqrt(torch.finfo(dtype).max / 100)).all()  # NaN compares false
+    return (norms < SQUARABLE[dtype]).all()  # NaN compares false
+
+
+SQUARABLE = {dtype: math.sqrt(torch.finfo(dtype).max / 100) for dtype in (torch.float32, torch.float64)}
+"""Norms from which sums of squares may overflow, with a margin of 100."""
 
 
 def split_by_first_grad(

@@ -88,3 +88,38 @@ def test_a_first_step_that_did_not_count_leaves_exact_mars_no_weights() -> None:
     with optimizer.at_previous_weights():
         assert torch.equal(param, torch.ones(4, 4))
     assert not optimizer.has_previous_weights
+
+
+def test_a_known_norm_spares_the_check() -> None:
+    """A norm that is wrong, so that it shows whether the gradients were checked."""
+    params, optimizer = trained(SOAP, steps=4, lr=0.0)
+    spoil(params, 4, torch.nan)
+    optimizer.know_grad_norm(params, 1.0)
+    optimizer.step()
+    assert optimizer.skipped_steps == 0
+    optimizer.step()  # it is known for one step only
+    assert optimizer.skipped_steps == 1
+
+
+@pytest.mark.parametrize("norm", [torch.tensor(torch.nan), torch.inf, 1e25])
+def test_a_norm_that_is_not_finite_spares_nothing(norm: float) -> None:
+    params, optimizer = trained(SOAP, steps=4)
+    before = snapshot(optimizer, params)
+    spoil(params, 4, torch.nan)
+    optimizer.know_grad_norm(params, norm)
+    optimizer.step()
+    assert optimizer.skipped_steps == 1
+    assert_same(snapshot(optimizer, params), before)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_gradients_that_change_after_their_norm_was_computed_are_checked(in_place: bool) -> None:
+    params, optimizer = trained(SOAP, steps=4)
+    spoil(params, 4, 0.0)
+    optimizer.know_grad_norm(params, 1.0)
+    if in_place:
+        params[0].grad.div_(0.0)  # type: ignore[union-attr]
+    else:
+        params[0].grad = torch.full_like(params[0], torch.nan)
+    optimizer.step()
+    assert optimizer.skipped_steps == 1

@@ -266,3 +266,22 @@ def test_seq2seq_trainer_takes_the_same_steps(tmp_path: Path) -> None:
     plain = recorded(tmp_path, **OURS)
     for one, other in zip(ours[0].model.parameters(), plain[0].model.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+def test_the_norm_of_clipping_spares_the_check_of_the_gradients(max_grad_norm: float, tmp_path: Path) -> None:
+    checked: list[int] = []
+
+    class Spoiling(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            optimizer = unwrapped(kwargs["optimizer"])
+            if state.global_step == 2:
+                optimizer.roster().trained[0].param.grad.fill_(torch.nan)
+            found, _ = optimizer._engine.guard._gradients(optimizer.param_groups, "SOAP")
+            checked.append(sum(map(len, found)))
+
+    args = tiny.arguments(tmp_path, optim="soap", max_grad_norm=max_grad_norm, **OURS)
+    trainer = Trainer(tiny.gpt2(), args, train_dataset=tiny.Counting(), callbacks=[Spoiling()])
+    trainer.train()
+    assert unwrapped(trainer.optimizer).skipped_steps == 1
+    assert checked == [0, 0, 1, 0, 0]
