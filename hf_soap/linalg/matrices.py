@@ -131,7 +131,7 @@ def permute(tensor: Tensor, order: Tensor, mode: int) -> Tensor:
     before, size = math.prod(tensor.shape[1 : mode + 1]), tensor.shape[mode + 1]
     starts = torch.arange(0, tensor.shape[0] * before * size, size, device=tensor.device)
     rows = (starts.view(-1, before, 1) + order.unsqueeze(1)).flatten()
-    return tensor.reshape(len(rows), -1).index_select(0, rows).view(tensor.shape)
+    return tensor.flatten(0, mode + 1).index_select(0, rows).view(tensor.shape)
 
 
 def add_gram_(factor: Tensor, tensor: Tensor, mode: int, *, beta: float, alpha: float) -> Tensor:

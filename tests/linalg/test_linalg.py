@@ -71,6 +71,19 @@ def test_mode_product_is_the_einsum(rank: int, mode: int, columns: int | None) -
         torch.testing.assert_close(result, expected, rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.parametrize(("rank", "mode"), MODES)
+@pytest.mark.parametrize("batch", [3, 1, 0])
+def test_permute_reorders_the_indices_of_a_mode(rank: int, mode: int, batch: int) -> None:
+    tensor = blocks_of(rank, batch)
+    order = torch.stack([torch.randperm(SIZES[mode]) for _ in range(batch)]) if batch else torch.empty(0, SIZES[mode])
+    order = order.long()
+    for laid_out in layouts(tensor):
+        permuted = matrices.permute(laid_out, order, mode)
+        assert permuted.shape == tensor.shape
+        for block, old, own in zip(permuted, tensor, order, strict=True):
+            torch.testing.assert_close(block, old.index_select(mode, own), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("rank", range(1, 6))
 def test_rotating_back_undoes_rotating_and_keeps_norms(rank: int) -> None:
     tensor = blocks_of(rank)
