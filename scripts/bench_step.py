@@ -85,7 +85,7 @@ def optimizers(frequency: int) -> dict[str, Callable[[list[Tensor]], torch.optim
                 ("adamw", {}),
                 ("lion", {}),
                 ("shampoo", {}),
-                ("soap", {"precondition_frequency": frequency}),
+                ("soap", {"precondition_frequency": frequency, "refresh_growth": 0.0}),
             )
         },
     }

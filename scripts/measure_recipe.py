@@ -3,7 +3,8 @@
     python scripts/measure_recipe.py scripts/run_clm.py model_cards/small-lm-pretraining.yaml \
         --lr adamw_torch_fused=1e-3,2e-3,4e-3 --lr soap=5e-3,1e-2,2e-2
 
-A run does what `hf-soap run SCRIPT --recipe RECIPE --optim NAME --learning_rate LR --seed SEED` does.
+A run does what `hf-soap run SCRIPT --recipe RECIPE --optim NAME --learning_rate LR --seed SEED` does. NAME:OPTIM_ARGS
+instead of NAME also sets `--optim_args`, which otherwise are the recipe's.
 Its output folder is outputs/measured/RECIPE/NAME-LR-SEED; if that exists, it is read and the run is not repeated. For
 each optimizer, the learning rate with the lowest held-out loss at the first seed is run with the other seeds too. The
 results are written into the recipe's provenance, their table and the metadata into the card of the same name, and the
@@ -33,7 +34,10 @@ _RESULTS = re.compile(r"(?<=<!-- results -->\n).*?(?=<!-- end -->)", re.DOTALL)
 
 @dataclass(frozen=True)
 class Run:
-    """One run: its settings in addition to the recipe, and its output folder."""
+    """One run: its settings in addition to the recipe, and its output folder.
+
+    ``optim`` is the name, with a colon and ``optim_args`` after it unless these are the recipe's.
+    """
 
     optim: str
     learning_rate: float
@@ -60,7 +64,10 @@ def run_once(script: Path, recipe: Path, optim: str, learning_rate: float, seed:
     """Makes one run in this process, unless its results exist."""
     folder = OUTPUTS / recipe.stem / f"{optim}-{learning_rate:g}-{seed}"
     if not (folder / "all_results.json").exists():
-        options = {"optim": optim, "learning_rate": learning_rate, "seed": seed, "output_dir": folder}
+        name, colon, optim_args = optim.partition(":")
+        options = {"optim": name, "learning_rate": learning_rate, "seed": seed, "output_dir": folder}
+        if colon:
+            options["optim_args"] = optim_args
         program = [str(script), *(f"--{name}={value}" for name, value in options.items())]
         launch = prepare(with_recipe(program, str(recipe), ()))
         recipes.remember(sys.argv)
@@ -85,7 +92,7 @@ def row(runs: list[Run], tried: list[Run]) -> dict[str, Any]:
     others = {f"{run.learning_rate:g}": round(run.measured()["eval_loss"], 4) for run in tried}
     del others[f"{runs[0].learning_rate:g}"]
     return {
-        "optim": runs[0].optim,
+        "optim": runs[0].optim.removesuffix(":"),
         "learning_rate": runs[0].learning_rate,
         "steps": state["global_step"],
         "seeds": [run.seed for run in runs],
@@ -168,13 +175,13 @@ def draw(path: Path, best: list[Run]) -> None:
 def main(
     script: Annotated[Path, typer.Argument(exists=True)],
     recipe: Annotated[Path, typer.Argument(exists=True)],
-    lr: Annotated[list[str], typer.Option(help="NAME=LR,LR,...: an optimizer and the learning rates to try.")],
+    lr: Annotated[list[str], typer.Option(help="NAME=LR,LR,... or NAME:OPTIM_ARGS=LR,LR,...: the rates to try.")],
     seeds: Annotated[str, typer.Option(help="The first seed chooses the learning rate.")] = "0,1",
 ) -> None:
     """Make all runs, then write recipe, picture and card."""
     first, *others = map(int, seeds.split(","))
     tried: defaultdict[str, list[Run]] = defaultdict(list)
-    for name, _, rates in (each.partition("=") for each in lr):
+    for name, _, rates in (each.rpartition("=") for each in lr):
         for rate in rates.split(","):
             tried[name].append(run_once(script, recipe, name, float(rate), first))
     best = sorted((min(runs, key=final_loss) for runs in tried.values()), key=final_loss)

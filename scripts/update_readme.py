@@ -3,6 +3,7 @@
 python scripts/update_readme.py
 python scripts/update_readme.py --gpu gpu/gpu.json     # figures of another run of scripts/measure_gpu.py
 python scripts/update_readme.py --ladder ladder/ladder.json    # tables of other runs of scripts/ladder.py
+python scripts/update_readme.py --steps step.json    # tables of scripts/bench_step.py --json step.json
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from pathlib import Path
 
 from _gpu_tables import gpu_tables
 from _ladder_table import ladder_table
+from _step_tables import step_tables
+from bench_step import SHAPES
 
 from hf_soap.config import options
 from hf_soap.optimizers.names import ENTRIES
@@ -27,6 +30,7 @@ ALGORITHM = ROOT / "docs" / "algorithm.md"
 BENCHMARKS = ROOT / "docs" / "benchmarks.md"
 GPU = ROOT / "docs" / "measurements" / "h100-2026-11-27.json"
 LADDERS = sorted((ROOT / "docs" / "measurements").glob("ladder-*.json"))
+STEPS = sorted((ROOT / "docs" / "measurements").glob("step-*.json"))
 TEXTBOOK = ROOT / "hf_soap" / "reference" / "soap.py"
 
 
@@ -55,6 +59,12 @@ def with_ladders(text: str, reports: Sequence[Path] = LADDERS) -> str:
     """Returns a page with the tables of runs of scripts/ladder.py between their marks."""
     tables = (ladder_table(json.loads(report.read_text(encoding="utf-8"))) for report in reports)
     return _between(text, "ladder", "\n".join(tables))
+
+
+def with_steps(text: str, reports: Sequence[Path] = STEPS) -> str:
+    """Returns a page with the tables of runs of scripts/bench_step.py between their marks."""
+    found = [json.loads(report.read_text(encoding="utf-8")) for report in reports]
+    return _between(text, "steps", step_tables(found, list(SHAPES)))
 
 
 def _between(text: str, kind: str, tables: str) -> str:
@@ -86,11 +96,12 @@ def main() -> None:
     parser.add_argument(
         "--ladder", type=Path, nargs="+", default=LADDERS, help="each the ladder.json of scripts/ladder.py"
     )
+    parser.add_argument("--steps", type=Path, nargs="+", default=STEPS, help="each a file of bench_step.py --json")
     args = parser.parse_args()
     for page, made in (
         (OPTIONS, with_tables),
         (ALGORITHM, with_sources),
-        (BENCHMARKS, lambda text: with_ladders(with_figures(text, args.gpu), args.ladder)),
+        (BENCHMARKS, lambda text: with_steps(with_ladders(with_figures(text, args.gpu), args.ladder), args.steps)),
     ):
         page.write_text(made(page.read_text(encoding="utf-8")), encoding="utf-8")
 

@@ -62,6 +62,7 @@ OURS = f"--block_size 32 {SHORT}"
 LADDER = "--layers 1 --width 16 --steps 12 --seeds 1 --at 6 --data books"
 
 CARD = "--max_steps 2 --eval_strategy epoch --train_files stdlib:argparse.py"
+BARE_STEP = "python scripts/bench_step.py --shapes gpt256 --rounds 2 --json step.json"
 MEASURE = "OMP_NUM_THREADS=1 python scripts/measure_recipe.py scripts/run_clm.py"
 PRETRAINING = "hf-soap run scripts/run_clm.py --recipe model_cards/small-lm-pretraining.yaml"
 
@@ -108,6 +109,7 @@ WAYS = {
     "python scripts/count_path.py": Way(),
     "python scripts/ladder.py": Way(LADDER),
     "python scripts/update_readme.py --ladder": Way(behind="python scripts/ladder.py"),
+    "python scripts/update_readme.py --steps": Way(behind=BARE_STEP),
     "python scripts/update_readme.py --gpu": Way(behind="python scripts/measure_gpu.py --minutes"),
     "python scripts/measure_gpu.py --minutes": Way("--rehearse --stages kernels"),
     "python scripts/measure_gpu.py --stages": Way("--rehearse --stages kernels"),
@@ -121,6 +123,7 @@ WAYS = {
     ),
     "python scripts/run_clm.py --model_name_or_path": Way(OURS, trains=True),
     "python scripts/run_clm.py recipe.yaml": Way(),
+    BARE_STEP: Way("--only 'MARS lion' --steps 1 --frequency 1"),
     "python scripts/bench_step.py": Way("--shapes gpt256 --rounds 1 --steps 1 --frequency 1 --device cpu"),
     "python scripts/bench_step.py --shapes gpt256 --only SOAP": Way("--only 'MARS lion' --steps 1 --frequency 1"),
     "python scripts/bench_roots.py": Way("--sizes 8 --batches 1 --rounds 1 --device cpu", slow=False),

@@ -45,6 +45,12 @@ def test_the_tables_of_the_ladder_are_those_of_the_files() -> None:
     assert update_readme.with_ladders(page) == page
 
 
+def test_the_tables_of_bare_steps_are_those_of_the_files() -> None:
+    page = update_readme.BENCHMARKS.read_text(encoding="utf-8")
+    assert page.count("<!-- steps -->\n") == 1
+    assert update_readme.with_steps(page) == page
+
+
 def test_the_readme_is_read_in_three_minutes() -> None:
     assert len(README.read_text(encoding="utf-8").split()) <= 1500
 
