@@ -2,12 +2,12 @@
 
 pip install lightbench
 python scripts/bench_tasks.py --out tasks                    # all tasks and optimizers
-python scripts/bench_tasks.py --out tasks     --only-report  # the table of the trials so far
+python scripts/bench_tasks.py --out tasks --only-report  # the table of the trials so far
 
-Each task trains a small recurrent network to compute an exclusive or. Model, data, loss and goal are those of LightBench.
-One sampler, the same for all optimizers, draws learning rate, β₁ and β₂ of each trial. A trial is won if the loss of a
-batch reaches the goal within `--steps` steps. LightBench itself searches with 1000 trials of 100,000 steps on a GPU, so
-these counts cannot be compared with its own.
+Each task trains a small recurrent network to compute an exclusive or. Model, data, loss and goal are those of
+LightBench. One sampler, the same for all optimizers, draws learning rate, β₁ and β₂ of each trial. A trial is won if
+the loss of a batch reaches the goal within `--steps` steps. LightBench itself searches with 1000 trials of 100,000
+steps on a GPU, so these counts cannot be compared with its own.
 
 Every trial is added to OUT/trials.jsonl when it ends, and is not repeated.
 """
