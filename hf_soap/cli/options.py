@@ -13,7 +13,7 @@ def options(
     optimizer: Annotated[str, typer.Argument(help="A name for TrainingArguments(optim=...).")] = "soap",
     markdown: Annotated[bool, typer.Option(help="Print the Markdown source.")] = False,
 ) -> None:
-    """Print the options of an optimizer: type, default and meaning."""
+    """Print the options of an optimizer, with type, default and meaning, and its presets."""
     from hf_soap.config import options as schema
     from hf_soap.optimizers.names import ENTRIES, load_entry_points
 
@@ -21,8 +21,9 @@ def options(
     if optimizer not in ENTRIES:
         match = schema.nearest(optimizer, ENTRIES)
         raise typer.BadParameter(f"unknown optimizer {optimizer!r}: {match}Names are {', '.join(ENTRIES)}.")
-    table = schema.option_table(ENTRIES[optimizer].config)
+    config = ENTRIES[optimizer].config
+    text = "\n\n".join(filter(None, (schema.option_table(config), schema.preset_table(config))))
     if markdown:
-        typer.echo(table)
+        typer.echo(text)
     else:
-        Console().print(Markdown(table))
+        Console().print(Markdown(text))

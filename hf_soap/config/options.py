@@ -277,6 +277,15 @@ def option_table(config: type[OptimizerConfig]) -> str:
     return "\n".join(rows)
 
 
+def preset_table(config: type[OptimizerConfig]) -> str:
+    """Returns the presets of an optimizer as a Markdown table, empty if it has none."""
+    rows = [
+        f"| `{name}` | {', '.join(f'`{key}={_to_text(value)}`' for key, value in changes.items())} |"
+        for name, changes in config.presets.items()
+    ]
+    return "\n".join(["| preset | what it sets |", "|---|---|", *rows]) if rows else ""
+
+
 def nearest(name: str, choices: Collection[str]) -> str:
     """Returns ``did you mean X? `` for the closest of ``choices``, or an empty string if none is close."""
     longer = [choice for choice in choices if name and choice.startswith(name)]

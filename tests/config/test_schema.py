@@ -13,7 +13,15 @@ from torch import nn
 from torch.nn import Parameter
 
 from hf_soap import MARS, SOAP, KlSoapConfig, MarsConfig, Shampoo, SoapConfig
-from hf_soap.config.options import OptimizerConfig, nearest, option_fields, option_table, parse_optim_args, patterns
+from hf_soap.config.options import (
+    OptimizerConfig,
+    nearest,
+    option_fields,
+    option_table,
+    parse_optim_args,
+    patterns,
+    preset_table,
+)
 from hf_soap.optimizers.names import ENTRIES, Entry
 from hf_soap.planning.plan import build
 
@@ -169,6 +177,15 @@ def test_a_preset_sets_several_options_and_the_rest_of_the_text_changes_them() -
 def test_presets_that_do_not_exist(text: str, config: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         parse_optim_args(text, config)
+
+
+def test_the_table_of_presets_says_what_they_set() -> None:
+    _, _, *rows = preset_table(SoapConfig).splitlines()
+    for row in rows:
+        name, *changes = row.split("`")[1::2]
+        assert parse_optim_args(",".join(changes), SoapConfig) == SoapConfig.preset(name)
+    assert len(rows) == len(SoapConfig.presets)
+    assert preset_table(MarsConfig) == ""
 
 
 @pytest.mark.parametrize("name", SoapConfig.presets)
