@@ -52,6 +52,14 @@ class CommonOptions(OptimizerConfig):
         trainer_only=True,
         hashed=False,
     )
+    mup_base_width: int | None = option(
+        None,
+        "μP: the hidden size for which `learning_rate` and `weight_decay` were tuned. Those of hidden matrices and of "
+        "the output head are adapted to the hidden size of this model.",
+        AT_LEAST_1,
+        remedy="use the hidden_size of the model of your sweep, or none",
+        trainer_only=True,
+    )
     adam_modules: str | None = option(
         None, "Regex on parameter names: matching parameters are updated by Adam, without factors.", trainer_only=True
     )
@@ -256,6 +264,10 @@ class ShampooConfig(ShampooFactorOptions):
     correct_bias: bool = option(True, "Debias the moving averages.")
     kl: bool = option(False, "KL-Shampoo: whiten the gradient by the other factors; needs `graft=none`.")
 
+    def has_spectral_updates(self) -> bool:
+        """Whether nothing is grafted."""
+        return self.graft is None
+
 
 @dataclass(frozen=True, kw_only=True)
 class KlShampooConfig(ShampooConfig):
@@ -319,6 +331,10 @@ class MarsShampooConfig(MarsConfig):
     lr_is_published: ClassVar[bool] = False
     variant: ClassVar[str] = "shampoo"
 
+    def has_spectral_updates(self) -> bool:
+        """Newton-Schulz with the scale of the aspect ratio."""
+        return True
+
 
 @dataclass(frozen=True, kw_only=True)
 class MarsMConfig(MarsConfig):
@@ -359,3 +375,7 @@ class MuonConfig(AuxiliaryOptions, CommonOptions):
         3e-4, "Learning rate of what is updated by AdamW, which follows the schedule; `none` takes lr.", POSITIVE
     )
     eps_1d: float = option(1e-8, "Added to the root of AdamW's second moment.", NON_NEGATIVE)
+
+    def has_spectral_updates(self) -> bool:
+        """Whether updates have the scale of the aspect ratio; that of Adam's grows with the width."""
+        return self.scale == "aspect"

@@ -90,6 +90,10 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         check_values(type(self), {f.name: getattr(self, f.name) for f in fields(self)})
 
+    def has_spectral_updates(self) -> bool:
+        """Whether the spectral norm of a matrix's update depends on its shape only, as it does with Newton-Schulz."""
+        return False
+
     def to_optim_args(self, always: Collection[str] = ()) -> str:
         """Returns the options that differ from their defaults as text for ``TrainingArguments(optim_args=...)``.
 

@@ -60,7 +60,12 @@ def with_overrides(
 
     Raises:
         ValueError: If a pattern matches no trainable parameter, if there is no model to match it with, or if
-            a parameter has a learning rate in proportion to zero.
+            a parameter has a learning rate in proportion to zero, or if ``mup_base_width`` is set for a model whose
+            config has no ``hidden_size``.
+
+    Source:
+        Learning rates and decay by width (μP): arXiv:2203.03466, table 3, for updates whose entries have a fixed size;
+        arXiv:2512.05620 for spectral ones, and for decay.
     """
     given = list(params)
     groups = given if given and isinstance(given[0], dict) else [{"params": given}]
@@ -78,10 +83,16 @@ def with_overrides(
         )
     if model is not None:
         entries += _by_kind(names, model, config)
+    scaled, ratio = _scaled_by_width(model, config)
     named = all(param in names for param in listed)
     for group in groups:
         peak: Any = group.get("lr", config.lr if lr is None else lr)
+        decay: Any = group.get("weight_decay", 0.0)
         own = [next((own for chosen, own in entries if param in chosen), {}) for param in group["params"]]
+        own = [
+            _by_width(each, ratio, config, decay) if param in scaled else each
+            for param, each in zip(group["params"], own, strict=True)
+        ]
         overrides = [_with_factor(each, peak) for each in own]
         if any(overrides):
             group[OVERRIDES] = overrides
@@ -210,6 +221,35 @@ def _by_kind(names: Mapping[Tensor, list[str]], model: nn.Module, config: Optimi
     if config.adam_embeddings:
         entries.append((_tables(model) | _head(model), ADAM))
     return entries
+
+
+def _scaled_by_width(model: nn.Module | None, config: OptimizerConfig) -> tuple[set[Tensor], float]:
+    """Returns the parameters whose rates depend on the width, and the base width as a fraction of the model's."""
+    base = getattr(config, "mup_base_width", None)
+    if base is None:
+        return set(), 1.0
+    own: Any = getattr(model, "config", None)
+    text = own.get_text_config() if hasattr(own, "get_text_config") else own
+    width = getattr(text, "hidden_size", None)
+    if model is None or width is None:
+        raise ValueError(
+            f"mup_base_width={base} got a model without config.hidden_size, wanted the width to compare with; build "
+            "the optimizer with its model, or set lr_factor by `modules`"
+        )
+    names = _names(model)
+    hidden = _roles(names, names, model)["@matrices"]
+    return hidden | (_head(model) - _tables(model)), base / width
+
+
+def _by_width(own: Overrides, ratio: float, config: OptimizerConfig, decay: float) -> Overrides:
+    """Adapts rates to the width, except for those that ``modules`` sets.
+
+    The entries of an update add up over the width, so the learning rate is in proportion to 1/width. If the spectral
+    norm of updates is fixed, the learning rate is too, and the decay is in proportion to 1/width instead.
+    """
+    if config.has_spectral_updates() and "rule" not in own:
+        return {**own, "weight_decay": decay * ratio} if decay and "weight_decay" not in own else own
+    return own if {"lr", "lr_factor"} & own.keys() else {**own, "lr_factor": ratio}
 
 
 def _with_factor(own: Overrides, peak: float | Tensor) -> dict[str, Any]:
