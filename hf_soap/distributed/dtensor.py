@@ -169,6 +169,22 @@ def to_whole(param: Tensor, value: Tensor) -> Tensor:
     return _wrap(value, param, param.placements, tuple(param.shape))
 
 
+def like(param: Tensor, value: Tensor) -> Tensor:
+    """Returns a copy of a tensor of a parameter's shape, with the device and placements of the parameter.
+
+    All ranks that share the parameter must call this together, with a whole tensor or a DTensor.
+    """
+    if is_sharded(value) and is_sharded(param) and _places(value) == _places(param):
+        part = local(value)
+    else:
+        part = shard_of(param).of(gathered(value))
+    return to_whole(param, part.detach().to(local(param).device, copy=True))
+
+
+def _places(tensor: DTensor) -> tuple[Any, ...]:
+    return tensor.device_mesh, tensor.placements
+
+
 def gathered(value: Tensor) -> Tensor:
     """Returns the full tensor of a DTensor; all ranks must call this. A plain tensor is returned itself."""
     if not is_sharded(value):
