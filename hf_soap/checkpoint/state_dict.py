@@ -141,10 +141,8 @@ def merged_groups(
     merged = []
     for old, new in zip(saved, groups, strict=True):
         kept = {*settings, NAMES, OVERRIDES} - {*RATES}
-        # How many weights were averaged is known from the checkpoint alone.
-        current = {
-            k: v for k, v in new.items() if k in kept or not (k in old or k in ("params", AVERAGED, AT_AVERAGE))
-        }
+        saved_only = {*old, "params", AVERAGED, AT_AVERAGE}  # present averages are replaced by the saved ones
+        current = {k: v for k, v in new.items() if k in kept or k not in saved_only}
         if CYCLED in old and "betas" in old and "betas" in new:
             current["betas"] = (old["betas"][0], *new["betas"][1:])
         elif CYCLED in old and "momentum" in old and "betas" not in new:

@@ -125,8 +125,8 @@ class BlockOptimizer(torch.optim.Optimizer):
     def eval(self) -> None:
         """Puts the averages of the weights into the parameters, to evaluate or save the model, until :meth:`train`.
 
-        Without ``average_horizon``, before ``average_start`` and at a second call, nothing changes. Meanwhile a step is
-        an error, and the state has the raw weights too. Trainers call this and :meth:`train` by themselves. ::
+        Without ``average_horizon``, before ``average_start`` and at a second call, nothing changes. Meanwhile a step
+        is an error, and the state has the raw weights too. The Trainer calls this and :meth:`train` itself. ::
 
             optimizer.eval()
             evaluate(model)
