@@ -621,7 +621,8 @@ def read_part(source: Path, model: nn.Module, optimizer: torch.optim.Optimizer) 
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    own, reader = get_optimizer_state_dict(model, optimizer), FileSystemReader(source)
+    own: Any = get_optimizer_state_dict(model, optimizer)
+    reader = FileSystemReader(source)
     state: dict[str, Any] = {
         name: {role: value for role, value in entry.items() if role not in AVERAGES}
         for name, entry in own["state"].items()
