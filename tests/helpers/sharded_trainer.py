@@ -18,6 +18,8 @@ from tiny import TRANSFORMERS_4, Counting
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Subset
 
+from hf_soap.engine.optimizer import unwrapped
+
 
 def let_accelerate_shard_on_cpus() -> None:
     """accelerate attaches FSDP to listed kinds of devices only, and CPUs are not among them: it would run DDP."""
@@ -150,6 +152,27 @@ def trainer_averages(run: str, **settings: Any) -> None:
         assert_equal(one, other, f"{run}, raw")
     assert_equal(whole(again.model), got, run)
     assert {step: after.losses[step] for step in (6, 8)} == {step: watching.losses[step] for step in (6, 8)}
+
+
+def averages_are_switched(**settings: Any) -> None:
+    """Averages that start or end at a checkpoint change no raw weight."""
+    folder = Path(os.environ["SHARED_FOLDER"])
+    plain, averaged = "precondition_frequency=2", "precondition_frequency=2,average_horizon=3"
+    ends = []
+    for run, optim_args, resumes_from in (
+        ("plain", plain, None),
+        ("averaged", averaged, None),
+        ("on", averaged, "plain"),
+        ("off", plain, "averaged"),
+    ):
+        trainer = trainer_for(folder / run, optim_args=optim_args, **settings)
+        trainer.train(resume_from_checkpoint=resumes_from and str(folder / resumes_from / "checkpoint-4"))
+        optimizer = unwrapped(trainer.optimizer)
+        assert optimizer.at_average == (optim_args == averaged)
+        optimizer.train()
+        ends.append(whole(trainer.model))
+    for end in ends[1:]:
+        assert_equal(end, ends[0], "raw weights")
 
 
 def loss_of(model: Any, weights: dict[str, Any]) -> float:
