@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from torch import nn
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor.placement_types import Placement
 
@@ -207,6 +208,14 @@ def place_in_stack(param: Tensor) -> tuple[int, ...]:
         )
     pairs = zip(coordinate, param.placements, strict=True)
     return tuple(place if is_cut(placement) else 0 for place, placement in pairs)
+
+
+def reshard(model: nn.Module) -> None:
+    """Drops the weights that a forward pass under FSDP2 has gathered, since the next one would use them again."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # if it is not loaded, no such model exists
+    for module in model.modules() if fsdp is not None else ():
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()
 
 
 def ranks() -> int:

@@ -1,7 +1,8 @@
 """Averages of the weights, beside the weights that are trained, and the exchange of both.
 
-An average has the shape and the placements of its parameter, whoever preconditions that, so that it needs no
-communication. It is kept in the optimizer's state. While the parameters hold the averages, so are the raw weights.
+An average has the shape and the placements of its parameter, so that it needs no communication, even if another rank
+preconditions the parameter. The optimizer's state has the averages and, while the parameters hold these, the raw
+weights.
 """
 
 from __future__ import annotations

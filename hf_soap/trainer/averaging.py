@@ -23,7 +23,7 @@ def exchange(model: nn.Module, optimizer: Any, *, average: bool) -> None:
     if not isinstance(inner, BlockOptimizer):
         return
     if inner.averages_weights if average else inner.at_average:
-        _reshard(model)
+        dtensor.reshard(model)
         if average:
             inner.eval()
         else:
@@ -35,13 +35,3 @@ def restart(optimizer: Any) -> None:
     inner = unwrapped(optimizer)
     if isinstance(inner, BlockOptimizer):
         inner.restart_average()
-
-
-def _reshard(model: nn.Module) -> None:
-    """Drops weights that a forward pass under FSDP2 has gathered and would use again."""
-    if dtensor.ranks() > 1:
-        from torch.distributed.fsdp import FSDPModule
-
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
