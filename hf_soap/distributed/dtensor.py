@@ -212,7 +212,7 @@ def place_in_stack(param: Tensor) -> tuple[int, ...]:
 
 def reshard(model: nn.Module) -> None:
     """Drops the weights that a forward pass under FSDP2 has gathered, since the next one would use them again."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # if it is not loaded, no such model exists
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # if it is not loaded, no such model exists
     for module in model.modules() if fsdp is not None else ():
         if isinstance(module, fsdp.FSDPModule):
             module.reshard()
