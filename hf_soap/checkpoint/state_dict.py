@@ -78,9 +78,9 @@ def _detached(role: Any, value: Any) -> Any:
     return value.clone() if is_own(role) and isinstance(value, Tensor) else value
 
 
-def copied_averages(entry: dict[str, Any]) -> dict[str, Any]:
-    """Returns the state of a parameter with copies of its average and its raw weights."""
-    return {role: value.clone() if role in AVERAGES else value for role, value in entry.items()}
+def packed_averages(param: Tensor, entry: dict[str, Any]) -> dict[str, Any]:
+    """Returns the state of a parameter with copies of its average and its raw weights, sharded like the parameter."""
+    return {k: dtensor.to_whole(param, v.clone()) if k in AVERAGES else v for k, v in entry.items()}
 
 
 def saved_groups(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -168,7 +168,7 @@ def saved_state(
 
 
 def restored_averages(members: Sequence[Member], state_dict: dict[str, Any]) -> dict[Tensor, dict[str, Tensor]]:
-    """Returns copies of saved averages and raw weights, sharded like their parameters.
+    """Returns copies of this rank's parts of saved averages and raw weights.
 
     All ranks that share parameters must call this together.
 
@@ -189,7 +189,7 @@ def restored_averages(members: Sequence[Member], state_dict: dict[str, Any]) -> 
         for role in AVERAGES:
             if role in saved and (role == RAW_PARAM or member.settings["average_horizon"]):
                 check_state({role: saved[role]}, {role: param}, member.name, tuple(param.shape))
-                found[param][role] = dtensor.like(param, saved[role])
+                found[param][role] = dtensor.part_of(param, saved[role])
     before = any(AVERAGE in state_dict["state"].get(key, {}) for key in keys)
     now = any(member.settings["average_horizon"] for member in members)
     if dtensor.rank() == 0 and state_dict["state"] and before != now:

@@ -170,8 +170,8 @@ def to_whole(param: Tensor, value: Tensor) -> Tensor:
     return _wrap(value, param, param.placements, tuple(param.shape))
 
 
-def like(param: Tensor, value: Tensor) -> Tensor:
-    """Returns a copy of a tensor of a parameter's shape, with the device and placements of the parameter.
+def part_of(param: Tensor, value: Tensor) -> Tensor:
+    """Returns a copy of this rank's part of a tensor of a parameter's shape, on the device of the parameter.
 
     All ranks that share the parameter must call this together, with a whole tensor or a DTensor.
     """
@@ -179,7 +179,7 @@ def like(param: Tensor, value: Tensor) -> Tensor:
         part = local(value)
     else:
         part = shard_of(param).of(gathered(value))
-    return to_whole(param, part.detach().to(local(param).device, copy=True))
+    return part.detach().to(local(param).device, copy=True)
 
 
 def _places(tensor: DTensor) -> tuple[Any, ...]:

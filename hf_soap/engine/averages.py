@@ -1,6 +1,6 @@
 """Averages of the weights, beside the weights that are trained, and the exchange of both.
 
-An average has the shape and the placements of its parameter, so that it needs no communication, even if another rank
+An average has the shape of this rank's part of its parameter, so that it needs no communication, even if another rank
 preconditions the parameter. The optimizer's state has the averages and, while the parameters hold these, the raw
 weights.
 """
@@ -24,8 +24,8 @@ def allocate(optimizer: PlannedOptimizer) -> None:
     for group in optimizer.param_groups:
         for param in group["params"] if group["average_horizon"] else ():
             if param.requires_grad and AVERAGE not in optimizer.state.get(param, {}):
-                average = dtensor.local(param).detach().to(state_dtype(param), copy=True)
-                optimizer.state[param][AVERAGE] = dtensor.to_whole(param, average)
+                part = dtensor.local(param).detach()
+                optimizer.state[param][AVERAGE] = part.to(state_dtype(param), copy=True)
 
 
 def update(optimizer: PlannedOptimizer) -> None:
@@ -39,8 +39,7 @@ def update(optimizer: PlannedOptimizer) -> None:
             group[AVERAGED] = group.get(AVERAGED, 0) + 1
             share = 1 / min(group[AVERAGED], group["average_horizon"])
             for param, known in _averaged(optimizer, group):
-                average = dtensor.local(known[AVERAGE])
-                average.lerp_(dtensor.local(param).to(average), share)
+                known[AVERAGE].lerp_(dtensor.local(param).to(known[AVERAGE]), share)
 
 
 def exchange(optimizer: PlannedOptimizer, *, average: bool) -> None:
@@ -53,13 +52,13 @@ def exchange(optimizer: PlannedOptimizer, *, average: bool) -> None:
             group[AT_AVERAGE] = True
             for param, known in _averaged(optimizer, group):
                 weight = dtensor.local(param)
-                known[RAW_PARAM] = dtensor.to_whole(param, weight.clone())
-                weight.copy_(dtensor.local(known[AVERAGE]))
+                known[RAW_PARAM] = weight.clone()
+                weight.copy_(known[AVERAGE])
         elif not average and group.get(AT_AVERAGE):
             group[AT_AVERAGE] = False
             for param in group["params"]:
                 if (raw := optimizer.state.get(param, {}).pop(RAW_PARAM, None)) is not None:
-                    dtensor.local(param).copy_(dtensor.local(raw))
+                    dtensor.local(param).copy_(raw)
 
 
 def forget(optimizer: PlannedOptimizer) -> None:

@@ -374,10 +374,12 @@ class BlockOptimizer(torch.optim.Optimizer):
         owners = self.find_owners()
         keys = [key for group in plain["param_groups"] for key in group["params"]]
         # In the order of the groups: ranks gather what they have in the order in which they find it.
-        state = {key: checkpoint.copied_averages(plain["state"][key]) for key in keys if key in plain["state"]}
+        state = {key: plain["state"][key] for key in keys if key in plain["state"]}
         for key, member in zip(keys, self.members(), strict=True):
-            known = state.get(key, {})
+            known = checkpoint.packed_averages(member.param, state.get(key, {}))
             if not any(map(is_own, known)):
+                if known:
+                    state[key] = known
                 continue
             plan, wanted = self.plan_of(member.settings, member.param), self.wanted_state(member)
             owner = self._owner_of.get(member.param) if owners is not None else None

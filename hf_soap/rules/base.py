@@ -25,7 +25,7 @@ PREV_PARAM = "prev_param"
 AVERAGE, RAW_PARAM = AVERAGES = "average_param", "raw_param"
 """Roles of the average of a parameter's weights, and of its raw weights while it holds the average.
 
-They are not a rule's: they have the parameter's own shape and placements, even if another rank preconditions it.
+They are not a rule's: they have the shape of this rank's part of the parameter, even if another rank preconditions it.
 """
 
 AVERAGED, AT_AVERAGE = "n_averaged", "at_average"
