@@ -10,7 +10,7 @@ import itertools
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,7 +23,7 @@ from hf_soap.checkpoint.checks import check_state
 from hf_soap.config.members import OVERRIDES, Member
 from hf_soap.distributed import dtensor, owners
 from hf_soap.linalg.precision import float32_products
-from hf_soap.rules.base import LAYOUT, Rule, StateSpec
+from hf_soap.rules.base import AT_AVERAGE, AVERAGE, AVERAGED, AVERAGES, LAYOUT, RAW_PARAM, Rule, StateSpec
 from hf_soap.rules.layout import Layout, uncut
 from hf_soap.rules.storage import COUNT, Storage, decoded, is_own
 
@@ -76,6 +76,11 @@ def detach_state(state_dict: dict[str, Any]) -> dict[str, Any]:
 
 def _detached(role: Any, value: Any) -> Any:
     return value.clone() if is_own(role) and isinstance(value, Tensor) else value
+
+
+def packed_averages(param: Tensor, entry: dict[str, Any]) -> dict[str, Any]:
+    """Returns the state of a parameter with copies of its average and its raw weights, sharded like the parameter."""
+    return {k: dtensor.to_whole(param, v.clone()) if k in AVERAGES else v for k, v in entry.items()}
 
 
 def saved_groups(groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -136,7 +141,8 @@ def merged_groups(
     merged = []
     for old, new in zip(saved, groups, strict=True):
         kept = {*settings, NAMES, OVERRIDES} - {*RATES}
-        current = {k: v for k, v in new.items() if k != "params" and (k in kept or k not in old)}
+        saved_only = {*old, "params", AVERAGED, AT_AVERAGE}  # present averages are replaced by the saved ones
+        current = {k: v for k, v in new.items() if k in kept or k not in saved_only}
         if CYCLED in old and "betas" in old and "betas" in new:
             current["betas"] = (old["betas"][0], *new["betas"][1:])
         elif CYCLED in old and "momentum" in old and "betas" not in new:
@@ -145,7 +151,8 @@ def merged_groups(
         if changed:
             words = ", ".join(f"{key}={value!r} (saved {before!r})" for key, (before, value) in changed.items())
             logger.info("These settings differ from the checkpoint; the current ones are used: %s", words)
-        merged.append({**{k: v for k, v in old.items() if k != OVERRIDES}, **current})
+        dropped = (OVERRIDES,) if new["average_horizon"] else (OVERRIDES, AVERAGED)
+        merged.append({**{k: v for k, v in old.items() if k not in dropped}, **current})
     return merged
 
 
@@ -158,6 +165,41 @@ def saved_state(
             saved = {role: value for role, value in state_dict["state"].get(key, {}).items() if is_own(role)}
             if saved:
                 yield param, key, saved
+
+
+def restored_averages(members: Sequence[Member], state_dict: dict[str, Any]) -> dict[Tensor, dict[str, Tensor]]:
+    """Returns copies of this rank's parts of saved averages and raw weights.
+
+    All ranks that share parameters must call this together.
+
+    Args:
+        members: The parameters. Where averaging is off now, only raw weights are returned.
+        state_dict: What was saved, with as many parameters in the same order.
+
+    Returns:
+        Tensors by parameter and role.
+
+    Raises:
+        ValueError: If a shape differs.
+    """
+    found: defaultdict[Tensor, dict[str, Tensor]] = defaultdict(dict)
+    keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+    for key, member in zip(keys, members, strict=True):
+        saved, param = state_dict["state"].get(key, {}), member.param
+        for role in AVERAGES:
+            if role in saved and (role == RAW_PARAM or member.settings["average_horizon"]):
+                check_state({role: saved[role]}, {role: param}, member.name, tuple(param.shape))
+                found[param][role] = dtensor.part_of(param, saved[role])
+    before = any(AVERAGE in state_dict["state"].get(key, {}) for key in keys)
+    now = any(member.settings["average_horizon"] for member in members)
+    if dtensor.rank() == 0 and state_dict["state"] and before != now:
+        logger.warning(
+            "The checkpoint has no averages of the weights: they start from the loaded weights."
+            if now
+            else "The checkpoint has averages of the weights, which average_horizon=0 drops: training continues from "
+            "the raw weights."
+        )
+    return found
 
 
 def refuse_state_of_others(state_dict: dict[str, Any], members: Sequence[Member]) -> None:
@@ -195,7 +237,9 @@ def foreign_state(state: Mapping[Any, Any], ours: Collection[Any]) -> dict[Any, 
     """
     foreign: dict[Any, Any] = {}
     for key, entry in state.items():
-        rest = {role: value for role, value in entry.items() if not is_own(role)} if key in ours else entry
+        rest = entry
+        if isinstance(entry, Mapping):
+            rest = {k: v for k, v in entry.items() if not (k in AVERAGES or (key in ours and is_own(k)))}
         if key not in ours or rest:
             foreign[key] = rest
     return foreign
@@ -508,11 +552,16 @@ def _pieces(job: Saved) -> list[reshard.Piece]:
     ]
 
 
-def saved_shapes(source: Path) -> dict[str, dict[str, tuple[int, ...]]]:
-    """Returns the shapes of this package's saved state by parameter name and role."""
+def has_averages(source: Path) -> bool:
+    """Whether a file, or a folder of torch.distributed.checkpoint, has averages of weights."""
+    return any(AVERAGE in roles for roles in saved_shapes(source, lambda role: role in AVERAGES).values())
+
+
+def saved_shapes(source: Path, is_meant: Callable[[str], bool] = is_own) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Returns the shapes of this package's saved state by parameter name and role; ``is_meant`` chooses the roles."""
     if source.is_file():
         found = {
-            name: {role: tuple(getattr(value, "shape", ())) for role, value in entry.items() if is_own(role)}
+            name: {role: tuple(getattr(value, "shape", ())) for role, value in entry.items() if is_meant(role)}
             for name, entry in read(source)["state"].items()
             if isinstance(entry, Mapping)
         }
@@ -523,7 +572,7 @@ def saved_shapes(source: Path) -> dict[str, dict[str, tuple[int, ...]]]:
     for key, value in FileSystemReader(source).read_metadata().state_dict_metadata.items():
         if key.startswith("optimizer.state."):
             name, _, role = key.removeprefix("optimizer.state.").rpartition(".")
-            if is_own(role):
+            if is_meant(role):
                 shapes[name][role] = tuple(getattr(value, "size", ()))
     return dict(shapes)
 
@@ -572,8 +621,21 @@ def read_part(source: Path, model: nn.Module, optimizer: torch.optim.Optimizer) 
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    state = get_optimizer_state_dict(model, optimizer)["state"]
-    load({"optimizer": {"state": state}}, storage_reader=FileSystemReader(source))
+    own: Any = get_optimizer_state_dict(model, optimizer)
+    reader = FileSystemReader(source)
+    state: dict[str, Any] = {
+        name: {role: value for role, value in entry.items() if role not in AVERAGES}
+        for name, entry in own["state"].items()
+    }
+    saved = reader.read_metadata().state_dict_metadata
+    for mine, group in zip(optimizer.param_groups, own["param_groups"], strict=True):
+        for param, name in zip(mine["params"], group["params"], strict=True):
+            for role in AVERAGES:
+                stored: Any = saved.get(f"optimizer.state.{name}.{role}")
+                if stored is not None:
+                    part = torch.empty_like(dtensor.local(param), dtype=stored.properties.dtype)
+                    state[name][role] = dtensor.to_whole(param, part)
+    load({"optimizer": {"state": state}}, storage_reader=reader)
     return {"state": state, "param_groups": _read_groups(source)}
 
 

@@ -31,6 +31,13 @@ class CommonOptions(OptimizerConfig):
         NON_NEGATIVE,
         remedy="use 0 to go on without a limit",
     )
+    average_horizon: int = option(
+        0,
+        "Average the weights over about this many steps, for evaluation and saving: their mean at first, then an "
+        "exponential moving average; 0 keeps none.",
+        NON_NEGATIVE,
+    )
+    average_start: int = option(0, "Steps before averaging starts.", NON_NEGATIVE)
     shard_mode: Literal["local", "owner"] = option(
         "local",
         "With several ranks: `local` preconditions each rank's part of a matrix; `owner` preconditions whole "

@@ -18,6 +18,7 @@ OVERRIDES = "overrides"
 
 OF_GROUPS = {
     *("lr", "weight_decay", "lr_1d", "weight_decay_1d", "nonfinite", "max_skipped_in_a_row", "shard_mode", "exact"),
+    *("average_horizon", "average_start"),
     "variant",
     *("foreach", "fused", "differentiable"),
 }

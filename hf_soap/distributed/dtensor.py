@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from torch import nn
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor.placement_types import Placement
 
@@ -169,6 +170,22 @@ def to_whole(param: Tensor, value: Tensor) -> Tensor:
     return _wrap(value, param, param.placements, tuple(param.shape))
 
 
+def part_of(param: Tensor, value: Tensor) -> Tensor:
+    """Returns a copy of this rank's part of a tensor of a parameter's shape, on the device of the parameter.
+
+    All ranks that share the parameter must call this together, with a whole tensor or a DTensor.
+    """
+    if is_sharded(value) and is_sharded(param) and _places(value) == _places(param):
+        part = local(value)
+    else:
+        part = shard_of(param).of(gathered(value))
+    return part.detach().to(local(param).device, copy=True)
+
+
+def _places(tensor: DTensor) -> tuple[Any, ...]:
+    return tensor.device_mesh, tensor.placements
+
+
 def gathered(value: Tensor) -> Tensor:
     """Returns the full tensor of a DTensor; all ranks must call this. A plain tensor is returned itself."""
     if not is_sharded(value):
@@ -191,6 +208,14 @@ def place_in_stack(param: Tensor) -> tuple[int, ...]:
         )
     pairs = zip(coordinate, param.placements, strict=True)
     return tuple(place if is_cut(placement) else 0 for place, placement in pairs)
+
+
+def reshard(model: nn.Module) -> None:
+    """Drops the weights that a forward pass under FSDP2 has gathered, since the next one would use them again."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # if it is not loaded, no such model exists
+    for module in model.modules() if fsdp is not None else ():
+        if isinstance(module, fsdp.FSDPModule):
+            module.reshard()
 
 
 def ranks() -> int:

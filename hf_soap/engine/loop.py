@@ -11,6 +11,7 @@ from torch import Tensor
 from hf_soap.config.members import Member, RateSource
 from hf_soap.distributed import dtensor
 from hf_soap.distributed.owners import SEEDED, UPDATED, Outcome, Ownership
+from hf_soap.engine import averages
 from hf_soap.engine.background import Background
 from hf_soap.engine.bucketing import Bucketing, PlannedOptimizer
 from hf_soap.engine.buckets import Bucket
@@ -51,10 +52,13 @@ class Engine:
             return False
         owners = self.optimizer.find_owners()
         allocate_only = self.is_synthetic()
+        averages.allocate(self.optimizer)
         self.refreshes.noted.clear()  # of a step that was broken off
         LOCAL.take(self, owners, allocate_only=allocate_only)
         if owners is not None:
             OWNED.take(self, owners, allocate_only=allocate_only)
+        if not allocate_only:
+            averages.update(self.optimizer)
         if self.refreshes.noted:
             self.refreshes.finish()
         return True

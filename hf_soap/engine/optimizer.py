@@ -20,11 +20,13 @@ from hf_soap.config.checks import check_group_keys, check_learning_rate, check_p
 from hf_soap.config.members import OVERRIDES, Member, RateSource, Registered, Roster, check_overrides
 from hf_soap.distributed import dtensor
 from hf_soap.distributed.owners import Ownership
+from hf_soap.engine import averages
 from hf_soap.engine.buckets import state_dtype
 from hf_soap.engine.loop import Engine
 from hf_soap.engine.plan import Plan
 from hf_soap.engine.profiling import StepProfiler
 from hf_soap.linalg.elementwise import Rate
+from hf_soap.rules.base import AT_AVERAGE
 from hf_soap.rules.layout import uncut
 from hf_soap.rules.storage import COUNT, is_own
 
@@ -83,10 +85,16 @@ class BlockOptimizer(torch.optim.Optimizer):
             What the closure returned.
 
         Raises:
+            RuntimeError: If the parameters hold averages; see :meth:`eval`.
             ValueError: If a gradient is sparse or complex, or a parameter has changed its shape since its state was
                 made, before anything changed.
             FloatingPointError: If ``max_skipped_in_a_row`` steps in a row were skipped.
         """
+        if self.at_average:
+            raise RuntimeError(
+                "got a step while the parameters hold the averages of their weights, wanted the raw weights; call "
+                "train() of the optimizer before the forward pass"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -113,6 +121,45 @@ class BlockOptimizer(torch.optim.Optimizer):
             norm: Their common norm, before or after clipping. If it is not finite, the step checks each gradient.
         """
         self._engine.guard.know_norm(params, norm)
+
+    def eval(self) -> None:
+        """Puts the averages of the weights into the parameters, to evaluate or save the model, until :meth:`train`.
+
+        Without ``average_horizon``, before ``average_start`` and at a second call, nothing changes. Meanwhile a step
+        is an error, and the state has the raw weights too. The Trainer calls this and :meth:`train` itself. ::
+
+            optimizer.eval()
+            evaluate(model)
+            optimizer.train()
+
+        With FSDP2, call ``reshard()`` of the model first: weights that a forward pass has gathered would stay in use.
+        """
+        self._exchange(average=True)
+
+    def train(self) -> None:
+        """Puts the raw weights back into the parameters, bit for bit; without :meth:`eval`, nothing changes."""
+        self._exchange(average=False)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _exchange(self, *, average: bool) -> None:
+        if average or self.at_average:
+            self._consolidated = None
+            averages.exchange(self, average=average)
+
+    @property
+    def averages_weights(self) -> bool:
+        """Whether any param group asks for averages of its weights."""
+        return any(group["average_horizon"] for group in self.param_groups)
+
+    @property
+    def at_average(self) -> bool:
+        """Whether parameters hold their averages."""
+        return any(group.get(AT_AVERAGE) for group in self.param_groups)
+
+    def restart_average(self) -> None:
+        """Forgets the averages, because other weights were loaded into the parameters; averaging starts again."""
+        averages.forget(self)
 
     @property
     def skipped_steps(self) -> int:
@@ -230,6 +277,11 @@ class BlockOptimizer(torch.optim.Optimizer):
         if "betas" in group:
             values["beta1"], values["beta2"] = check_pair("betas", group["betas"])
         options.check_values(self.config, values)
+        if group["average_start"] and not group["average_horizon"]:
+            raise ValueError(
+                f"got average_start={group['average_start']} without average_horizon, wanted both or neither; set "
+                "average_horizon to the number of steps to average over"
+            )
         for param in group["params"]:
             dtensor.check_placements(param)
             # Frozen weights of a quantised model may be integers; they never reach a step.
@@ -324,8 +376,10 @@ class BlockOptimizer(torch.optim.Optimizer):
         # In the order of the groups: ranks gather what they have in the order in which they find it.
         state = {key: plain["state"][key] for key in keys if key in plain["state"]}
         for key, member in zip(keys, self.members(), strict=True):
-            known = state.get(key, {})
+            known = checkpoint.packed_averages(member.param, state.get(key, {}))
             if not any(map(is_own, known)):
+                if known:
+                    state[key] = known
                 continue
             plan, wanted = self.plan_of(member.settings, member.param), self.wanted_state(member)
             owner = self._owner_of.get(member.param) if owners is not None else None
@@ -359,8 +413,10 @@ class BlockOptimizer(torch.optim.Optimizer):
             # torch casts loaded state to the parameter's dtype, which would round float32 factors of a bf16 model.
             given = checkpoint.regrouped(self.param_groups, given)
             found, ours = self._restored(given)
-            states.update(found)
             groups = checkpoint.merged_groups(self.param_groups, given["param_groups"], self.defaults)
+            for param, kept in checkpoint.restored_averages(self.members(), given).items():
+                found.setdefault(param, {}).update(kept)
+            states.update(found)
             return {"state": checkpoint.foreign_state(given["state"], ours), "param_groups": groups}
 
         def put(_: torch.optim.Optimizer) -> None:
@@ -452,6 +508,8 @@ class BlockOptimizer(torch.optim.Optimizer):
                 sizes[param] = self._bytes_of(member) if owners.owns(param) else COUNT.itemsize
             elif dtensor.local(param).numel():
                 sizes[param] = self._bytes_of(member)
+            kept = averages.bytes_of_average(member.settings, param, dtensor.local(param).shape)
+            sizes[param] = sizes.get(param, 0) + kept
         return sizes
 
     def _bytes_of(self, member: Member) -> int:

@@ -52,6 +52,9 @@ class MARS(AuxiliaryRates):
         weight_decay_1d: Their weight decay; None takes the group's. The published runs use 0.1.
         nonfinite: ``"skip"`` skips a step in which any gradient holds NaN or Inf; ``"off"`` does not check.
         max_skipped_in_a_row: Raise an error when this many steps in a row were skipped; 0 never does.
+        average_horizon: Average the weights over about this many steps, see :meth:`eval`: their mean at first, then an
+            exponential moving average with the decay rate 1 - 1/average_horizon. 0 keeps no averages.
+        average_start: Steps before averaging starts.
         shard_mode: With several ranks: ``"local"`` preconditions each rank's part of a matrix by itself, ``"owner"``
             whole matrices on one rank each, with the same result as one process.
         state_dtype: Dtype of state between steps: ``"float32"`` (float64 for float64 parameters) or ``"bfloat16"``.
@@ -97,6 +100,8 @@ class MARS(AuxiliaryRates):
         *,
         nonfinite: Literal["skip", "off"] = "skip",
         max_skipped_in_a_row: int = 100,
+        average_horizon: int = 0,
+        average_start: int = 0,
         shard_mode: Literal["local", "owner"] = "local",
         state_dtype: Literal["float32", "bfloat16"] = "float32",
         pack_factors: bool = False,

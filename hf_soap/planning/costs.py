@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from hf_soap.distributed import owners
+from hf_soap.engine.averages import bytes_of_average
 from hf_soap.engine.buckets import LAUNCH_BYTES, state_dtype, temporary_bytes
 from hf_soap.engine.optimizer import BlockOptimizer, bytes_of, planned_state
 from hf_soap.engine.plan import Plan
@@ -41,13 +42,23 @@ class Cost:
 
 @dataclass(frozen=True)
 class Share:
-    """The plan of a parameter: of the largest part of any rank, or of the whole parameter on its owner."""
+    """The plan of a parameter: of the largest part of any rank, or of the whole parameter on its owner.
+
+    Attributes:
+        group: The settings that hold for it.
+        own: What it overrides.
+        param: The parameter.
+        plan: Its plan.
+        owned: Whether it has an owner.
+        average: Bytes of the average of the weights of the largest part, which every rank keeps of its own.
+    """
 
     group: dict[str, Any]
     own: Mapping[str, Any]
     param: Tensor
     plan: Plan
     owned: bool
+    average: int
 
     @cached_property
     def _state(self) -> dict[str, Tensor]:
@@ -55,7 +66,7 @@ class Share:
 
     @property
     def state(self) -> int:
-        """Bytes of optimizer state."""
+        """Bytes of optimizer state without the average."""
         return bytes_of(self._state)
 
     @property
@@ -74,11 +85,10 @@ def shares(optimizer: BlockOptimizer, *, ranks: int, mode: Mode) -> Iterator[Sha
         whole = optimizer.plan(settings, param.shape)
         stays = mode == "owner" and whole.traits.is_elementwise
         owned = mode in ("owner", "ddp, owner") and not stays and ranks > 1
-        if owned or ranks == 1 or mode == "ddp":
-            yield Share(settings, member.own, param, whole, owned)
-        else:
-            plan = optimizer.plan(settings, param.shape, part=largest_part(param, ranks))
-            yield Share(settings, member.own, param, plan, owned)
+        part = largest_part(param, ranks) if mode in ("local", "owner") else tuple(param.shape)
+        stepped = whole if owned or ranks == 1 or mode == "ddp" else optimizer.plan(settings, param.shape, part=part)
+        average = bytes_of_average(settings, param, part)
+        yield Share(settings, member.own, param, stepped, owned, average)
 
 
 def largest_part(param: Tensor, ranks: int) -> tuple[int, ...]:
@@ -106,6 +116,7 @@ def cost(optimizer: BlockOptimizer, *, ranks: int, mode: Mode) -> Cost:
         num_bytes = state_dtype(param).itemsize
         needs = temporary_bytes(plan, state_dtype(param))
         concurrent = [concurrent[0] + needs, max(concurrent[1], needs)]
+        total.state += share.average
         if share.owned:
             owned.append(share)
             # The gradient goes to the owner and the direction comes back, except for the owner's own part.

@@ -214,7 +214,7 @@ def routing(model: nn.Module, optimizer: BlockOptimizer, *, ranks: int, mode: co
         rule = grouping.describe(share.plan, share.own, owned=share.owned)
         sides = tuple(layout.block[i] for i in layout.sides)
         name, shape, decays = names[share.param], tuple(share.param.shape), share.group["weight_decay"] != 0
-        rows.add(name, shape, rule, sides, decays=decays, factors=share.factors, state=share.state)
+        rows.add(name, shape, rule, sides, decays=decays, factors=share.factors, state=share.state + share.average)
     return rows.listed()
 
 

@@ -22,6 +22,15 @@ Kind = Literal["moment", "factor", "basis", "root", "vector"]
 PREV_PARAM = "prev_param"
 """Role of the weights before the last update."""
 
+AVERAGE, RAW_PARAM = AVERAGES = "average_param", "raw_param"
+"""Roles of the average of a parameter's weights, and of its raw weights while it holds the average.
+
+They are not a rule's: they have the shape of this rank's part of the parameter, even if another rank preconditions it.
+"""
+
+AVERAGED, AT_AVERAGE = "n_averaged", "at_average"
+"""Entries of a param group: how many weights its averages are of, and whether its parameters hold the averages."""
+
 LAYOUT = "layout"
 """Role of the numbers that say how a tensor was cut. It occurs only in a state dict."""
 

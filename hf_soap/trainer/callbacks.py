@@ -1,4 +1,4 @@
-"""Optimizer diagnostics in the log of any Trainer."""
+"""Callbacks of any Trainer: optimizer diagnostics in its log, and averages of the weights after training."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from hf_soap.engine.optimizer import BlockOptimizer, unwrapped
 from hf_soap.engine.profiling import StepProfiler
-from hf_soap.trainer import metrics
+from hf_soap.trainer import averaging, metrics
 
 logger = logging.getLogger(__name__)
 
@@ -84,8 +84,18 @@ class _ByOption(SoapMetricsCallback):
     """The callback that ``log_every`` adds; it is removed when the option is."""
 
 
+class AverageCallback(TrainerCallback):
+    """Puts the averages of the weights into the model after training, for what is saved and published then."""
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Exchanges weights and averages, if the optimizer keeps averages."""
+        averaging.exchange(kwargs["model"], kwargs["optimizer"], average=True)
+
+
 def attach(trainer: Trainer, *, every: int) -> None:
-    """Sets the trainer of its :class:`SoapMetricsCallback`, and adds one if there is none.
+    """Adds the callbacks that a trainer lacks, and sets the trainer of its :class:`SoapMetricsCallback`.
 
     Args:
         trainer: Any trainer that is about to train.
@@ -95,7 +105,10 @@ def attach(trainer: Trainer, *, every: int) -> None:
     # At the first call, an existing optimizer was passed in; the model card must not say that `optim` created it.
     vars(trainer).setdefault("_given_optimizer", trainer.optimizer is not None)
     vars(trainer).setdefault("_given_scheduler", trainer.lr_scheduler is not None)
-    present = [one for one in trainer.callback_handler.callbacks if isinstance(one, SoapMetricsCallback)]
+    callbacks = trainer.callback_handler.callbacks
+    if not any(isinstance(one, AverageCallback) for one in callbacks):
+        callbacks.insert(0, AverageCallback())  # before those that publish the model
+    present = [one for one in callbacks if isinstance(one, SoapMetricsCallback)]
     for outdated in [one for one in present if isinstance(one, _ByOption) and one.every != every]:
         trainer.remove_callback(outdated)
         present.remove(outdated)

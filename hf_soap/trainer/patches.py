@@ -26,7 +26,7 @@ from hf_soap.config import options
 from hf_soap.engine.optimizer import BlockOptimizer, unwrapped
 from hf_soap.hub import arguments
 from hf_soap.optimizers.names import CALL_AFTER_REGISTERING, ENTRIES, load_entry_points
-from hf_soap.trainer import checksums, registry, resume
+from hf_soap.trainer import averaging, checksums, registry, resume
 from hf_soap.trainer.import_hook import after_import
 
 if TYPE_CHECKING:
@@ -185,6 +185,33 @@ def _load_model(original: Callable[..., Any]) -> Callable[..., Any]:
             original(self, resume_from_checkpoint, model, *args, **kwargs)
 
     return load_from_checkpoint
+
+
+def _on_raw_weights(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def training_step(self: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        averaging.exchange(self.model, self.optimizer, average=False)
+        return original(self, model, *args, **kwargs)
+
+    return training_step
+
+
+def _on_averages(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        averaging.exchange(self.model, self.optimizer, average=True)  # until the next training step
+        return original(self, *args, **kwargs)
+
+    return call
+
+
+def _load_best_average(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def load_best_model(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        averaging.restart(self.optimizer)
+
+    return load_best_model
 
 
 def _unless_ours(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -446,6 +473,19 @@ PATCHES = (
         (
             Target(TRAINER, "Trainer._load_optimizer_and_scheduler", ("self", "checkpoint"), _load_optimizer),
             Target(TRAINER, "Trainer._load_from_checkpoint", ("self", "resume_from_checkpoint", "model"), _load_model),
+        ),
+    ),
+    Patch(
+        "averages of the weights in evaluation and in what is saved",
+        "the Trainer exchanges averages and weights for evaluation, but saves whichever the model holds, and keeps "
+        "what FSDP2 has gathered of the others",
+        "with average_horizon, call trainer.optimizer.eval() before you save the model; no checkpoint is sure to have "
+        "the averages",
+        (
+            Target(TRAINER, "Trainer.training_step", ("self", "model"), _on_raw_weights),
+            Target(TRAINER, "Trainer.evaluation_loop", ("self", "dataloader"), _on_averages),
+            Target(TRAINER, "Trainer.save_model", ("self",), _on_averages),
+            Target(TRAINER, "Trainer._load_best_model", ("self",), _load_best_average),
         ),
     ),
     Patch(

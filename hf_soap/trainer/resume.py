@@ -77,6 +77,7 @@ def load_optimizer(trainer: Trainer, folder: Path) -> bool:
             missing,
             type(optimizer).__name__,
         )
+        optimizer.restart_average()
         return False  # the Trainer starts from scratch too
     if native.name == PLAIN:  # the Trainer would load all owners' state on every device
         fits = not optimizer.spreads_state()
@@ -85,9 +86,15 @@ def load_optimizer(trainer: Trainer, folder: Path) -> bool:
     schedule, groups = torch.load(folder / SCHEDULER, weights_only=True), optimizer.param_groups
     same_groups = len(schedule.get(LAST_RATES, groups)) == len(groups)
     if native in saved and fits:
-        if same_groups and (native.name != SHARDED or state_dict.has_settings(native, groups)):
+        same = same_groups and (native.name != SHARDED or state_dict.has_settings(native, groups))
+        # FSDP loads only what the optimizer has already, and requires all of it.
+        averaged = native.name != PLAIN and (optimizer.averages_weights or state_dict.has_averages(native))
+        if same and not averaged:
             return False
-        logger.warning("Loading the optimizer from %s, which was saved with other param groups or settings.", native)
+        if not same:
+            logger.warning(
+                "Loading the optimizer from %s, which was saved with other param groups or settings.", native
+            )
         model: Any = trainer.model
         is_sharded = native.name == SHARDED
         state = state_dict.read_part(native, model, optimizer) if is_sharded else state_dict.read(native)

@@ -388,7 +388,7 @@ class Net(nn.Module):
         self.experts = Parameter(torch.ones(2, 6, 6))
 
 
-READ_BY_THE_STEP = ("nonfinite", "max_skipped_in_a_row", "shard_mode")
+READ_BY_THE_STEP = ("nonfinite", "max_skipped_in_a_row", "shard_mode", "average_horizon", "average_start")
 """Read from the group for all parameters at once, by every optimizer alike."""
 
 TOGETHER: tuple[dict[str, Any], ...] = (
@@ -396,6 +396,7 @@ TOGETHER: tuple[dict[str, Any], ...] = (
     {"optimize_1d": True},
     {"asynchronous": True, "precondition_frequency": 20},
     {"adam_modules": "head"},
+    {"average_horizon": 10},
 )
 """Settings some of which each option wants beside it: no parameter may be left that it is for."""
 

@@ -57,6 +57,7 @@ OPTIMIZERS: dict[str, Callable[[Any], BlockOptimizer]] = {
     "muon": lambda p: Muon(p, lr=1e-2, lr_1d=1e-3),
     "third party": lambda p: SPlus(p, lr=1e-2, precondition_frequency=2),
     "soap, own settings": lambda p: SOAP(_with_own_settings(p), lr=1e-2, precondition_frequency=2),
+    "soap, averaged": lambda p: SOAP(p, lr=1e-2, precondition_frequency=2, average_horizon=3, average_start=2),
     "soap, overlapped": lambda p: SOAP(p, lr=1e-2, precondition_frequency=2, overlap_refresh=True),
 }
 WITHOUT_OWNERS: dict[str, Callable[[Any], BlockOptimizer]] = {}

@@ -25,8 +25,8 @@ def plans_are_what_ranks_keep(names: list[str] | None = None) -> None:
         folder = save_config(name, Path(os.environ["SHARED_FOLDER"]) / f"{name}-{rank}")
         empty = model_without_weights(folder).model
         run = plan.Run(empty, trainer_groups(empty), ranks=count, sharded=True)
-        for mode in ("local", "owner"):
-            config = SoapConfig(shard_mode=mode)
+        for mode, horizon in (("local", 0), ("owner", 0), ("local", 10), ("owner", 10)):
+            config = SoapConfig(shard_mode=mode, average_horizon=horizon)
             sharded: Any = model(name)
             fully_shard(sharded, mesh=init_device_mesh("cpu", (count,)))
             optimizer = plan.build(sharded, trainer_groups(sharded), config)
@@ -40,7 +40,7 @@ def plans_are_what_ranks_keep(names: list[str] | None = None) -> None:
             want = run.cost(config).state, run.weights(trained=False), run.weights(trained=True)
             got = [max(figures) for figures in zip(*every, strict=True)]
             for figure, planned in zip(got, want, strict=True):
-                assert abs(figure - planned) <= 0.01 * figure, f"{name}, {mode}: {got}, planned {want}"
+                assert abs(figure - planned) <= 0.01 * figure, f"{name}, {config}: {got}, planned {want}"
 
 
 def preflight_counts_what_a_rank_has(state_dict_type: str | None, optim_args: str) -> None:

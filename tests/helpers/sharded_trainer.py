@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import os
@@ -12,10 +13,12 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from sharded import OPTIMIZERS, Messages, assert_equal, network, whole
-from tiny import TRANSFORMERS_4
+from sharded import OPTIMIZERS, Messages, assert_equal, network, put, whole
+from tiny import TRANSFORMERS_4, Counting
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Subset
+
+from hf_soap.engine.optimizer import unwrapped
 
 
 def let_accelerate_shard_on_cpus() -> None:
@@ -47,19 +50,24 @@ def trainer_for(
     lora: bool = False,
     plain: bool = False,
     dropout: bool = True,
+    reshard_after_forward: bool = True,
     **settings: Any,
 ) -> Any:
     """A Trainer over a tiny GPT-2 with tied embeddings, under FSDP2 where a kind of state dict is named, else DDP."""
-    from tiny import Counting, arguments, gpt2
+    from tiny import arguments, gpt2
     from transformers import Trainer
 
     from hf_soap import SoapTrainer
 
     if state_dict_type:
         let_accelerate_shard_on_cpus()
-        wrapped = {"auto_wrap_policy": "TRANSFORMER_BASED_WRAP", "transformer_layer_cls_to_wrap": ["GPT2Block"]}
+        wrapped: dict[str, Any] = {
+            "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+            "transformer_layer_cls_to_wrap": ["GPT2Block"],
+        }
         settings |= {"fsdp": "full_shard auto_wrap"}  # the way of transformers 4, which 5 still takes
-        settings |= {"fsdp_config": {"version": 2, "state_dict_type": state_dict_type, **wrapped}}
+        wrapped |= {"version": 2, "state_dict_type": state_dict_type, "reshard_after_forward": reshard_after_forward}
+        settings |= {"fsdp_config": wrapped}
         os.environ |= {"FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": state_dict_type}  # for transformers 4
     if dist.get_world_size() > 1:
         settings |= {"ddp_backend": "gloo"}
@@ -74,7 +82,8 @@ def trainer_for(
         settings.setdefault("optim_args", "precondition_frequency=2")
     settings = {"per_device_train_batch_size": rows, **settings}
     args = arguments(folder, save_strategy="steps", save_steps=4, logging_steps=1, **settings)
-    return (Trainer if plain else SoapTrainer)(model=model, args=args, train_dataset=Subset(Counting(), range(60)))
+    data = {"train_dataset": Subset(Counting(), range(60)), "eval_dataset": Subset(Counting(), range(8))}
+    return (Trainer if plain else SoapTrainer)(model=model, args=args, **data)
 
 
 def trainer_resumes(run: str, **settings: Any) -> None:
@@ -93,6 +102,85 @@ def trainer_resumes(run: str, **settings: Any) -> None:
     trainer = trainer_for(folder, **settings)
     trainer.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
     assert_equal(whole(trainer.model), want, run)
+
+
+def trainer_averages(run: str, **settings: Any) -> None:
+    """The model holds textbook averages at the end, evaluation finds their loss, and a resumed run is the same."""
+    from transformers import TrainerCallback
+
+    class Watching(TrainerCallback):
+        """Keeps the raw weights after each step, and the losses of evaluations."""
+
+        def __init__(self) -> None:
+            self.weights: list[dict[str, Any]] = []
+            self.losses: dict[int, float] = {}
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.weights.append(whole(kwargs["model"]))
+
+        def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.losses[state.global_step] = kwargs["metrics"]["eval_loss"]
+
+    def watched() -> tuple[Any, Watching]:
+        evaluates = {"eval_strategy": "steps", "eval_steps": 2, "eval_on_start": True}
+        trainer, watching = trainer_for(folder, **settings, **evaluates), Watching()
+        trainer.add_callback(watching)
+        return trainer, watching
+
+    folder = Path(os.environ["SHARED_FOLDER"]) / run
+    trainer, watching = watched()
+    model = copy.deepcopy(trainer.model).eval()
+    start = whole(model)
+    trainer.train()
+    first, *rest = watching.weights
+    average = first
+    for seen, weights in enumerate(rest, start=2):
+        decay = 1 - 1 / min(seen, 3)
+        average = {name: decay * average[name] + (1 - decay) * weight for name, weight in weights.items()}
+    got = whole(trainer.model)
+    if settings.get("dtype") != "bfloat16":
+        for name, value in average.items():
+            torch.testing.assert_close(got[name], value, rtol=1e-5, atol=1e-6, msg=name)
+    moved = max(float((got[name] - weight).abs().max()) for name, weight in watching.weights[-1].items())
+    assert moved > 1e-3
+
+    losses = [loss_of(model, weights) for weights in (start, got)]
+    assert abs(watching.losses[8] / watching.losses[0] - losses[1] / losses[0]) < 1e-4
+    again, after = watched()
+    again.train(resume_from_checkpoint=str(folder / "checkpoint-4"))
+    for one, other in zip(after.weights, watching.weights[4:], strict=True):
+        assert_equal(one, other, f"{run}, raw")
+    assert_equal(whole(again.model), got, run)
+    assert {step: after.losses[step] for step in (6, 8)} == {step: watching.losses[step] for step in (6, 8)}
+
+
+def averages_are_switched(**settings: Any) -> None:
+    """Averages that start or end at a checkpoint change no raw weight."""
+    folder = Path(os.environ["SHARED_FOLDER"])
+    plain, averaged = "precondition_frequency=2", "precondition_frequency=2,average_horizon=3"
+    ends = []
+    for run, optim_args, resumes_from in (
+        ("plain", plain, None),
+        ("averaged", averaged, None),
+        ("on", averaged, "plain"),
+        ("off", plain, "averaged"),
+    ):
+        trainer = trainer_for(folder / run, optim_args=optim_args, **settings)
+        trainer.train(resume_from_checkpoint=resumes_from and str(folder / resumes_from / "checkpoint-4"))
+        optimizer = unwrapped(trainer.optimizer)
+        assert optimizer.at_average == (optim_args == averaged)
+        optimizer.train()
+        ends.append(whole(trainer.model))
+    for end in ends[1:]:
+        assert_equal(end, ends[0], "raw weights")
+
+
+def loss_of(model: Any, weights: dict[str, Any]) -> float:
+    """The loss of a plain model with these weights, on the rows that the trainers evaluate."""
+    rows = [Counting()[i] for i in range(8)]
+    put(model, weights)
+    with torch.no_grad():
+        return float(model(**{key: torch.stack([row[key] for row in rows]) for key in rows[0]}).loss)
 
 
 def losses_of(trainer: Any) -> list[float]:

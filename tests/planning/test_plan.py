@@ -30,6 +30,7 @@ from hf_soap.planning import plan as planning
 from hf_soap.trainer import preflight
 
 GIB = 2**30
+AVERAGED = "average_horizon=10"
 
 
 def plan(*arguments: object) -> dict[str, Any]:
@@ -49,12 +50,12 @@ def stepped(built: Any, name: str, folder: Path, **settings: Any) -> Any:
     return optimizer
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_plans_are_what_the_optimizer_keeps(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "optim_args"), [*((name, "stagger=true") for name in MODELS), ("gpt2", AVERAGED)])
+def test_plans_are_what_the_optimizer_keeps(name: str, optim_args: str, tmp_path: Path) -> None:
     """Byte for byte in one process."""
     built: Any = model(name)
-    report = plan(save_config(name, tmp_path))
-    optimizer = stepped(built, name, tmp_path, weight_decay=0.1)
+    report = plan(save_config(name, tmp_path), "--optim-args", optim_args)
+    optimizer = stepped(built, name, tmp_path, weight_decay=0.1, optim_args=optim_args)
     assert report["asked"]["cost"]["state"] == kept_bytes(optimizer) == optimizer.state_bytes()
     assert report["weights"] == report["gradients"] == sum(p.nbytes for p in built.parameters())
     assert report["model"] == type(built).__name__
