@@ -183,6 +183,9 @@ class SoapOptions(ShampooFactorOptions):
     refresh_tol: float = option(
         0.0, "Skip the refresh of a basis if at most this share of its factor is off the diagonal.", NON_NEGATIVE
     )
+    rotate_second_moment: bool = option(
+        False, "At a refresh, rotate the second moment with the squares of the rotation, instead of permuting it."
+    )
     matmul_dtype: Literal["float32", "tf32", "bfloat16"] = option(
         "float32",
         "Arithmetic of the rotations of gradient and direction; factors and bases stay exact. On a CPU, `tf32` is "
