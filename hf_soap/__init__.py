@@ -21,11 +21,12 @@ from hf_soap.config.configs import (
     MuonConfig,
     ShampooConfig,
     SoapConfig,
+    SoapMuonConfig,
 )
 from hf_soap.config.options import OptimizerConfig, option
 from hf_soap.optimizers.base import ConfiguredOptimizer
 from hf_soap.optimizers.mars import MARS
-from hf_soap.optimizers.muon import Muon
+from hf_soap.optimizers.muon import Muon, SoapMuon
 from hf_soap.optimizers.names import register
 from hf_soap.optimizers.shampoo import Shampoo
 from hf_soap.optimizers.soap import SOAP
@@ -57,6 +58,8 @@ __all__ = [
     "ShampooConfig",
     "SoapConfig",
     "SoapMetricsCallback",
+    "SoapMuon",
+    "SoapMuonConfig",
     "SoapTrainer",
     "SoapTrainerMixin",
     "option",

@@ -189,7 +189,29 @@ SOAP_PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 
 @dataclass(frozen=True, kw_only=True)
-class SoapConfig(ShampooFactorOptions):
+class SoapOptions(ShampooFactorOptions):
+    """Options of SOAP's second moment, bases and arithmetic."""
+
+    factorized: bool = option(False, "Store the second moment of a matrix as a product of row and column means.")
+    kl: bool = option(False, "KL-SOAP: whiten the gradient by the other factors before it enters a factor.")
+    include_current: bool = option(False, "Let the current gradient enter the basis before it is rotated, not after.")
+    refresh_tol: float = option(
+        0.0, "Skip the refresh of a basis if at most this share of its factor is off the diagonal.", NON_NEGATIVE
+    )
+    rotate_second_moment: bool = option(
+        False, "At a refresh, rotate the second moment with the squares of the rotation, instead of permuting it."
+    )
+    matmul_dtype: Literal["float32", "tf32", "bfloat16"] = option(
+        "float32",
+        "Arithmetic of the rotations of gradient and direction; factors and bases stay exact. On a CPU, `tf32` is "
+        "float32. So is `bfloat16` on a CPU without AVX512-BF16 or AMX (on ARM, BF16), so results depend on the "
+        "processor.",
+    )
+    overlap_refresh: bool = option(False, OVERLAP_REFRESH)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoapConfig(SoapOptions):
     """Options of SOAP (arXiv:2409.11321).
 
     The defaults are those of its official implementation, except for what ``preset=official`` sets.
@@ -206,19 +228,6 @@ class SoapConfig(ShampooFactorOptions):
         False, "Divide each tensor's update by its root mean square; helps at frequencies near 100, hurts near 10."
     )
     correct_bias: bool = option(True, "Adam's bias correction.")
-    factorized: bool = option(False, "Store the second moment of a matrix as a product of row and column means.")
-    kl: bool = option(False, "KL-SOAP: whiten the gradient by the other factors before it enters a factor.")
-    include_current: bool = option(False, "Let the current gradient enter the basis before it is rotated, not after.")
-    refresh_tol: float = option(
-        0.0, "Skip the refresh of a basis if at most this share of its factor is off the diagonal.", NON_NEGATIVE
-    )
-    matmul_dtype: Literal["float32", "tf32", "bfloat16"] = option(
-        "float32",
-        "Arithmetic of the rotations of gradient and direction; factors and bases stay exact. On a CPU, `tf32` is "
-        "float32. So is `bfloat16` on a CPU without AVX512-BF16 or AMX (on ARM, BF16), so results depend on the "
-        "processor.",
-    )
-    overlap_refresh: bool = option(False, OVERLAP_REFRESH)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -365,16 +374,11 @@ class MarsSoapConfig(MarsConfig, ShampooFactorOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MuonConfig(AuxiliaryOptions, CommonOptions):
-    """Options of Muon (K. Jordan, 2024); embeddings and output head are updated by AdamW."""
+class OrthogonalOptions(AuxiliaryOptions):
+    """Options of optimizers that orthogonalize the updates of matrices and leave everything else to AdamW."""
 
-    name: ClassVar[str] = "muon"
-    lr: ClassVar[float] = 0.02
     adam_embeddings: ClassVar[bool] = True
 
-    momentum: float = option(0.95, "Decay rate of the momentum.", DECAY_RATE)
-    nesterov: bool = option(True, "Look ahead by one step of the momentum.")
-    eps: float = option(1e-7, "Added to the norm before Newton-Schulz.", NON_NEGATIVE)
     scale: Literal["aspect", "rms"] = option(
         "aspect", "Multiply by √max(1, rows/cols), or by 0.2·√max(rows, cols), the size of Adam's updates."
     )
@@ -386,3 +390,35 @@ class MuonConfig(AuxiliaryOptions, CommonOptions):
     def has_spectral_updates(self) -> bool:
         """Whether updates have the scale of the aspect ratio; that of Adam's grows with the width."""
         return self.scale == "aspect"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MuonConfig(OrthogonalOptions, CommonOptions):
+    """Options of Muon (K. Jordan, 2024); embeddings and output head are updated by AdamW."""
+
+    name: ClassVar[str] = "muon"
+    lr: ClassVar[float] = 0.02
+
+    momentum: float = option(0.95, "Decay rate of the momentum.", DECAY_RATE)
+    nesterov: bool = option(True, "Look ahead by one step of the momentum.")
+    eps: float = option(1e-7, "Added to the norm before Newton-Schulz.", NON_NEGATIVE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SoapMuonConfig(OrthogonalOptions, SoapOptions):
+    """Options of Newton-Schulz after SOAP; embeddings and output head are updated by AdamW."""
+
+    name: ClassVar[str] = "soap_muon"
+    lr: ClassVar[float] = 0.02
+    lr_is_published: ClassVar[bool] = False
+    merge_dims: ClassVar[bool] = False  # type: ignore[misc]  # no option: AdamW updates what is not a matrix
+    precondition_1d: ClassVar[bool] = False  # type: ignore[misc]  # no option, as merge_dims
+
+    beta1: float = option(0.95, "Decay rate of the first moment.", DECAY_RATE)
+    beta2: float = option(0.9, "Decay rate of the second moment.", DECAY_RATE)
+    eps: float = option(
+        1e-8, "Added to the root of the second moment, and to the norm before Newton-Schulz.", NON_NEGATIVE
+    )
+    precondition_frequency: int = option(
+        1, "Updates between two refreshes of the preconditioner.", AT_LEAST_1, remedy="use 1 to refresh at every step"
+    )

@@ -17,7 +17,7 @@ from hf_soap.config.options import OptimizerConfig
 from hf_soap.engine.optimizer import BlockOptimizer
 from hf_soap.engine.plan import Plan
 from hf_soap.optimizers.mars import MARS
-from hf_soap.optimizers.muon import Muon
+from hf_soap.optimizers.muon import Muon, SoapMuon
 from hf_soap.optimizers.shampoo import Shampoo
 from hf_soap.optimizers.soap import SOAP
 from hf_soap.rules.base import Rule
@@ -50,6 +50,7 @@ OURS: dict[type[BlockOptimizer], tuple[type[OptimizerConfig], ...]] = {
         configs.MarsMConfig,
     ),
     Muon: (configs.MuonConfig,),
+    SoapMuon: (configs.SoapMuonConfig,),
 }
 
 ENTRIES: dict[str, Entry] = {

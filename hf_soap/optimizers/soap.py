@@ -47,6 +47,8 @@ class SOAP(BlockOptimizer):
         kl: Whiten the gradient by the other factors before it enters a factor (KL-SOAP, arXiv:2509.03378).
         include_current: Add the current gradient to factor and basis before it is rotated, not afterwards.
         refresh_tol: Skip the refresh of a basis that diagonalises its factor up to this share (arXiv:2506.03595).
+        rotate_second_moment: At a refresh by the rotation R, set V ← (R∘R)ᵀV along the refreshed side. Otherwise V is
+            only permuted, in the order of the sorted eigenvalues.
         matmul_dtype: Arithmetic of the rotations of gradient and direction: ``"bfloat16"``, or ``"tf32"`` on GPUs. On
             a CPU without instructions for bfloat16 products, ``"bfloat16"`` is float32, with a warning.
         nonfinite: ``"skip"`` skips a step in which any gradient holds NaN or Inf; ``"off"`` does not check.
@@ -109,6 +111,7 @@ class SOAP(BlockOptimizer):
         kl: bool = False,
         include_current: bool = False,
         refresh_tol: float = 0.0,
+        rotate_second_moment: bool = False,
         matmul_dtype: Literal["float32", "tf32", "bfloat16"] = "float32",
         nonfinite: Literal["skip", "off"] = "skip",
         max_skipped_in_a_row: int = 100,
@@ -154,9 +157,9 @@ def soap_rule(group: Mapping[str, Any]) -> SoapRule:
         refresh_growth=group["refresh_growth"],
         # A rounded basis is orthonormal only to 2^-9, and the rounding errors of refreshes would accumulate.
         orthonormalize_every=ORTHONORMALIZE_EVERY if group["state_dtype"] == "float32" else 1,
-        **{
-            name: group[name]
-            for name in ("factorized", "kl", "include_current", "refresh_tol", "matmul_dtype")
-            if name in group
-        },
+        **{name: group[name] for name in PASSED_ON if name in group},
     )
+
+
+PASSED_ON = ("factorized", "kl", "include_current", "refresh_tol", "rotate_second_moment", "matmul_dtype")
+"""Settings that the rule takes under the same names, where an optimizer has them."""

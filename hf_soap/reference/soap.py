@@ -204,6 +204,7 @@ class ReferenceSOAP:
         eps_kl: float = 1e-8,
         include_current: bool = False,
         refresh_tol: float = 0.0,
+        rotate_second_moment: bool = False,
     ) -> None:
         self.weights = [weight.detach().to(torch.float64, copy=True) for weight in weights]
         self.lr = lr
@@ -227,6 +228,7 @@ class ReferenceSOAP:
         self.eps_kl = eps_kl
         self.include_current = include_current
         self.refresh_tol = refresh_tol
+        self.rotate_second_moment = rotate_second_moment
         self.state = [self._layout(weight) for weight in self.weights]
 
     def _layout(self, weight: Tensor) -> SoapParameter:
@@ -372,7 +374,8 @@ class ReferenceSOAP:
     def _refresh(self, block: SoapBlock) -> None:
         """One step of orthogonal iteration, Q <- qr(L Q), on columns sorted by their estimated eigenvalues.
 
-        V is permuted with its columns; M is rotated back and into the new basis.
+        V is permuted with its columns, or with `rotate_second_moment` mixed by the squares of the rotation from the
+        old basis to the new one; M is rotated back and into the new basis.
 
         Source: arXiv:2409.11321, Algorithm 4 (Eigenvectors).
         """
@@ -385,9 +388,12 @@ class ReferenceSOAP:
             if self.refresh_tol > 0 and off_diagonal.norm() <= self.refresh_tol * in_basis.norm():
                 continue
             order = torch.argsort(in_basis.diag(), descending=True, stable=True)
+            refreshed = torch.linalg.qr(factor @ basis[:, order]).Q
+            identity = torch.eye(len(order), dtype=factor.dtype)
+            mixing = (refreshed.T @ basis) ** 2 if self.rotate_second_moment else identity[order]
             if block.exp_avg_sq is not None:
-                block.exp_avg_sq = block.exp_avg_sq.index_select(mode, order)
+                block.exp_avg_sq = mode_product(block.exp_avg_sq, mixing, mode)
             else:
-                block.means[mode] = block.means[mode][order]
-            block.bases[mode] = torch.linalg.qr(factor @ basis[:, order]).Q
+                block.means[mode] = mixing @ block.means[mode]
+            block.bases[mode] = refreshed
         block.exp_avg = rotate(momentum, block.bases)

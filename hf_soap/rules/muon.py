@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 
-from hf_soap.linalg import inverse_roots
 from hf_soap.rules.base import State, StateSpec, moment
 from hf_soap.rules.context import StepContext
 from hf_soap.rules.layout import Layout
-from hf_soap.rules.orthogonal import OrthogonalRule
+from hf_soap.rules.orthogonal import OrthogonalRule, orthogonalized
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +30,6 @@ class MuonRule(OrthogonalRule):
     roles = ("momentum_buffer",)
 
     nesterov: bool
-    scale: Literal["aspect", "rms"]
 
     def state_spec(self, layout: Layout) -> dict[str, StateSpec]:
         """Declares the momentum."""
@@ -46,6 +43,4 @@ class MuonRule(OrthogonalRule):
         """Returns the scaled orthogonal factor of each matrix, (blocks, ..., rows, cols)."""
         momentum = state["momentum_buffer"].lerp_(grad, 1 - self.beta1)
         ahead = grad.lerp(momentum, self.beta1) if self.nesterov else momentum
-        rows, cols = grad.shape[-2:]
-        scale = max(1.0, rows / cols) ** 0.5 if self.scale == "aspect" else 0.2 * max(rows, cols) ** 0.5
-        return inverse_roots.newton_schulz(ahead, eps=self.eps).mul_(scale)
+        return orthogonalized(ahead, eps=self.eps, scale=self.scale)

@@ -53,6 +53,7 @@ class SoapRule(Rule):
         include_current: Factor and basis include the current gradient before it is rotated, not only afterwards.
         refresh_tol: Skip the refresh of a basis while ‖L̂ - diag L̂‖ ≤ refresh_tol·‖L̂‖.
         orthonormalize_every: Refreshes between two corrections of a basis.
+        rotate_second_moment: At a refresh by the rotation R, set V ← (R∘R)ᵀV along the side; otherwise permute V.
         matmul_dtype: Arithmetic of the rotations of gradient and direction. All other products are exact.
             ``"bfloat16"`` is float32 where :func:`~hf_soap.linalg.precision.allows_bfloat16` is false.
 
@@ -77,6 +78,7 @@ class SoapRule(Rule):
     include_current: bool = False
     refresh_tol: float = 0.0
     orthonormalize_every: int = ORTHONORMALIZE_EVERY
+    rotate_second_moment: bool = False
     matmul_dtype: Literal["float32", "tf32", "bfloat16"] = "float32"
 
     def state_spec(self, layout: Layout) -> dict[str, StateSpec]:
@@ -154,10 +156,11 @@ class SoapRule(Rule):
         return f"{name}, {sides} side{'s' if sides > 1 else ''}" if sides else "Adam"
 
     def work(self, layout: Layout, *, refreshes_only: bool = False) -> float:
-        """Per side: two rotations and a Gram matrix; per refresh: QR, two products and a rotation of the momentum."""
+        """Per side: two rotations and a Gram matrix; per refresh: QR, two products and rotations of moments."""
         numel, sides = math.prod(layout.block), [layout.block[side] for side in layout.sides]
         step = 0.0 if refreshes_only else sum(6.0 * numel * n for n in sides)
-        refresh = sum((8 / 3 + 2 + 2) * n**3 + 2 * numel * n for n in sides)
+        moments = 1 + (self.rotate_second_moment and not self.factorizes(layout))
+        refresh = sum((8 / 3 + 2 + 2) * n**3 + 2 * moments * numel * n for n in sides)
         return layout.blocks * (step + refresh / self.precondition_frequency)
 
     def seed(self, grad: Tensor, state: State, context: StepContext) -> None:
@@ -306,14 +309,23 @@ class SoapRule(Rule):
         rotation = matrices.permute(rotation, order.argsort(), 0)
         basis.copy_(basis @ rotation)
         exp_avg.copy_(matrices.mode_product(exp_avg, rotation, side))
-        # The second moments belong to the columns and must be permuted with them.
-        if "exp_avg_sq" in state:
-            state["exp_avg_sq"].copy_(matrices.permute(state["exp_avg_sq"], order, side))
+        # The second moments belong to the columns: they are mixed as the columns are, or permuted with them.
+        second, mode = (state["exp_avg_sq"], side) if "exp_avg_sq" in state else (state[V_FACTORS[side]], 0)
+        if self.rotate_second_moment:
+            second.copy_(_mixed(second, rotation, mode))
         else:
-            state[V_FACTORS[side]].copy_(matrices.permute(state[V_FACTORS[side]], order, 0))
+            second.copy_(matrices.permute(second, order, mode))
 
 
 Key = TypeVar("Key", str, int)
+
+
+def _mixed(second: Tensor, rotation: Tensor, mode: int) -> Tensor:
+    """Returns (R∘R)ᵀV along a mode, where V is a second moment or the means along that mode."""
+    squares = rotation.square()
+    if second.dim() == 2:  # a batched product with a vector sums in another order than a single one
+        return (squares * second.unsqueeze(-1)).sum(1)
+    return matrices.mode_product(second, squares, mode)
 
 
 def _part(tensors: Mapping[Key, Tensor], blocks: slice) -> dict[Key, Tensor]:

@@ -1,4 +1,4 @@
-"""A rule that comes before another one."""
+"""A rule around another one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hf_soap.rules.layout import Layout
 
 
 class WrappingRule(Rule):
-    """A rule that changes the gradient before another rule, its inner rule, sees it.
+    """A rule that changes the gradient which another rule, its inner rule, gets, or the direction which that returns.
 
     Subclasses define ``update``, and also ``seed`` if they change the gradient that seeds. They add their state to
     that of :meth:`state_spec`. Everything else is the inner rule's, except for two traits: a subclass that defines a

@@ -49,6 +49,7 @@ COLUMNS = [
     Column("mars-shampoo", TABLE["mars-shampoo"].make),
     Column("mars-m", TABLE["mars-m"].make),
     Column("mars-soap", TABLE["mars-soap"].make),
+    Column("soap-muon", TABLE["soap-muon"].make),
     Column("mars-exact", partial(mars, exact=True)),
 ]
 KINDS = [column for column in COLUMNS if column.name in ("soap", "shampoo", "mars")]

@@ -12,7 +12,7 @@ from third_party import SPlus
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from hf_soap import MARS, SOAP, Muon, Shampoo
+from hf_soap import MARS, SOAP, Muon, Shampoo, SoapMuon
 
 STEPS = 8
 
@@ -56,6 +56,7 @@ TABLE = {
     "1-D": SoapRow(partial(soap, precondition_1d=True), slow=True),
     "merged": SoapRow(partial(soap, merge_dims=True, max_precond_dim=16), slow=True),
     "current": SoapRow(partial(soap, include_current=True, refresh_tol=0.01), slow=True),
+    "rotated second moment": SoapRow(partial(soap, rotate_second_moment=True), slow=True),
     "kl-soap": SoapRow(partial(soap, kl=True)),
     "overlapped": SoapRow(partial(soap, overlap_refresh=True), slow=True),
     "shampoo": ShampooRow(shampoo),
@@ -71,6 +72,9 @@ TABLE = {
     "mars-shampoo": Row(partial(mars, variant="shampoo")),
     "mars-m": Row(partial(mars, variant="m", lr_1d=0.05), lr=0.2, slow=True),
     "muon": Row(partial(Muon, lr_1d=0.05), lr=0.2, has_betas=False),
+    "soap-muon": Row(
+        partial(SoapMuon, lr_1d=0.05, block_size=4, precondition_frequency=3, refresh_growth=0.0), lr=0.2
+    ),
     "third party": Row(partial(SPlus, precondition_frequency=3), lr=0.5, has_betas=False),
     "mars-soap": Row(partial(mars, variant="soap", precondition_frequency=3, refresh_growth=0.0)),
 }

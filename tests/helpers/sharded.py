@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from hf_soap import MARS, SOAP, Muon, Shampoo
+from hf_soap import MARS, SOAP, Muon, Shampoo, SoapMuon
 from hf_soap.checkpoint import state_dict
 from hf_soap.engine.optimizer import BlockOptimizer
 from hf_soap.trainer import resume
@@ -55,6 +55,7 @@ OPTIMIZERS: dict[str, Callable[[Any], BlockOptimizer]] = {
     "mars_shampoo": lambda p: MARS(p, lr=1e-2, variant="shampoo"),
     "mars_soap": lambda p: MARS(p, lr=1e-2, variant="soap", precondition_frequency=2),
     "muon": lambda p: Muon(p, lr=1e-2, lr_1d=1e-3),
+    "soap_muon": lambda p: SoapMuon(p, lr=1e-2, lr_1d=1e-3),
     "third party": lambda p: SPlus(p, lr=1e-2, precondition_frequency=2),
     "soap, own settings": lambda p: SOAP(_with_own_settings(p), lr=1e-2, precondition_frequency=2),
     "soap, averaged": lambda p: SOAP(p, lr=1e-2, precondition_frequency=2, average_horizon=3, average_start=2),

@@ -58,7 +58,11 @@ class Tokens(torch.utils.data.Dataset[dict[str, Tensor]]):
 
 @pytest.mark.parametrize(
     ("name", "optim_args"),
-    [("splus", "precondition_frequency=2,pack_factors=true,state_dtype=bfloat16"), ("muon", "scale=rms,lr_1d=1e-3")],
+    [
+        ("splus", "precondition_frequency=2,pack_factors=true,state_dtype=bfloat16"),
+        ("muon", "scale=rms,lr_1d=1e-3"),
+        ("soap_muon", ""),
+    ],
 )
 def test_the_trainer_trains_and_resumes(name: str, optim_args: str, tmp_path: Path) -> None:
     def trainer(**more: Any) -> Trainer:
@@ -127,7 +131,7 @@ def test_it_goes_on_with_other_ranks(before: int, after: int, tmp_path: Path, mo
 
 
 def test_owners_equal_one_process(tmp_path: Path) -> None:
-    ranks.run("sharded_owners.owners_equal_one_process", 2, tmp_path, names=["muon", "third party"])
+    ranks.run("sharded_owners.owners_equal_one_process", 2, tmp_path, names=["muon", "soap_muon", "third party"])
 
 
 def test_an_optimizer_of_an_installed_package_is_found(

@@ -82,6 +82,7 @@ def test_plans_are_what_the_optimizer_keeps(name: str, optim_args: str, tmp_path
         ("mars", "exact=true"),
         ("mars_m", ""),
         ("mars_soap", ""),
+        ("soap_muon", "one_sided=true"),
     ],
 )
 def test_plans_hold_for_every_optimizer(optim: str, optim_args: str, tmp_path: Path) -> None:

@@ -89,7 +89,7 @@ def test_every_page_is_in_the_index() -> None:
 
 def test_option_tables_are_those_of_the_configs() -> None:
     text = update_readme.OPTIONS.read_text(encoding="utf-8")
-    assert text.count("<!-- options") == 4
+    assert text.count("<!-- options") == 5
     assert update_readme.with_tables(text) == text, "run: python scripts/update_readme.py"
 
 

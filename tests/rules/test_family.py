@@ -9,7 +9,7 @@ import torch
 from problems import Problem, largest_difference
 from torch import Tensor
 
-from hf_soap import MARS, SOAP, Shampoo
+from hf_soap import MARS, SOAP, Shampoo, SoapMuon
 from hf_soap.linalg import inverse_roots
 from hf_soap.reference.mars import ReferenceMARS, ReferenceMarsInFront
 from hf_soap.reference.shampoo import (
@@ -19,6 +19,7 @@ from hf_soap.reference.shampoo import (
     idealized_shampoo,
 )
 from hf_soap.reference.soap import ReferenceSOAP
+from hf_soap.reference.soap_muon import ReferenceSoapMuon
 
 STEPS = 40
 TOLERANCE = 1e-10
@@ -108,6 +109,54 @@ def test_mars_in_front_of_soap_equals_the_textbook() -> None:
         steps=STEPS,
     )
     assert difference < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("shapes", "options"),
+    [
+        pytest.param([(25, 25), (11, 11), (25, 25)], {}, id="square"),
+        pytest.param([(12, 30), (30, 12)], {"one_sided": True, "kl": True}, id="one side"),
+        pytest.param([(20, 30), (30, 30)], {"block_size": 10, "precondition_frequency": 5}, id="blocks"),
+        pytest.param([(30, 12)], {"max_precond_dim": 12, "weight_decay": 0.1}, id="long side"),
+    ],
+)
+def test_newton_schulz_after_soap_equals_the_textbook(shapes: list[tuple[int, ...]], options: dict[str, Any]) -> None:
+    settings: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.0, "refresh_growth": 0.2, **options}
+    difference = largest_difference(
+        shapes,
+        lambda p: SoapMuon(p, **settings),
+        lambda w: ReferenceSoapMuon(w, **settings),
+        steps=STEPS,
+    )
+    assert difference < TOLERANCE
+
+
+def test_newton_schulz_after_soap_follows_the_equation() -> None:
+    """The second gradient is the first that moves a matrix, and by about equal singular values."""
+    weight = torch.nn.Parameter(torch.zeros(9, 4, dtype=torch.float64))
+    optimizer = SoapMuon([weight], lr=0.1, weight_decay=0.0)
+    problem = Problem((9, 4))
+    for _ in range(2):
+        assert not weight.any()
+        (weight.grad,) = problem.gradients([weight.detach()])
+        optimizer.step()
+    values = torch.linalg.svdvals(weight.detach()) / (0.1 * 9**0.5 / 4**0.5)
+    assert values.min() > 0.5
+    assert values.max() < 1.3
+
+
+@pytest.mark.parametrize("shape", [(7,), (1, 7), (7, 1), (6, 2, 3, 3), ()])
+def test_soap_muon_leaves_what_is_not_a_matrix_to_adamw(shape: tuple[int, ...]) -> None:
+    ours, theirs = (torch.nn.Parameter(Problem(shape).weights[0]) for _ in range(2))
+    optimizer = SoapMuon([ours], lr=0.02, lr_1d=0.003, betas_1d=(0.8, 0.9), weight_decay_1d=0.1)
+    reference = torch.optim.AdamW([theirs], lr=0.003, betas=(0.8, 0.9), weight_decay=0.1)
+    problem = Problem(shape)
+    for _ in range(5):
+        (ours.grad,) = problem.gradients([ours.detach()])
+        theirs.grad = ours.grad.clone()
+        optimizer.step()
+        reference.step()
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
 
 
 class Regression:

@@ -79,6 +79,11 @@ def soap_difference(shapes: list[tuple[int, ...]], *, inject: bool = False, **op
         pytest.param([(25, 25), (16, 16), (16, 16)], {"include_current": True}, id="current gradient included"),
         pytest.param([(25, 25), (16, 16), (16, 16)], {"refresh_tol": 0.35}, id="adaptive refresh"),
         pytest.param([(20, 30), (30, 30)], {"block_size": 10, "normalize_grads": True}, id="normalized blocks"),
+        pytest.param([(25, 25), (6, 6, 6)], {"rotate_second_moment": True}, id="rotated V"),
+        pytest.param([(25, 25)], {"rotate_second_moment": True, "factorized": True}, id="rotated factorized V"),
+        pytest.param(
+            [(12, 30), (15, 15)], {"rotate_second_moment": True, "one_sided": True}, id="rotated V, one side"
+        ),
     ],
 )
 def test_soap_equals_the_textbook(shapes: list[tuple[int, ...]], options: dict[str, object], frequency: int) -> None:

@@ -133,7 +133,7 @@ def test_a_basis_that_drifted_is_brought_back(stagger: bool) -> None:
         torch.testing.assert_close(basis.T @ basis, torch.eye(6, dtype=torch.float64), rtol=0, atol=1e-7)
 
 
-@pytest.mark.parametrize("options", [{}, {"factorized": True}])
+@pytest.mark.parametrize("options", [{}, {"factorized": True}, {"rotate_second_moment": True}])
 def test_a_refresh_that_only_sorts_takes_both_moments_along(options: dict[str, Any]) -> None:
     """Sorting the columns of a basis without the second moments gives each direction another one's step size."""
     (param,) = params = parameters([(4, 3)], torch.float64)
@@ -158,11 +158,21 @@ def test_a_refresh_that_only_sorts_takes_both_moments_along(options: dict[str, A
         )
     moved = before["exp_avg"][rows][:, columns] * 0.9
     torch.testing.assert_close(state["exp_avg"][0].abs(), moved.abs())
-    if options:
+    if options.get("factorized"):
         torch.testing.assert_close(state["exp_avg_sq_row"][0], 0.8 * before["exp_avg_sq_row"][rows])
         torch.testing.assert_close(state["exp_avg_sq_col"][0], 0.8 * before["exp_avg_sq_col"][columns])
     else:
         torch.testing.assert_close(state["exp_avg_sq"][0], 0.8 * before["exp_avg_sq"][rows][:, columns])
+
+
+@pytest.mark.parametrize("factorized", [False, True])
+def test_rotated_second_moments_do_not_depend_on_the_other_matrices(factorized: bool) -> None:
+    """Batched float32 products of 100 x 100 matrices with vectors differed from single ones in the last bit."""
+    together, alone = (parameters([(100, 100)] * count) for count in (3, 1))
+    for params in (together, alone):
+        optimizer = SOAP(params, precondition_frequency=1, rotate_second_moment=True, factorized=factorized)
+        train(optimizer, params, range(4))
+    assert torch.equal(together[0], alone[0])
 
 
 def test_the_bases_diagonalise_the_factors_in_the_end() -> None:
