@@ -32,6 +32,7 @@ LORA = re.compile(r"lora_(embedding_)?[AB]\b")
 Overrides = Mapping[str, Any]
 ADAM: Overrides = {"rule": "adam"}
 ONE_SIDED: Overrides = {"one_sided": True}
+ORDINARY_STEP: Overrides = {"norm": "none"}
 BOTH_SIDES: Overrides = {"one_sided": False, "max_aspect_ratio": None}
 
 Entry = tuple[Collection[Tensor], Overrides]
@@ -45,7 +46,7 @@ def with_overrides(
 
     The order is: ``modules``, ``adam_modules``, ``one_sided_modules``, adapters (``lora_sides``), embeddings and
     output head if the optimizer updates them by Adam, the optimizer's defaults. Tied weights match under each of their
-    names.
+    names. The norm of embeddings, output head and adapters is not constrained, unless ``modules`` says so for them.
 
     Args:
         params: Param groups as the Trainer makes them, or parameters.
@@ -76,12 +77,16 @@ def with_overrides(
             sides,
             getattr(config, "max_aspect_ratio", None),
         )
+    ordinary: set[Tensor] = set()
     if model is not None:
         entries += _by_kind(names, model, config)
+        if getattr(config, "norm", "none") != "none":
+            roles = _roles(listed, names, model)
+            ordinary = set[Tensor]().union(*(roles[role] for role in ("@embeddings", "@head", "@adapters")))
     named = all(param in names for param in listed)
     for group in groups:
         peak: Any = group.get("lr", config.lr if lr is None else lr)
-        own = [next((own for chosen, own in entries if param in chosen), {}) for param in group["params"]]
+        own = [_all_of(param, ordinary, entries) for param in group["params"]]
         overrides = [_with_factor(each, peak) for each in own]
         if any(overrides):
             group[OVERRIDES] = overrides
@@ -210,6 +215,12 @@ def _by_kind(names: Mapping[Tensor, list[str]], model: nn.Module, config: Optimi
     if config.adam_embeddings:
         entries.append((_tables(model) | _head(model), ADAM))
     return entries
+
+
+def _all_of(param: Tensor, ordinary: Collection[Tensor], entries: Iterable[Entry]) -> Overrides:
+    """Returns the settings of the first match, and the ordinary step of the parameters that have it by default."""
+    own = next((own for chosen, own in entries if param in chosen), {})
+    return {**ORDINARY_STEP, **own} if param in ordinary else own
 
 
 def _with_factor(own: Overrides, peak: float | Tensor) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from hf_soap.config import configs
 from hf_soap.engine.plan import Plan
-from hf_soap.optimizers.base import AuxiliaryRates, ConfiguredOptimizer, state_options
+from hf_soap.optimizers.base import AuxiliaryRates, ConfiguredOptimizer, plan_options
 from hf_soap.rules.elementwise import AdamWRule
 from hf_soap.rules.layout import is_stack, uncut
 from hf_soap.rules.muon import MuonRule
@@ -41,7 +41,7 @@ class Muon(AuxiliaryRates, ConfiguredOptimizer):
         if group["rule"] == "adam" or not is_matrix:
             beta1, beta2 = group["betas_1d"]
             rule = AdamWRule(beta1=beta1, beta2=beta2, eps=group["eps_1d"])
-            return Plan(rule, layout, auxiliary=True, **state_options(group))
+            return Plan(rule, layout, auxiliary=True, **plan_options(group, shape))
         names = ("eps", "scale", "nesterov")
         matrix_rule = MuonRule(beta1=group["momentum"], **{name: group[name] for name in names})
-        return Plan(matrix_rule, layout, **state_options(group))
+        return Plan(matrix_rule, layout, **plan_options(group, shape))
