@@ -52,6 +52,15 @@ class CommonOptions(OptimizerConfig):
     stacked_matrices: bool = option(
         True, "Treat a 3-D tensor whose first dimension is the shortest (experts of a mixture) as a stack of matrices."
     )
+    cautious_weight_decay: bool = option(
+        False, "Decay only the entries of the weights that have the sign of the update."
+    )
+    norm: Literal["none", "relative", "hyperball"] = option(
+        "none",
+        "`relative`: steps of matrices and convolutions have the length of the learning rate times the norm of the "
+        "weights. `hyperball`: the weights are then scaled back to their norm, and `weight_decay` does not apply to "
+        "them. Vectors, and under the Trainer embeddings, output head and adapters, take ordinary steps.",
+    )
     modules: Mapping[str, Any] | None = option(
         None,
         "Mapping of regexes on parameter names, or roles such as `@vectors`, to settings of the parameters that "

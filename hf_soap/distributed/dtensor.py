@@ -18,6 +18,7 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from torch import nn
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
     from torch.distributed.tensor.placement_types import Placement
 
@@ -298,6 +299,33 @@ def summed(numbers: Sequence[float], param: Tensor) -> list[float]:
     torch.distributed.all_reduce(total)
     added: list[float] = total.tolist()
     return added
+
+
+def summed_parts(params: Sequence[Tensor], values: Sequence[Tensor]) -> list[Tensor]:
+    """Sums what each rank has computed from its part of each parameter over the ranks that have the other parts.
+
+    There is one collective for each mesh and dimension along which parameters are cut.
+
+    Args:
+        params: Sharded ones in the same order on every rank; all ranks must call this together.
+        values: One tensor for each parameter, of the same shape on every rank.
+
+    Returns:
+        The sums; the values themselves for parameters that are whole.
+    """
+    sums = list(values)
+    alike: dict[tuple[DeviceMesh, tuple[int, ...]], list[int]] = {}
+    for place, param in enumerate(params):
+        if is_sharded(param) and stack_sizes(param):
+            cuts = tuple(dim for dim, placement in enumerate(param.placements) if is_cut(placement))
+            alike.setdefault((param.device_mesh, cuts), []).append(place)
+    for (mesh, cuts), places in alike.items():
+        flat = torch.cat([values[place].flatten() for place in places]).to(wire_device(params[places[0]]))
+        for dim in cuts:
+            torch.distributed.all_reduce(flat, group=mesh.get_group(dim))
+        for place, total in zip(places, flat.split([values[place].numel() for place in places]), strict=True):
+            sums[place] = total.view_as(values[place]).to(values[place].device)
+    return sums
 
 
 def _wrap(value: Tensor, param: DTensor, placements: Sequence[Placement], shape: tuple[int, ...]) -> Tensor:

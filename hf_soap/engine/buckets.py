@@ -72,7 +72,7 @@ class Bucket:
         self.stacks = plan.allocate(len(members), dtype=dtype, device=device)
         self.steps = torch.zeros(len(members), dtype=COUNT, device="cpu")
         self._bytes_of_step = max(1, temporary_bytes(plan, dtype))
-        fuses = plan.traits.has_fused_step and plan.keeps_as_computed and not plan.decay_last
+        fuses = plan.traits.has_fused_step and plan.keeps_as_computed and plan.weight_step.fuses
         parts = self.weights(0, len(members)) if fuses else []
         self.fuses = bool(parts) and all(
             part.shape == plan.layout.block and part.dtype == dtype and part.is_contiguous() for part in parts
@@ -108,7 +108,7 @@ class Bucket:
 
     def takes(self, plan: Plan) -> bool:
         """Whether the bucket as it is, state and all, would be built for another plan too."""
-        old, same = self.plan, ("layout", "state_format", "decay_last")
+        old, same = self.plan, ("layout", "state_format", "weight_step")
         if any(getattr(old, name) != getattr(plan, name) for name in same):
             return False
         wanted = plan.allocate(len(self.params), dtype=self.dtype, device=torch.device("meta"))

@@ -17,9 +17,10 @@ from hf_soap.engine.bucketing import Bucketing, PlannedOptimizer
 from hf_soap.engine.buckets import Bucket
 from hf_soap.engine.failures import Failures
 from hf_soap.engine.nonfinite import NonfiniteGuard
+from hf_soap.engine.norms import Norms
 from hf_soap.engine.plan import Plan
 from hf_soap.engine.refresh import Refreshes, Updated
-from hf_soap.engine.step import apply_, directions_of, split_by_first_grad, stack_gradients, step_tensors
+from hf_soap.engine.step import directions_of, split_by_first_grad, stack_gradients, step_tensors
 from hf_soap.rules.context import NO_METRICS, StepContext, adjacent
 
 
@@ -35,6 +36,7 @@ class Engine:
         failures: Counts decompositions that failed.
         background: Work beside the training loop.
         refreshes: Refreshes that come after the step.
+        norms: Steps that depend on the norm of the weights.
     """
 
     def __init__(self, optimizer: PlannedOptimizer) -> None:
@@ -44,6 +46,7 @@ class Engine:
         self.failures = Failures()
         self.background = Background(self.failures)
         self.refreshes = Refreshes()
+        self.norms = Norms(optimizer)
 
     def step(self) -> bool:
         """Takes a step, unless a gradient is not finite; returns whether it did."""
@@ -54,10 +57,13 @@ class Engine:
         allocate_only = self.is_synthetic()
         averages.allocate(self.optimizer)
         self.refreshes.noted.clear()  # of a step that was broken off
+        if not allocate_only:
+            self.norms.start()
         LOCAL.take(self, owners, allocate_only=allocate_only)
         if owners is not None:
             OWNED.take(self, owners, allocate_only=allocate_only)
         if not allocate_only:
+            self.norms.finish()
             averages.update(self.optimizer)
         if self.refreshes.noted:
             self.refreshes.finish()
@@ -114,7 +120,7 @@ class Engine:
                         with bucket.working(first, last, context) as state:
                             plan.rule.seed(grad, state, context)
                     elif outcomes is None:
-                        step_tensors(bucket, first, last, given, context, rates[first:last])
+                        step_tensors(bucket, first, last, given, context, rates[first:last], self.norms)
                     else:
                         directions = directions_of(bucket, first, last, given, context)
                     if outcomes is not None:
@@ -178,15 +184,18 @@ class OwnerStep:
             if happened and not owners.owns(param):
                 engine.optimizer.state[param]["step"] += 1
             if happened == UPDATED and direction is not None and direction.numel():
-                kind = member.rates, engine.optimizer.plan_of(member.settings, param)
-                alike.setdefault(kind, []).append((dtensor.local(param), direction))
+                plan = engine.optimizer.plan_of(member.settings, param)
+                if plan.weight_step.summed:
+                    engine.norms.keep([param], [direction])
+                else:
+                    alike.setdefault((member.rates, plan), []).append((dtensor.local(param), direction))
         for (source, plan), pairs in alike.items():
             weights, directions = ([pair[i] for pair in pairs] for i in (0, 1))
             rates = [engine.optimizer.rates_from(source, plan)] * len(pairs)
             profiler = engine.optimizer.profiler
             metrics = NO_METRICS if profiler is None else profiler.of(plan.label)
             with metrics.watching(weights):
-                apply_(weights, directions, rates, decay_last=plan.decay_last)
+                plan.weight_step.apply_(weights, directions, rates)
 
 
 LOCAL, OWNED = LocalStep(), OwnerStep()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -193,9 +192,11 @@ class BlockOptimizer(torch.optim.Optimizer):
             param: The parameter.
         """
         shard = dtensor.shard_of(param)
-        if math.prod(dtensor.stack_sizes(param)) == 1 or self.owned(settings, param):
+        if not dtensor.stack_sizes(param):
             return self.plan(settings, shard.whole)
-        plan = self.plan(settings, shard.whole, part=shard.largest)
+        if self.owned(settings, param):
+            return _of_parts(self.plan(settings, shard.whole))
+        plan = _of_parts(self.plan(settings, shard.whole, part=shard.largest))
         if plan.entrywise:
             return replace(plan, layout=uncut(shard.size))
         return replace(plan, layout=plan.layout.fitted(shard.largest, shard.size))
@@ -514,6 +515,12 @@ class BlockOptimizer(torch.optim.Optimizer):
 
     def _bytes_of(self, member: Member) -> int:
         return bytes_of(self.wanted_state(member))
+
+
+def _of_parts(plan: Plan) -> Plan:
+    """Returns the plan of a parameter of which several ranks have parts."""
+    step = plan.weight_step
+    return replace(plan, weight_step=replace(step, summed=True)) if step.is_relative else plan
 
 
 def planned_state(plan: Plan, param: Tensor) -> dict[str, Tensor]:

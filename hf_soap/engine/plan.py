@@ -8,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from hf_soap.engine.weight_step import WeightStep
 from hf_soap.rules.base import PREV_PARAM, Rule, StateSpec, Traits, moment
 from hf_soap.rules.layout import Layout
 from hf_soap.rules.storage import Storage
@@ -21,7 +22,7 @@ class Plan:
         rule: Where its direction comes from.
         layout: How it is cut.
         auxiliary: Whether it follows the learning rate and decay for vectors, where the optimizer has such.
-        decay_last: Decay the weights after the update, as SOAP's implementation does; else both at once.
+        weight_step: How its direction changes the weights.
         keep_weights: Keep the weights before the last update in the state, for exact MARS.
         storage: How its state is kept between steps.
         maximize: Ascend: the gradient counts with the other sign.
@@ -32,7 +33,7 @@ class Plan:
     rule: Rule
     layout: Layout
     auxiliary: bool = False
-    decay_last: bool = False
+    weight_step: WeightStep = WeightStep()
     keep_weights: bool = False
     storage: Storage = Storage()
     maximize: bool = False

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from hf_soap.distributed import dtensor
 from hf_soap.engine.buckets import Bucket, state_dtype
+from hf_soap.engine.norms import Norms
 from hf_soap.linalg import elementwise
 from hf_soap.rules.base import PREV_PARAM
 from hf_soap.rules.context import StepContext
@@ -75,7 +76,13 @@ def stack_gradients(grads: Sequence[Tensor], bucket: Bucket, context: StepContex
 
 
 def step_tensors(
-    bucket: Bucket, first: int, last: int, grads: list[Tensor], context: StepContext, rates: Sequence[elementwise.Rate]
+    bucket: Bucket,
+    first: int,
+    last: int,
+    grads: list[Tensor],
+    context: StepContext,
+    rates: Sequence[elementwise.Rate],
+    kept: Norms,
 ) -> None:
     """Updates the tensors first..last-1 of a bucket: by the rule's fused kernels where they apply, else its direction.
 
@@ -86,6 +93,7 @@ def step_tensors(
         grads: Their gradients.
         context: What the rule needs to know of them.
         rates: Learning rate and decay of each.
+        kept: Takes directions whose step must wait for other ranks.
     """
     plan = bucket.plan
     weights = bucket.weights(first, last)
@@ -97,8 +105,11 @@ def step_tensors(
             plan.rule.fused_step(weights, grads, each, context.t, rates=rates)
     else:
         directions = directions_of(bucket, first, last, grads, context)
-        with context.metrics.watching(weights):
-            apply_(weights, directions, rates, decay_last=plan.decay_last)
+        if plan.weight_step.summed:
+            kept.keep(bucket.params[first:last], directions)
+        else:
+            with context.metrics.watching(weights):
+                plan.weight_step.apply_(weights, directions, rates)
     if plan.keep_weights:
         bucket.rows(first, last)[PREV_PARAM].copy_(before)
 
@@ -120,22 +131,3 @@ def directions_of(
         return list(direction.unbind())
     pieces = zip(direction.split(plan.layout.blocks), shapes, strict=True)
     return [plan.layout.from_blocks(piece, shape) for piece, shape in pieces]
-
-
-def apply_(
-    weights: Sequence[Tensor], directions: Sequence[Tensor], rates: Sequence[elementwise.Rate], *, decay_last: bool
-) -> None:
-    """Takes a step as :func:`hf_soap.linalg.elementwise.take_step_` does, rounding low-precision weights once.
-
-    Args:
-        weights: Changed in place.
-        directions: Of the same shapes, used up.
-        rates: Learning rate and decay of each.
-        decay_last: Whether the weights decay after the update, or both are taken from the same weights.
-    """
-    exact = [weight.to(direction.dtype) for weight, direction in zip(weights, directions, strict=True)]
-    for run, (lr, weight_decay) in elementwise.equal_rates(rates):
-        elementwise.take_step_(exact[run], directions[run], lr=lr, weight_decay=weight_decay, decay_last=decay_last)
-    for weight, value in zip(weights, exact, strict=True):
-        if weight is not value:
-            weight.copy_(value)

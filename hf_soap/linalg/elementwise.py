@@ -225,6 +225,26 @@ def equal_rates(rates: Sequence[Rate]) -> Iterator[tuple[slice, Rate]]:
         first = last
 
 
+def decay_cautiously_(
+    params: Sequence[Tensor], directions: Sequence[Tensor], *, lr: float | Tensor, weight_decay: float
+) -> None:
+    """Decays the entries that have the sign of their direction, W ← W - lr·weight_decay·1[u⊙W > 0]⊙W, in place.
+
+    Args:
+        params: Weights W, any shapes.
+        directions: u, of the same shapes and dtypes.
+        lr: Learning rate, a number or a tensor of one element.
+        weight_decay: Decoupled weight decay.
+
+    Source:
+        Cautious weight decay, arXiv:2510.12402.
+    """
+    for weight, direction in zip(params, directions, strict=True):
+        share = lr.reshape(()).to(weight.device) * weight_decay if isinstance(lr, Tensor) else lr * weight_decay
+        agrees = weight.sign().mul_(direction) > 0  # a product of two small numbers would be zero
+        weight.sub_((weight * agrees).mul_(share))
+
+
 def take_step_(
     params: Sequence[Tensor],
     directions: Sequence[Tensor],

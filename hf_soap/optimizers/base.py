@@ -12,8 +12,9 @@ from hf_soap.config import options
 from hf_soap.config.checks import check_choice, check_pair
 from hf_soap.engine.optimizer import BlockOptimizer
 from hf_soap.engine.plan import Plan
+from hf_soap.engine.weight_step import WeightStep
 from hf_soap.linalg.elementwise import Rate
-from hf_soap.rules.layout import Layout, plan_layout
+from hf_soap.rules.layout import Layout, is_stack, plan_layout
 from hf_soap.rules.storage import Storage
 
 
@@ -53,9 +54,21 @@ def default_settings(config: type[options.OptimizerConfig]) -> dict[str, Any]:
     return {**config().constructor_kwargs(), **torch_settings, "rule": config.name}
 
 
-def state_options(group: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the arguments of a plan that concern state and refreshes, from the settings of a param group."""
+def plan_options(group: Mapping[str, Any], shape: Sequence[int], *, decay_last: bool = False) -> dict[str, Any]:
+    """Returns the arguments of a plan that options of all optimizers decide on: state, refreshes, change of weights.
+
+    Args:
+        group: The settings of a param group.
+        shape: Shape of the whole tensor.
+        decay_last: Whether the weights decay after the update.
+    """
     return {
+        "weight_step": WeightStep(
+            decay_last=decay_last,
+            cautious=group["cautious_weight_decay"],
+            norm=group["norm"] if len(shape) > 1 else "none",
+            stacked=group["norm"] != "none" and group["stacked_matrices"] and is_stack(shape),
+        ),
         "storage": Storage(group["state_dtype"], group.get("pack_factors", False)),
         "maximize": group["maximize"],
         "splits_refreshes": bool(group.get("distributed_refresh", False)),

@@ -32,6 +32,7 @@ LORA = re.compile(r"lora_(embedding_)?[AB]\b")
 Overrides = Mapping[str, Any]
 ADAM: Overrides = {"rule": "adam"}
 ONE_SIDED: Overrides = {"one_sided": True}
+ORDINARY_STEP: Overrides = {"norm": "none"}
 BOTH_SIDES: Overrides = {"one_sided": False, "max_aspect_ratio": None}
 
 Entry = tuple[Collection[Tensor], Overrides]
@@ -45,7 +46,7 @@ def with_overrides(
 
     The order is: ``modules``, ``adam_modules``, ``one_sided_modules``, adapters (``lora_sides``), embeddings and
     output head if the optimizer updates them by Adam, the optimizer's defaults. Tied weights match under each of their
-    names.
+    names. The norm of embeddings, output head and adapters is not constrained, unless ``modules`` says so for them.
 
     Args:
         params: Param groups as the Trainer makes them, or parameters.
@@ -81,14 +82,18 @@ def with_overrides(
             sides,
             getattr(config, "max_aspect_ratio", None),
         )
+    ordinary: set[Tensor] = set()
     if model is not None:
         entries += _by_kind(names, model, config)
+        if getattr(config, "norm", "none") != "none":
+            roles = _roles(listed, names, model)
+            ordinary = set[Tensor]().union(*(roles[role] for role in ("@embeddings", "@head", "@adapters")))
     scaled, ratio = _scaled_by_width(model, config)
     named = all(param in names for param in listed)
     for group in groups:
         peak: Any = group.get("lr", config.lr if lr is None else lr)
         decay: Any = group.get("weight_decay", 0.0)
-        own = [next((own for chosen, own in entries if param in chosen), {}) for param in group["params"]]
+        own = [_all_of(param, ordinary, entries) for param in group["params"]]
         own = [
             _by_width(each, ratio, config, decay) if param in scaled else each
             for param, each in zip(group["params"], own, strict=True)
@@ -250,6 +255,12 @@ def _by_width(own: Overrides, ratio: float, config: OptimizerConfig, decay: floa
     if config.has_spectral_updates() and "rule" not in own:
         return {**own, "weight_decay": decay * ratio} if decay and "weight_decay" not in own else own
     return own if {"lr", "lr_factor"} & own.keys() else {**own, "lr_factor": ratio}
+
+
+def _all_of(param: Tensor, ordinary: Collection[Tensor], entries: Iterable[Entry]) -> Overrides:
+    """Returns the settings of the first match, and the ordinary step of the parameters that have it by default."""
+    own = next((own for chosen, own in entries if param in chosen), {})
+    return {**ORDINARY_STEP, **own} if param in ordinary else own
 
 
 def _with_factor(own: Overrides, peak: float | Tensor) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from hf_soap.distributed import dtensor
 from hf_soap.distributed.dtensor import is_sharded, local, local_grad, settle_gradient_
 from hf_soap.engine.plan import Plan
 from hf_soap.linalg import elementwise
-from hf_soap.optimizers.base import AuxiliaryRates, plan_factors, state_options
+from hf_soap.optimizers.base import AuxiliaryRates, plan_factors, plan_options
 from hf_soap.optimizers.soap import soap_rule
 from hf_soap.rules.base import PREV_PARAM, Rule
 from hf_soap.rules.elementwise import AdamWRule, LionRule
@@ -69,6 +69,9 @@ class MARS(AuxiliaryRates):
             times the product of the others. None sets no limit, as in the official implementation.
         stacked_matrices: Treat a tensor of three dimensions whose first is the shortest, such as the experts of a
             mixture, as a stack of matrices, each with its own factors.
+        cautious_weight_decay: Decay only the entries of the weights that have the sign of the update.
+        norm: ``"relative"`` takes steps of the length lr·‖W‖ for tensors of two or more dimensions; ``"hyperball"``
+            also scales the weights back to their norm, without weight decay. Each matrix of a stack has its own norm.
         maximize: Ascend instead of descending.
         foreach: Accepted for compatibility with torch's optimizers, without effect. So is ``fused``.
         fused: See ``foreach``.
@@ -119,6 +122,8 @@ class MARS(AuxiliaryRates):
         overlap_refresh: bool = False,
         max_aspect_ratio: float | None = 8.0,
         stacked_matrices: bool = True,
+        cautious_weight_decay: bool = False,
+        norm: Literal["none", "relative", "hyperball"] = "none",
         maximize: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -284,13 +289,15 @@ class MARS(AuxiliaryRates):
         soap = group["rule"] == "soap"
         matrix = len(shape) == 2 or (group["stacked_matrices"] and is_stack(shape)) or (soap and len(shape) > 2)
         plain = uncut(shape if part is None else part)
-        kept: dict[str, Any] = {"keep_weights": group["exact"], **state_options(group)}
+        kept: dict[str, Any] = {"keep_weights": group["exact"]}
         if group["rule"] == "adam" or not (matrix or group["optimize_1d"]):
             beta1, beta2 = group["betas_1d"]
-            return Plan(AdamWRule(beta1=beta1, beta2=beta2, eps=group["eps"]), plain, auxiliary=True, **kept)
+            adamw = AdamWRule(beta1=beta1, beta2=beta2, eps=group["eps"])
+            return Plan(adamw, plain, auxiliary=True, **kept, **plan_options(group, shape))
         inner = soap_rule(group) if soap else _mars_inner(group, matrix=matrix)
         rule = MarsRule(inner=inner, beta1=group["betas"][0], gamma=group["gamma"], exact=group["exact"])
-        return Plan(rule, plan_factors(group, shape, part=part) if soap else plain, decay_last=soap, **kept)
+        layout = plan_factors(group, shape, part=part) if soap else plain
+        return Plan(rule, layout, **kept, **plan_options(group, shape, decay_last=soap))
 
 
 VARIANTS = {

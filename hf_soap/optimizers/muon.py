@@ -7,7 +7,7 @@ from typing import Any
 
 from hf_soap.config import configs
 from hf_soap.engine.plan import Plan
-from hf_soap.optimizers.base import AuxiliaryRates, ConfiguredOptimizer, plan_factors, state_options
+from hf_soap.optimizers.base import AuxiliaryRates, ConfiguredOptimizer, plan_factors, plan_options
 from hf_soap.optimizers.soap import soap_rule
 from hf_soap.rules.elementwise import AdamWRule
 from hf_soap.rules.layout import is_stack, uncut
@@ -40,10 +40,10 @@ class Muon(AuxiliaryRates, ConfiguredOptimizer):
         """Returns Muon for matrices and stacks of them, and AdamW for everything else."""
         size = shape if part is None else part
         if not _is_matrix(group, shape):
-            return _adamw(group, size)
+            return _adamw(group, shape, size)
         names = ("eps", "scale", "nesterov")
         rule = MuonRule(beta1=group["momentum"], **{name: group[name] for name in names})
-        return Plan(rule, uncut(size), **state_options(group))
+        return Plan(rule, uncut(size), **plan_options(group, shape))
 
 
 class SoapMuon(AuxiliaryRates, ConfiguredOptimizer):
@@ -73,10 +73,10 @@ class SoapMuon(AuxiliaryRates, ConfiguredOptimizer):
         """Returns Newton-Schulz of SOAP for matrices and stacks of them, and AdamW for everything else."""
         layout = plan_factors(group, shape, part=part)
         if not _is_matrix(group, shape) or len(layout.block) < 2:
-            return _adamw(group, shape if part is None else part)
+            return _adamw(group, shape, shape if part is None else part)
         soap = soap_rule({**group, "correct_bias": False})
         rule = OrthogonalizingRule(inner=soap, eps=group["eps"], scale=group["scale"])
-        return Plan(rule, layout, decay_last=True, **state_options(group))
+        return Plan(rule, layout, **plan_options(group, shape, decay_last=True))
 
 
 def _is_matrix(group: Mapping[str, Any], shape: Sequence[int]) -> bool:
@@ -84,7 +84,7 @@ def _is_matrix(group: Mapping[str, Any], shape: Sequence[int]) -> bool:
     return is_matrix and group["rule"] != "adam"
 
 
-def _adamw(group: Mapping[str, Any], size: Sequence[int]) -> Plan:
+def _adamw(group: Mapping[str, Any], shape: Sequence[int], size: Sequence[int]) -> Plan:
     beta1, beta2 = group["betas_1d"]
     rule = AdamWRule(beta1=beta1, beta2=beta2, eps=group["eps_1d"])
-    return Plan(rule, uncut(size), auxiliary=True, **state_options(group))
+    return Plan(rule, uncut(size), auxiliary=True, **plan_options(group, shape))

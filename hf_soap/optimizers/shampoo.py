@@ -13,7 +13,7 @@ from hf_soap.config.checks import check_choice
 from hf_soap.distributed import dtensor
 from hf_soap.engine.optimizer import BlockOptimizer
 from hf_soap.engine.plan import Plan
-from hf_soap.optimizers.base import plan_factors, state_options
+from hf_soap.optimizers.base import plan_factors, plan_options
 from hf_soap.rules.elementwise import AdamWRule
 from hf_soap.rules.shampoo import ShampooRule
 
@@ -76,6 +76,9 @@ class Shampoo(BlockOptimizer):
             times the product of the others. None sets no limit, as in the official implementation.
         stacked_matrices: Treat a tensor of three dimensions whose first is the shortest, such as the experts of a
             mixture, as a stack of matrices, each with its own factors.
+        cautious_weight_decay: Decay only the entries of the weights that have the sign of the update.
+        norm: ``"relative"`` takes steps of the length lr·‖W‖ for tensors of two or more dimensions; ``"hyperball"``
+            also scales the weights back to their norm, without weight decay. Each matrix of a stack has its own norm.
         maximize: Ascend instead of descending.
         foreach: Accepted for compatibility with torch's optimizers, without effect. So is ``fused``.
         fused: See ``foreach``.
@@ -131,6 +134,8 @@ class Shampoo(BlockOptimizer):
         distributed_refresh: bool | None = None,
         max_aspect_ratio: float | None = 8.0,
         stacked_matrices: bool = True,
+        cautious_weight_decay: bool = False,
+        norm: Literal["none", "relative", "hyperball"] = "none",
         maximize: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -177,7 +182,7 @@ class Shampoo(BlockOptimizer):
         layout = plan_factors(group, shape, part=part)
         if not layout.sides and (group["kl"] or group["rule"] == "adam"):
             adamw = AdamWRule(beta1=beta1, beta2=beta2, eps=group["eps"])
-            return Plan(adamw, layout, **state_options(group))
+            return Plan(adamw, layout, **plan_options(group, shape))
         shampoo_beta = beta2 if group["shampoo_beta"] is None else group["shampoo_beta"]
         start = group["start_step"]
         if start is None:
@@ -192,7 +197,7 @@ class Shampoo(BlockOptimizer):
                 **{name: group[name] for name in PASSED_ON},
             ),
             layout,
-            **state_options(group),
+            **plan_options(group, shape),
         )
 
 

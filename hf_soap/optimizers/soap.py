@@ -12,7 +12,7 @@ from hf_soap.config import configs
 from hf_soap.config.checks import check_choice
 from hf_soap.engine.optimizer import BlockOptimizer
 from hf_soap.engine.plan import Plan
-from hf_soap.optimizers.base import plan_factors, state_options
+from hf_soap.optimizers.base import plan_factors, plan_options
 from hf_soap.rules.soap import ORTHONORMALIZE_EVERY, SoapRule
 
 
@@ -72,6 +72,9 @@ class SOAP(BlockOptimizer):
             times the product of the others. None sets no limit, as in the official implementation.
         stacked_matrices: Treat a tensor of three dimensions whose first is the shortest, such as the experts of a
             mixture, as a stack of matrices, each with its own factors.
+        cautious_weight_decay: Decay only the entries of the weights that have the sign of the update.
+        norm: ``"relative"`` takes steps of the length lr·‖W‖ for tensors of two or more dimensions; ``"hyperball"``
+            also scales the weights back to their norm, without weight decay. Each matrix of a stack has its own norm.
         maximize: Ascend instead of descending.
         foreach: Accepted for compatibility with torch's optimizers, without effect. So is ``fused``.
         fused: See ``foreach``.
@@ -124,6 +127,8 @@ class SOAP(BlockOptimizer):
         overlap_refresh: bool = False,
         max_aspect_ratio: float | None = 8.0,
         stacked_matrices: bool = True,
+        cautious_weight_decay: bool = False,
+        norm: Literal["none", "relative", "hyperball"] = "none",
         maximize: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,
@@ -139,7 +144,7 @@ class SOAP(BlockOptimizer):
     def plan(self, group: Mapping[str, Any], shape: Sequence[int], *, part: Sequence[int] | None = None) -> Plan:
         """Returns the SOAP rule with the group's settings; Adam is SOAP without a factored side."""
         layout = plan_factors(group, shape, part=part)
-        return Plan(soap_rule(group), layout, decay_last=True, **state_options(group))
+        return Plan(soap_rule(group), layout, **plan_options(group, shape, decay_last=True))
 
 
 def soap_rule(group: Mapping[str, Any]) -> SoapRule:

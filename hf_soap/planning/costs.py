@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -109,7 +110,7 @@ def cost(optimizer: BlockOptimizer, *, ranks: int, mode: Mode) -> Cost:
     Returns:
         The cost on the rank with the most.
     """
-    total, owned = Cost(), []
+    total, owned, kept = Cost(), [], 0
     concurrent = [0, 0]
     for share in shares(optimizer, ranks=ranks, mode=mode):
         param, plan = share.param, share.plan
@@ -117,6 +118,8 @@ def cost(optimizer: BlockOptimizer, *, ranks: int, mode: Mode) -> Cost:
         needs = temporary_bytes(plan, state_dtype(param))
         concurrent = [concurrent[0] + needs, max(concurrent[1], needs)]
         total.state += share.average
+        if plan.weight_step.is_relative and ranks > 1 and mode in ("local", "owner"):
+            kept += math.prod(largest_part(param, ranks)) * num_bytes  # the direction, until its norm is known
         if share.owned:
             owned.append(share)
             # The gradient goes to the owner and the direction comes back, except for the owner's own part.
@@ -141,5 +144,5 @@ def cost(optimizer: BlockOptimizer, *, ranks: int, mode: Mode) -> Cost:
     total.work += max(one.work for one in of_rank)
     total.state += max(one.state for one in of_rank)
     total.factors += max(one.factors for one in of_rank)
-    total.temporaries = min(concurrent[0], max(concurrent[1], LAUNCH_BYTES))
+    total.temporaries = kept + min(concurrent[0], max(concurrent[1], LAUNCH_BYTES))
     return total

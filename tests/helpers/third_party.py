@@ -13,7 +13,7 @@ import hf_soap
 from hf_soap.config.options import DECAY_RATE
 from hf_soap.engine.plan import Plan
 from hf_soap.linalg import decompositions, matrices
-from hf_soap.optimizers.base import plan_factors, state_options
+from hf_soap.optimizers.base import plan_factors, plan_options
 from hf_soap.rules.base import Rule, State, StateSpec, Traits, moment, square
 from hf_soap.rules.context import StepContext
 from hf_soap.rules.layout import Layout
@@ -93,7 +93,7 @@ class SPlus(hf_soap.ConfiguredOptimizer):
             covariance_decay=group["covariance_decay"],
             every=group["precondition_frequency"],
         )
-        return Plan(rule, plan_factors(group, shape, part=part), **state_options(group))
+        return Plan(rule, plan_factors(group, shape, part=part), **plan_options(group, shape))
 
 
 hf_soap.register(SPlus)
