@@ -1,6 +1,6 @@
 """Measures by how much each addition to SOAP shortens training: how many steps are needed for AdamW's loss.
 
-python scripts/ladder.py --out ladder                    # all rungs
+python scripts/ladder.py --out ladder                    # the rungs of the presets
 python scripts/ladder.py --out ladder --time             # milliseconds per step, on an otherwise idle machine
 python scripts/ladder.py --out ladder --only-report      # the table of the runs so far
 python scripts/ladder.py --out ladder4 --layers 4 --rungs "SOAP, official" "+ KL" --workers 2
@@ -65,7 +65,20 @@ RUNGS = {
     "+ AdamW for embeddings and vectors": Rung("soap", "preset=frontier,kl=false", guess=0.37),
     "+ KL": Rung("soap", "preset=frontier", guess=0.36),
     "+ small state": Rung("soap", "preset=small", guess=0.37),
+    "frontier, cautious decay": Rung("soap", "preset=frontier,cautious_weight_decay=true", guess=0.36),
+    "frontier, averages of 24 steps": Rung("soap", "preset=frontier,average_horizon=24", guess=0.36),
+    "frontier, V rotated": Rung("soap", "preset=frontier,rotate_second_moment=true", guess=0.36),
+    "frontier, hyperball": Rung("soap", "preset=frontier,norm=hyperball", guess=0.4),
+    "frontier, relative steps": Rung("soap", "preset=frontier,norm=relative", guess=0.4),
+    "official, hyperball": Rung("soap", "preset=official,norm=hyperball"),
+    "official, cautious decay": Rung("soap", "preset=official,cautious_weight_decay=true", lr=1e-2),
+    "SOAP, then Newton–Schulz": Rung("soap_muon", "lr_1d=1e-2", guess=0.42),
+    "Muon": Rung("muon", "lr_1d=1e-2", guess=0.5),
 }
+"""AdamW, then SOAP with one more addition in each row, then single changes to the last but one or to SOAP."""
+
+LADDER = list(RUNGS)[:8]
+"""The additions that are kept; the others are compared with them on request."""
 
 TIMED_ROUNDS = 3
 
@@ -189,7 +202,7 @@ def parse() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("ladder"), help="folder of the runs and results")
-    parser.add_argument("--rungs", nargs="+", choices=RUNGS, default=list(RUNGS), help="AdamW is always one of them")
+    parser.add_argument("--rungs", nargs="+", choices=RUNGS, default=LADDER, help="AdamW is always one of them")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--steps", type=int, default=600, help="AdamW's; a multiple of 6")
