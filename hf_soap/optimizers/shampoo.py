@@ -171,8 +171,8 @@ class Shampoo(BlockOptimizer):
 
         if group["root_method"] == "newton" and group["root_cutoff"]:
             raise ValueError(
-                f"root_method='newton' wants root_cutoff=0, got {group['root_cutoff']}: it computes no eigenvalues; use "
-                "root_method='eigh'"
+                f"root_method='newton' wants root_cutoff=0, got {group['root_cutoff']}: it computes no eigenvalues; "
+                "use root_method='eigh'"
             )
 
     def plan(self, group: Mapping[str, Any], shape: Sequence[int], *, part: Sequence[int] | None = None) -> Plan:
