@@ -274,6 +274,11 @@ class ShampooConfig(ShampooFactorOptions):
     refresh_growth: float = option(0.0, REFRESH_GROWTH, GROWTH)
     root_method: Literal["eigh", "newton"] = option("eigh", "How inverse roots are computed.")
     ridge: float = option(1e-6, "Added to each factor, relative to its largest eigenvalue.", NON_NEGATIVE)
+    root_cutoff: float = option(
+        0.0,
+        "Pseudo-inverse roots: eigenvalues of a factor below this share of its largest are mapped to 0.",
+        (lambda x: 0 <= x < 1, "in [0, 1)"),
+    )
     start_step: int | None = option(
         None,
         "First update with preconditioning; `none` uses precondition_frequency, or 1 without grafting.",

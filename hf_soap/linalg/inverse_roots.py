@@ -36,7 +36,9 @@ def newton_schulz(matrix: Tensor, *, eps: float, steps: int = 5) -> Tensor:
     return x.mT.contiguous() if matrix.shape[-2] > matrix.shape[-1] else x
 
 
-def inverse_root(matrix: Tensor, *, exponent: float, ridge: float, method: str = "eigh") -> Tensor:
+def inverse_root(
+    matrix: Tensor, *, exponent: float, ridge: float, method: str = "eigh", cutoff: float = 0.0
+) -> Tensor:
     """Computes (A + ridge·λ_max·I)^exponent of symmetric positive semi-definite matrices.
 
     Args:
@@ -47,6 +49,7 @@ def inverse_root(matrix: Tensor, *, exponent: float, ridge: float, method: str =
             the rounding error of the largest one as 0.
         method: ``"eigh"``, or ``"newton"`` for the coupled Newton iteration; matrices on which that does not converge
             are solved by eigh.
+        cutoff: Eigenvalues below this share of the largest are mapped to 0, before any ridge; only for ``"eigh"``.
 
     Returns:
         (..., n, n), symmetric; NaN for a matrix that is not finite.
@@ -61,10 +64,9 @@ def inverse_root(matrix: Tensor, *, exponent: float, ridge: float, method: str =
     scale = safe_scale(matrix)
     values, basis = eigenbasis(matrix / scale)
     values, unit = values.clamp(min=0.0), scale.squeeze(-1)
-    if ridge:
-        values = values + ridge * values[..., :1]
-    else:  # smaller values are rounding errors of eigh, which gave roots of 1e22 for zero rows
-        values = values * (values > torch.finfo(values.dtype).eps * values[..., :1])
+    if not ridge:  # smaller values are rounding errors of eigh, which gave roots of 1e22 for zero rows
+        cutoff = max(cutoff, torch.finfo(values.dtype).eps)
+    values = (values + ridge * values[..., :1]) * (values >= cutoff * values[..., :1])
     powers = torch.where(values > 0, power(values, exponent), 0.0 * values) * power(unit, exponent)  # NaN stays NaN
     return symmetrize((basis * powers.unsqueeze(-2)) @ basis.mT)
 

@@ -43,6 +43,8 @@ class Shampoo(BlockOptimizer):
         graft: ``"adam"``, ``"adagrad"``, ``"rmsprop"``, ``"sgd"``, or None for Shampoo's own step length.
         root_method: ``"eigh"``, or ``"newton"`` for coupled Newton, which is faster only on GPUs.
         ridge: Added to each factor before the root, relative to its largest eigenvalue.
+        root_cutoff: Eigenvalues of a factor below this share of its largest are mapped to 0, as in a pseudo-inverse,
+            where a ridge would map them to large numbers. With ``root_method="eigh"`` only.
         start_step: The first update with preconditioning, 1-based; earlier updates follow the grafted rule (or the
             gradient). None takes ``precondition_frequency`` if a rule is grafted, else 1.
         asynchronous: Compute roots in the background from a snapshot, and use the old ones meanwhile.
@@ -116,6 +118,7 @@ class Shampoo(BlockOptimizer):
         delay: int | None = None,
         *,
         momentum: float = 0.0,
+        root_cutoff: float = 0.0,
         correct_bias: bool = True,
         merge_dims: bool = False,
         precondition_1d: bool = False,
@@ -176,6 +179,12 @@ class Shampoo(BlockOptimizer):
                 f"root_method='newton' wants an exponent -1/p with a whole p, got {exponent}; use root_method='eigh'"
             )
 
+        if group["root_method"] == "newton" and group["root_cutoff"]:
+            raise ValueError(
+                f"root_method='newton' wants root_cutoff=0, got {group['root_cutoff']}: it computes no eigenvalues; "
+                "use root_method='eigh'"
+            )
+
     def plan(self, group: Mapping[str, Any], shape: Sequence[int], *, part: Sequence[int] | None = None) -> Plan:
         """Returns the Shampoo rule with the group's settings, or AdamW if KL-Shampoo has nothing to factor."""
         beta1, beta2 = group["betas"]
@@ -208,6 +217,7 @@ PASSED_ON = (
     "graft",
     "root_method",
     "ridge",
+    "root_cutoff",
     "momentum",
     "correct_bias",
     "one_sided",

@@ -33,21 +33,22 @@ from hf_soap.reference.soap import (
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def inverse_power(eigenvalues: Tensor, exponent: float, ridge: float = 0.0) -> Tensor:
+def inverse_power(eigenvalues: Tensor, exponent: float, ridge: float = 0.0, cutoff: float = 0.0) -> Tensor:
     """(lambda + ridge lambda_max)^exponent for an exponent < 0.
 
     Negative eigenvalues are rounding noise and count as zero. An eigenvalue that is zero even with the ridge maps to
-    zero, as in the pseudo-inverse.
+    zero, as in the pseudo-inverse, and so does one below `cutoff` lambda_max.
     """
     eigenvalues = eigenvalues.clamp(min=0)
-    eigenvalues = eigenvalues + ridge * eigenvalues.max()
-    return torch.where(eigenvalues > 0, eigenvalues**exponent, torch.zeros_like(eigenvalues))
+    damped = eigenvalues + ridge * eigenvalues.max()
+    kept = (damped > 0) & (eigenvalues >= cutoff * eigenvalues.max())
+    return torch.where(kept, damped**exponent, torch.zeros_like(damped))
 
 
-def matrix_power(matrix: Tensor, exponent: float, ridge: float = 0.0) -> Tensor:
+def matrix_power(matrix: Tensor, exponent: float, ridge: float = 0.0, cutoff: float = 0.0) -> Tensor:
     """(A + ridge lambda_max I)^exponent of a symmetric positive semi-definite A, for an exponent < 0."""
     eigenvalues, eigenvectors = torch.linalg.eigh(matrix)
-    power: Tensor = eigenvectors @ torch.diag(inverse_power(eigenvalues, exponent, ridge)) @ eigenvectors.T
+    power: Tensor = eigenvectors @ torch.diag(inverse_power(eigenvalues, exponent, ridge, cutoff)) @ eigenvectors.T
     return power
 
 
@@ -112,6 +113,7 @@ class ReferenceShampoo:
         beta: float | None = None,
         exponent: float | None = None,
         eps: float = 1e-12,
+        cutoff: float = 0.0,
         correct_bias: bool = False,
         momentum: float = 0.0,
         weight_decay: float = 0.0,
@@ -134,6 +136,7 @@ class ReferenceShampoo:
         self.beta = beta
         self.exponent = exponent
         self.eps = eps
+        self.cutoff = cutoff
         self.correct_bias = correct_bias
         self.momentum = momentum
         self.weight_decay = weight_decay
@@ -226,9 +229,9 @@ class ReferenceShampoo:
             if self.beta is not None and self.correct_bias:
                 statistic = statistic / (1 - self.beta**state.t)
             if statistic.dim() == 2:
-                roots.append(matrix_power(statistic, exponent, self.eps))
+                roots.append(matrix_power(statistic, exponent, self.eps, self.cutoff))
             else:
-                roots.append(inverse_power(statistic, exponent, self.eps))
+                roots.append(inverse_power(statistic, exponent, self.eps, self.cutoff))
         return roots
 
     def _with_current_diagonals(self, block: ShampooBlock, state: ShampooParameter) -> list[Tensor]:

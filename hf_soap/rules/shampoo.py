@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ class ShampooRule(Rule):
         graft: Rule whose step length each tensor gets.
         root_method: ``"eigh"`` or ``"newton"``.
         ridge: Added to each factor, relative to its largest eigenvalue.
+        root_cutoff: Eigenvalues of a factor below this share of its largest are mapped to 0.
         start_step: The first update with preconditioning. Earlier updates follow the grafted rule, or the plain
             gradient.
         momentum: Heavy ball on the direction.
@@ -65,6 +66,7 @@ class ShampooRule(Rule):
     root_method: Literal["eigh", "newton"]
     ridge: float
     start_step: int
+    root_cutoff: float = 0.0
     momentum: float = 0.0
     correct_bias: bool = True
     one_sided: bool = False
@@ -232,8 +234,10 @@ class ShampooRule(Rule):
         return -0.5 if self.kl else -1 / (2 * axes)
 
     def _power(self, diagonal: Tensor, layout: Layout) -> Tensor:
-        damped = diagonal + self.ridge * diagonal.amax(-1, keepdim=True)
-        return torch.where(damped > 0, damped ** self._exponent(layout), 0.0)
+        largest = diagonal.amax(-1, keepdim=True)
+        damped = diagonal + self.ridge * largest
+        kept = (damped > 0) & (diagonal >= self.root_cutoff * largest)
+        return torch.where(kept, damped ** self._exponent(layout), 0.0)
 
     def _debiased(self, factor: Tensor, context: StepContext) -> Tensor:
         if self.shampoo_beta is None or not self.correct_bias or self.kl:
@@ -251,10 +255,10 @@ class ShampooRule(Rule):
         return factors
 
     def _roots_of(self, factors: Roots, layout: Layout) -> Roots:
-        exponent, method = self._exponent(layout), self.root_method
+        settings: dict[str, Any] = {"ridge": self.ridge, "method": self.root_method, "cutoff": self.root_cutoff}
+        exponent = self._exponent(layout)
         return {
-            role: inverse_roots.inverse_root(factor, exponent=exponent, ridge=self.ridge, method=method)
-            for role, factor in factors.items()
+            role: inverse_roots.inverse_root(factor, exponent=exponent, **settings) for role, factor in factors.items()
         }
 
     def compute_roots(self, state: State, context: StepContext) -> None:

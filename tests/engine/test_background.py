@@ -198,6 +198,7 @@ def test_background_runs_jobs_in_order_and_forgets_what_was_taken() -> None:
         ({"delay": 3}, "set asynchronous=True"),
         ({"kl": True}, "graft=None"),
         ({"root_method": "newton", "exponent": -0.4}, "root_method='eigh'"),
+        ({"root_method": "newton", "root_cutoff": 0.1}, "root_method='eigh'"),
         ({"exponent": 0.5}, "exponent must be < 0, got 0.5"),
         ({"graft": "adamw"}, "graft must be adam or adagrad"),
     ],

@@ -8,7 +8,7 @@ import torch
 from torch.nn import Parameter
 from torch.profiler import ProfilerActivity, profile
 
-from hf_soap import MARS, SOAP, Shampoo
+from hf_soap import MARS, SOAP, Shampoo, SoapMuon
 from hf_soap.engine.buckets import CHUNK_BYTES, temporary_bytes
 
 
@@ -28,6 +28,8 @@ OPTIMIZERS: dict[str, Callable[..., Any]] = {
     "soap": SOAP,
     "soap, bf16 state": lambda params, **kw: SOAP(params, state_dtype="bfloat16", pack_factors=True, **kw),
     "soap, bf16 rotations": lambda params, **kw: SOAP(params, matmul_dtype="bfloat16", **kw),
+    "soap, rotated second moment": lambda params, **kw: SOAP(params, rotate_second_moment=True, **kw),
+    "soap_muon": SoapMuon,
     "kl_soap": lambda params, **kw: SOAP(params, kl=True, **kw),
     "factorized": lambda params, **kw: SOAP(params, one_sided=True, factorized=True, **kw),
     "shampoo": lambda params, **kw: Shampoo(params, start_step=1, **kw),

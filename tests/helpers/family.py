@@ -64,6 +64,7 @@ TABLE = {
         partial(shampoo, betas=(0.0, 0.99), statistics="sum", graft=None, start_step=1), lr=1.0, slow=True
     ),
     "newton": ShampooRow(partial(shampoo, root_method="newton", block_size=4, momentum=0.5), slow=True),
+    "pseudo-inverse": ShampooRow(partial(shampoo, ridge=0.0, root_cutoff=1e-4), slow=True),
     "background": ShampooRow(partial(shampoo, asynchronous=True, delay=2)),
     "diagonals": ShampooRow(partial(shampoo, max_precond_dim=5, graft="rmsprop", stagger=True), slow=True),
     "kl-shampoo": Row(partial(shampoo, kl=True, graft=None, start_step=1)),

@@ -359,13 +359,14 @@ def test_muon_leaves_vectors_to_adamw_with_rates_of_its_own() -> None:
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)
 
 
-def test_the_trainer_leaves_embeddings_and_head_to_adamw() -> None:
+@pytest.mark.parametrize(("name", "label"), [("muon", "Muon"), ("soap_muon", "SOAP, 2 sides, Newton-Schulz")])
+def test_the_trainer_leaves_embeddings_and_head_to_adamw(name: str, label: str) -> None:
     model = GPT2LMHeadModel(GPT2Config(vocab_size=32, n_positions=8, n_embd=16, n_layer=1, n_head=2))
-    arguments = TrainingArguments("unused", optim="muon", report_to="none", use_cpu=True)
+    arguments = TrainingArguments("unused", optim=name, report_to="none", use_cpu=True)
     cls, kwargs = Trainer.get_optimizer_cls_and_kwargs(arguments, model)
     optimizer = cls(model.parameters(), **kwargs)
     rules = {m.param: optimizer.plan_of(m.settings, m.param).label for m in optimizer.members()}
     assert rules[model.transformer.wte.weight] == "AdamW"
-    assert rules[model.transformer.h[0].attn.c_attn.weight] == "Muon"
+    assert rules[model.transformer.h[0].attn.c_attn.weight] == label
     assert isinstance(model.transformer.wpe, nn.Embedding)
     assert rules[model.transformer.wpe.weight] == "AdamW"

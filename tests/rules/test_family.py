@@ -24,7 +24,7 @@ from hf_soap.reference.soap_muon import ReferenceSoapMuon
 STEPS = 40
 TOLERANCE = 1e-10
 RIDGE = 1e-6
-RENAMED = ("betas", "ridge", "statistics", "start_step", "root_method")
+RENAMED = ("betas", "ridge", "statistics", "start_step", "root_method", "root_cutoff")
 SQUARES = [(25, 25), (11, 11), (25, 25), (9,)]
 ANY = [(12, 8), (8, 12), (9,), (6, 3, 5), (12, 8)]
 
@@ -36,7 +36,13 @@ def shampoo_pair(**options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     summed = ours.get("statistics") == "sum"
     start = ours.get("start_step", ours.get("precondition_frequency", 10) if ours["graft"] else 1)
     beta1, beta2 = ours["betas"]
-    theirs |= {"eps": ours["ridge"], "beta1": beta1, "graft_beta2": beta2, "beta": None if summed else beta2}
+    theirs |= {
+        "eps": ours["ridge"],
+        "cutoff": ours.get("root_cutoff", 0.0),
+        "beta1": beta1,
+        "graft_beta2": beta2,
+        "beta": None if summed else beta2,
+    }
     theirs |= {"start_step": start, "precondition_frequency": ours.get("precondition_frequency", 10)}
     return ours, {"correct_bias": not summed, **theirs}
 
@@ -62,6 +68,8 @@ def shampoo_pair(**options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
         pytest.param([(16, 16), (16, 16), (16, 16)], {"stagger": True, "graft": "adam"}, id="staggered"),
         pytest.param(ANY, {"refresh_growth": 0.2, "start_step": 3, "graft": "adam"}, id="growing"),
         pytest.param(SQUARES, {"root_method": "newton", "ridge": 0.0}, id="newton"),
+        pytest.param(ANY, {"exponent": -1 / 3, "ridge": 0.0, "root_cutoff": 1e-3}, id="pseudo-inverse"),
+        pytest.param(ANY, {"max_precond_dim": 8, "root_cutoff": 0.5}, id="pseudo-inverse of diagonals"),
     ],
 )
 def test_shampoo_equals_the_textbook(shapes: list[tuple[int, ...]], options: dict[str, Any], frequency: int) -> None:
@@ -272,6 +280,15 @@ KNOWN_ROOT = torch.tensor([[1.0, 1.0, 1.0], [1.0, 2.0, -3.0], [1.0, -3.0, 18.0]]
 def test_known_inverse_roots(matrix: Tensor, order: int, root: Tensor, method: str) -> None:
     got = inverse_roots.inverse_root(matrix, exponent=-1 / order, ridge=0.0, method=method)
     torch.testing.assert_close(got, root, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("ridge", [0.0, 0.1])
+def test_a_pseudo_inverse_root_has_no_part_of_small_eigenvalues(ridge: float) -> None:
+    basis = torch.linalg.qr(Problem((4, 4)).weights[0]).Q
+    values = torch.tensor([8.0, 1.0, 0.01, 0.0], dtype=torch.float64)
+    got = inverse_roots.inverse_root((basis * values) @ basis.T, exponent=-1 / 3, ridge=ridge, cutoff=0.1)
+    powers = torch.tensor([(8 + 8 * ridge) ** (-1 / 3), (1 + 8 * ridge) ** (-1 / 3), 0, 0], dtype=torch.float64)
+    torch.testing.assert_close(got, (basis * powers) @ basis.T, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
