@@ -164,7 +164,8 @@ def draw(path: Path, best: list[Run]) -> None:
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
     for run in best:
-        axes.plot(*zip(*run.curve(), strict=True), marker=".", label=f"{run.optim}, lr {run.learning_rate:g}")
+        label = f"{run.optim.removesuffix(':')}, lr {run.learning_rate:g}"
+        axes.plot(*zip(*run.curve(), strict=True), marker=".", label=label)
     axes.set_xlabel("step")
     axes.set_ylabel("held-out loss")
     axes.grid(alpha=0.3)

@@ -19,8 +19,15 @@ from hf_soap.hub import exchange, recipes
 CARDS = ROOT / "model_cards"
 
 RECIPES = {path.stem: exchange.load(str(path)) for path in sorted(CARDS.glob("*.yaml"))}
-ORDER = ["digits-vit", "small-encoder", "small-lm-pretraining", "small-lm-fine-tuning", "small-lm-lora"]
-"""The last two start from what the third leaves."""
+ORDER = [
+    "digits-vit",
+    "small-encoder",
+    "small-lm-frontier",
+    "small-lm-pretraining",
+    "small-lm-fine-tuning",
+    "small-lm-lora",
+]
+"""The last two start from what the one before them leaves."""
 
 each_recipe = pytest.mark.parametrize("name", RECIPES)
 
@@ -102,8 +109,10 @@ def test_the_documentation_shows_the_losses_of_the_cards() -> None:
     rows = re.findall(r"^\| \[.*\]\(\.\./model_cards/(.*)\.md\) \| (.*) \|$", section, re.MULTILINE)
     assert {name for name, _ in rows} == RECIPES.keys()
     for name, cells in rows:
-        losses = {each["optim"]: each["eval_loss"][0] for each in RECIPES[name]["provenance"]["results"]}
-        assert dict(zip(head, map(float, cells.split(" | ")), strict=True)) == pytest.approx(losses, abs=6e-4)
+        results = RECIPES[name]["provenance"]["results"]
+        losses = {each["optim"]: each["eval_loss"][0] for each in results if ":" not in each["optim"]}
+        shown = {optim: float(cell) for optim, cell in zip(head, cells.split(" | "), strict=True) if cell != "-"}
+        assert shown == pytest.approx(losses, abs=6e-4)
 
 
 def own_results(name: str) -> dict[str, Any]:

@@ -97,6 +97,7 @@ WAYS = {
     "hf-soap recipe validate": Way(slow=False),
     "hf-soap run scripts/run_image_classification.py": Way("--max_steps 2"),
     "hf-soap run scripts/run_mlm.py": Way(CARD),
+    "hf-soap run scripts/run_clm.py --recipe model_cards/small-lm-frontier.yaml": Way(CARD),
     "hf-soap run scripts/run_clm.py --recipe model_cards/small-lm-pretraining.yaml": Way(CARD),
     "hf-soap run scripts/run_clm.py --recipe model_cards/small-lm-fine-tuning.yaml": Way(CARD, behind=PRETRAINING),
     "hf-soap run scripts/run_clm.py --recipe model_cards/small-lm-lora.yaml": Way(CARD, behind=PRETRAINING),
