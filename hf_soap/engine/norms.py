@@ -62,9 +62,9 @@ class Norms:
             elif stepped.any():
                 what = "a matrix of zeros in" if step.stacked else "only zeros in"
                 raise ValueError(
-                    f"norm={step.norm!r} got {what} {member.name} of shape {tuple(member.param.shape)}, wanted weights "
-                    "that are not zero: steps in proportion to their norm would leave them zero; initialize them "
-                    f"differently, or exclude them with modules={{{member.name!r}: {{norm: none}}}}"
+                    f"norm={step.norm!r} got {what} {member.name} of shape {tuple(member.param.shape)}, wanted "
+                    "weights that are not zero: steps in proportion to their norm would leave them zero; initialize "
+                    f"them differently, or exclude them with modules={{{member.name!r}: {{norm: none}}}}"
                 )
 
     def keep(self, params: Sequence[Tensor], directions: Sequence[Tensor]) -> None:
@@ -81,11 +81,13 @@ class Norms:
             for param, weight in zip(params, weights, strict=True)
         ]
         products = [
-            _of_whole(param, step, step.inner_products([weight], [direction]))
+            _of_whole(param, step, *step.inner_products([weight], [direction]))
             for param, step, weight, direction in zip(params, steps, weights, directions, strict=True)
         ]
         totals = dtensor.summed_parts(params, products)
         for (member, plan), weight, direction, total in zip(parts, weights, directions, totals, strict=True):
+            if not weight.numel():
+                continue
             lr, weight_decay = self._optimizer.rates_from(member.rates, plan)
             here, profiler = member.param in self._kept, self._optimizer.profiler
             metrics = NO_METRICS if profiler is None or not here else profiler.of(plan.label)

@@ -19,8 +19,8 @@ class WeightStep:
     Attributes:
         decay_last: Decay the weights after the update, as SOAP's implementation does; else both at once.
         cautious: Decay only the entries of W that have the sign of u, from the weights before the update.
-        norm: ``"relative"`` takes a step of the length lr·‖W‖_F; ``"hyperball"`` then scales the weights back to ‖W‖_F,
-            and does not decay them.
+        norm: ``"relative"`` takes a step of the length lr·‖W‖_F; ``"hyperball"`` then scales the weights back to
+            ‖W‖_F, and does not decay them.
         stacked: Whether the tensor is a stack of matrices along its first dimension, each with its own norm.
         summed: Whether several ranks have parts of the tensor, and must sum what they know of its norms.
 
@@ -48,10 +48,11 @@ class WeightStep:
         """Views what has a norm of its own, in order."""
         return [matrix for tensor in tensors for matrix in (tensor.unbind() if self.stacked else (tensor,))]
 
-    def inner_products(self, weights: Sequence[Tensor], directions: Sequence[Tensor]) -> Tensor:
-        """Returns :func:`hf_soap.linalg.norms.inner_products` of all matrices, (matrices, 3)."""
+    def inner_products(self, weights: Sequence[Tensor], directions: Sequence[Tensor]) -> list[Tensor]:
+        """Returns :func:`hf_soap.linalg.norms.inner_products` of the matrices of each tensor, (matrices, 3) each."""
         exact = [weight.to(direction.dtype) for weight, direction in zip(weights, directions, strict=True)]
-        return norms.inner_products(self.matrices(exact), self.matrices(directions))
+        products = norms.inner_products(self.matrices(exact), self.matrices(directions))
+        return list(products.split([len(self.matrices([weight])) for weight in weights]))
 
     def apply_(
         self,
@@ -59,7 +60,7 @@ class WeightStep:
         directions: Sequence[Tensor],
         rates: Sequence[elementwise.Rate],
         *,
-        products: Sequence[Tensor] | None = None,
+        products: list[Tensor] | None = None,
     ) -> None:
         """Takes the step, rounding low-precision weights once.
 
@@ -72,9 +73,8 @@ class WeightStep:
         exact = [weight.to(direction.dtype) for weight, direction in zip(weights, directions, strict=True)]
         for run, rate in elementwise.equal_rates(rates):
             if self.is_relative:
-                self._relative_step_(
-                    exact[run], directions[run], rate, None if products is None else torch.cat(products[run])
-                )
+                known = self.inner_products(exact[run], directions[run]) if products is None else products[run]
+                self._relative_step_(exact[run], directions[run], rate, known)
             else:
                 self._step_(exact[run], directions[run], rate)
         for weight, value in zip(weights, exact, strict=True):
@@ -86,12 +86,10 @@ class WeightStep:
         weights: Sequence[Tensor],
         directions: Sequence[Tensor],
         rate: elementwise.Rate,
-        products: Tensor | None,
+        products: list[Tensor],
     ) -> None:
         lr, weight_decay = rate
-        if products is None:
-            products = self.inner_products(weights, directions)
-        scales, grown = norms.relative_scales(products, lr)
+        scales, grown = norms.relative_scales(torch.cat(products), lr)
         torch._foreach_mul_(self.matrices(directions), list(scales.unbind()))
         self._step_(weights, directions, (lr, 0.0 if self.norm == "hyperball" else weight_decay))
         if self.norm == "hyperball":

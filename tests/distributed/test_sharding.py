@@ -206,3 +206,18 @@ def test_two_owners_equal_one_process_on_data_of_their_own(shared: Path) -> None
 @pytest.mark.parametrize("sharded", [True, False], ids=["FSDP2", "DDP"])
 def test_exact_mars_equals_a_loop_by_hand(sharded: bool, shared: Path) -> None:
     ranks.run("sharded_owners.exact_mars_equals_a_loop_by_hand", 2, shared, sharded=sharded)
+
+
+@pytest.mark.parametrize(
+    ("function", "count"),
+    [
+        ("equal_one_process", 2),
+        ("equal_one_process", 3),
+        ("equal_one_process", 4),
+        ("norms_stay_and_runs_resume", 3),
+        ("norms_stay_and_runs_resume", 4),
+        ("zeros_are_refused_on_all_ranks", 3),
+    ],
+)
+def test_steps_in_proportion_to_norms(function: str, count: int, shared: Path) -> None:
+    ranks.run(f"sharded_weight_steps.{function}", count, shared)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -58,7 +59,7 @@ COLLECTIVES = (
 
 
 def a_local_step_has_one_collective() -> None:
-    """A scalar that says whether all gradients are finite; none without the check."""
+    """A scalar that says whether all gradients are finite; none without the check. One more for the norms."""
     counts: dict[str, int] = {}
 
     def counting(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
@@ -68,10 +69,13 @@ def a_local_step_has_one_collective() -> None:
 
         return counted
 
-    for name in OPTIMIZERS:
-        for nonfinite, want in (("skip", {"all_reduce": 1}), ("off", {})):
+    relative = {f"soap, {norm}": partial(SOAP, norm=norm) for norm in ("relative", "hyperball")}
+    for name, make in {**OPTIMIZERS, **relative}.items():
+        for nonfinite in ("skip", "off"):
+            count = (nonfinite == "skip") + (name in relative)
+            want = {"all_reduce": count} if count else {}
             model = shard(network())
-            optimizer = OPTIMIZERS[name](model.parameters())
+            optimizer = make(model.parameters())
             for group in optimizer.param_groups:
                 group["nonfinite"] = nonfinite
             same_gradients(model, optimizer, range(2))
@@ -81,7 +85,7 @@ def a_local_step_has_one_collective() -> None:
                         patch.setattr(dist, collective, counting(collective, getattr(dist, collective)))
                 optimizer.step()
             assert counts == want, f"{name}, nonfinite={nonfinite}: {counts}"
-            assert functional.get_total_counts() <= len(want), f"{name}: {functional.get_comm_counts()}"
+            assert functional.get_total_counts() <= count, f"{name}: {functional.get_comm_counts()}"
             counts.clear()
 
 

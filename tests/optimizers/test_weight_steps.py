@@ -134,9 +134,7 @@ def test_weights_of_zero_are_refused_before_anything_has_changed() -> None:
     optimizer.step()
     before = optimizer.state_dict()
     params[1].grad = torch.ones(4, 6)
-    with pytest.raises(
-        ValueError, match=r"got only zeros in second of shape \(4, 6\), wanted weights that are not zero"
-    ):
+    with pytest.raises(ValueError, match=r"got only zeros in second of shape \(4, 6\), wanted weights that are"):
         optimizer.step()
     assert_same(optimizer.state_dict(), before)
     optimizer.param_groups[0]["overrides"] = [{}, {"norm": "none"}]
