@@ -55,8 +55,8 @@ class CommonOptions(OptimizerConfig):
     cautious_weight_decay: bool = option(
         False, "Decay only the entries of the weights that have the sign of the update."
     )
-    norm: Literal["none", "relative", "hyperball"] = option(
-        "none",
+    norm: Literal["relative", "hyperball"] | None = option(
+        None,
         "`relative`: steps of matrices and convolutions have the length of the learning rate times the norm of the "
         "weights. `hyperball`: the weights are then scaled back to their norm, and `weight_decay` does not apply to "
         "them. Vectors, and under the Trainer embeddings, output head and adapters, take ordinary steps.",

@@ -30,14 +30,14 @@ class WeightStep:
 
     decay_last: bool = False
     cautious: bool = False
-    norm: Literal["none", "relative", "hyperball"] = "none"
+    norm: Literal["relative", "hyperball"] | None = None
     stacked: bool = False
     summed: bool = False
 
     @property
     def is_relative(self) -> bool:
         """Whether the step depends on the norm of the weights."""
-        return self.norm != "none"
+        return self.norm is not None
 
     @property
     def fuses(self) -> bool:

@@ -66,8 +66,8 @@ def plan_options(group: Mapping[str, Any], shape: Sequence[int], *, decay_last: 
         "weight_step": WeightStep(
             decay_last=decay_last,
             cautious=group["cautious_weight_decay"],
-            norm=group["norm"] if len(shape) > 1 else "none",
-            stacked=group["norm"] != "none" and group["stacked_matrices"] and is_stack(shape),
+            norm=group["norm"] if len(shape) > 1 else None,
+            stacked=group["norm"] is not None and group["stacked_matrices"] and is_stack(shape),
         ),
         "storage": Storage(group["state_dtype"], group.get("pack_factors", False)),
         "maximize": group["maximize"],

@@ -32,7 +32,7 @@ LORA = re.compile(r"lora_(embedding_)?[AB]\b")
 Overrides = Mapping[str, Any]
 ADAM: Overrides = {"rule": "adam"}
 ONE_SIDED: Overrides = {"one_sided": True}
-ORDINARY_STEP: Overrides = {"norm": "none"}
+ORDINARY_STEP: Overrides = {"norm": None}
 BOTH_SIDES: Overrides = {"one_sided": False, "max_aspect_ratio": None}
 
 Entry = tuple[Collection[Tensor], Overrides]
@@ -85,7 +85,7 @@ def with_overrides(
     ordinary: set[Tensor] = set()
     if model is not None:
         entries += _by_kind(names, model, config)
-        if getattr(config, "norm", "none") != "none":
+        if getattr(config, "norm", None) is not None:
             roles = _roles(listed, names, model)
             ordinary = set[Tensor]().union(*(roles[role] for role in ("@embeddings", "@head", "@adapters")))
     scaled, ratio = _scaled_by_width(model, config)
@@ -250,8 +250,11 @@ def _by_width(own: Overrides, ratio: float, config: OptimizerConfig, decay: floa
     """Adapts rates to the width, except for those that ``modules`` sets.
 
     The entries of an update add up over the width, so the learning rate is in proportion to 1/width. If the spectral
-    norm of updates is fixed, the learning rate is too, and the decay is in proportion to 1/width instead.
+    norm of updates is fixed, the learning rate is too, and the decay is in proportion to 1/width instead. Steps in
+    proportion to the norm of the weights keep their rates.
     """
+    if own.get("norm", getattr(config, "norm", None)) is not None:
+        return own
     if config.has_spectral_updates() and "rule" not in own:
         return {**own, "weight_decay": decay * ratio} if decay and "weight_decay" not in own else own
     return own if {"lr", "lr_factor"} & own.keys() else {**own, "lr_factor": ratio}

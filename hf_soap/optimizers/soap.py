@@ -128,7 +128,7 @@ class SOAP(BlockOptimizer):
         max_aspect_ratio: float | None = 8.0,
         stacked_matrices: bool = True,
         cautious_weight_decay: bool = False,
-        norm: Literal["none", "relative", "hyperball"] = "none",
+        norm: Literal["relative", "hyperball"] | None = None,
         maximize: bool = False,
         foreach: bool | None = None,
         fused: bool | None = None,

@@ -21,12 +21,12 @@ def step(
     weight_decay: float = 0.0,
     cautious: bool = False,
     decay_last: bool = False,
-    norm: str = "none",
+    norm: str | None = None,
 ) -> Tensor:
     """The weights of one matrix or vector after a step against `direction`."""
     weight, direction = weight.to(torch.float64), direction.to(torch.float64)
     radius, length = frobenius(weight), frobenius(direction)
-    if norm != "none":
+    if norm is not None:
         direction = radius * direction / length if length > 0 else direction
     if norm == "hyperball":
         moved = weight - lr * direction

@@ -29,9 +29,9 @@ STEPS: dict[str, dict[str, Any]] = {
 
 def expected(weight: Tensor, direction: Tensor, options: dict[str, Any], **rates: Any) -> Tensor:
     """The textbook's step: of each matrix of a stack alone, and an ordinary one for vectors."""
-    cautious, norm = options.get("cautious_weight_decay", False), options.get("norm", "none")
-    norm = norm if weight.dim() > 1 else "none"
-    if norm != "none" and is_stack(weight.shape):
+    cautious, norm = options.get("cautious_weight_decay", False), options.get("norm")
+    norm = norm if weight.dim() > 1 else None
+    if norm is not None and is_stack(weight.shape):
         pairs = zip(weight, direction, strict=True)
         return torch.stack([weight_steps.step(*pair, cautious=cautious, norm=norm, **rates) for pair in pairs])
     return weight_steps.step(weight, direction, cautious=cautious, norm=norm, **rates)
@@ -137,7 +137,7 @@ def test_weights_of_zero_are_refused_before_anything_has_changed() -> None:
     with pytest.raises(ValueError, match=r"got only zeros in second of shape \(4, 6\), wanted weights that are"):
         optimizer.step()
     assert_same(optimizer.state_dict(), before)
-    optimizer.param_groups[0]["overrides"] = [{}, {"norm": "none"}]
+    optimizer.param_groups[0]["overrides"] = [{}, {"norm": None}]
     for _ in range(3):
         optimizer.step()
     assert params[1].any()
@@ -162,7 +162,7 @@ class Model(nn.Module):
         return self.head
 
 
-def norms_of(config: SoapConfig) -> dict[str, str]:
+def norms_of(config: SoapConfig) -> dict[str, str | None]:
     """Which norm the step of each parameter has."""
     model = Model()
     optimizer = SOAP(with_overrides(list(model.parameters()), model, config), norm=config.norm)
@@ -170,7 +170,7 @@ def norms_of(config: SoapConfig) -> dict[str, str]:
 
 
 def test_hidden_matrices_alone_are_constrained() -> None:
-    want = {"embed.weight": "none", "hidden.weight": "hyperball", "hidden.bias": "none", "head.weight": "none"}
+    want = {"embed.weight": None, "hidden.weight": "hyperball", "hidden.bias": None, "head.weight": None}
     assert norms_of(SoapConfig(norm="hyperball")) == want
     own = {"embed": {"rule": "adam"}, "@head": {"norm": "relative"}}
     assert norms_of(SoapConfig(norm="hyperball", modules=own)) == {**want, "head.weight": "relative"}

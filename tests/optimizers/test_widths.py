@@ -57,6 +57,12 @@ def test_spectral_updates_keep_the_learning_rate() -> None:
     assert adams["transformer.h.0.mlp.c_fc.weight"] == pytest.approx((0.025, 0.0125))
 
 
+def test_steps_in_proportion_to_the_norm_keep_their_rates() -> None:
+    found = rates(model_of(tie_word_embeddings=False), SoapConfig(mup_base_width=8, norm="hyperball"))
+    assert found["transformer.h.0.mlp.c_fc.weight"] == pytest.approx((0.1, 0.05))
+    assert found["lm_head.weight"] == pytest.approx((0.025, 0.0125))  # an ordinary step
+
+
 def test_rates_that_modules_set_are_not_changed() -> None:
     own = {r"attn": {"lr_factor": 2.0}, r"mlp\.c_fc": {"weight_decay": 0.0}}
     found = rates(model_of(), SoapConfig(mup_base_width=8, modules=own))
