@@ -1,8 +1,9 @@
 """Counts how often optimizers solve the tasks of LightBench on which SOAP and AdamW differ, on a CPU.
 
-pip install lightbench
 python scripts/bench_tasks.py --out tasks                    # all tasks and optimizers
 python scripts/bench_tasks.py --out tasks --only-report  # the table of the trials so far
+
+It needs the packages lightbench and heavyball, which this package does not install.
 
 Each task trains a small recurrent network to compute an exclusive or. Model, data, loss and goal are those of
 LightBench. One sampler, the same for all optimizers, draws learning rate, β₁ and β₂ of each trial. A trial is won if

@@ -128,6 +128,7 @@ WAYS = {
     "python scripts/bench_step.py": Way("--shapes gpt256 --rounds 1 --steps 1 --frequency 1 --device cpu"),
     "python scripts/bench_step.py --shapes gpt256 --only SOAP": Way("--only 'MARS lion' --steps 1 --frequency 1"),
     "python scripts/bench_roots.py": Way("--sizes 8 --batches 1 --rounds 1 --device cpu", slow=False),
+    "python scripts/bench_tasks.py": Way("--help", slow=False),
     "python scripts/bench_async.py": Way("--steps 6 --frequency 3 --width 8 --layers 1"),
     "python scripts/bench_metrics.py": Way("--steps 4 --log-every 2"),
     "python scripts/bench_distributed.py": Way("--processes 2 --rounds 1"),
