@@ -214,6 +214,7 @@ def test_exact_mars_equals_a_loop_by_hand(sharded: bool, shared: Path) -> None:
         ("equal_one_process", 2),
         ("equal_one_process", 3),
         ("equal_one_process", 4),
+        ("whole_matrices_equal_one_process", 2),
         ("norms_stay_and_runs_resume", 3),
         ("norms_stay_and_runs_resume", 4),
         ("zeros_are_refused_on_all_ranks", 3),

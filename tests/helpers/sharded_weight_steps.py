@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -16,8 +17,12 @@ from torch.nn import Parameter
 
 from hf_soap import SOAP, Muon, Shampoo
 
-SHAPES = [(7, 10), (3, 4, 5), (2, 4, 5), (1, 6), (5,), (4, 3, 3, 3), (7, 10)]
-"""Parts are of different sizes, and some ranks have nothing of the second stack and of the flat matrix."""
+SHAPES = [(7, 7), (3, 4, 5), (2, 4, 5), (1, 6), (5,), (4, 3, 3, 3), (7, 7)]
+"""Parts are of different sizes, and some ranks have nothing of the second stack and of the flat matrix.
+
+Square matrices, whose factors have full rank: otherwise rounding, which differs between numbers of ranks, would decide
+on the bases.
+"""
 
 STEPS: dict[str, dict[str, Any]] = {
     "cautious": {"cautious_weight_decay": True},
@@ -45,7 +50,7 @@ def wholes(params: Sequence[Parameter]) -> list[Tensor]:
 
 
 def placements() -> list[tuple[DeviceMesh, tuple[Any, ...]]]:
-    """Cut along either dimension; with four ranks along both, and with copies."""
+    """Cut along the first dimension; by four ranks along either dimension of a mesh, with copies along the other."""
     count = dist.get_world_size()
     if count < 4:
         flat = init_device_mesh("cpu", (count,))
@@ -54,11 +59,15 @@ def placements() -> list[tuple[DeviceMesh, tuple[Any, ...]]]:
     return [(square, (Replicate(), Shard(0))), (square, (Shard(0), Replicate()))]
 
 
+def owning(cls: Any, **settings: Any) -> Any:
+    return partial(cls, lr=0.02, weight_decay=0.5, shard_mode="owner", **settings)
+
+
 MAKERS: dict[str, Any] = {
-    "local, adam": lambda p, **o: SOAP(p, lr=0.02, weight_decay=0.5, max_precond_dim=0, **o),
-    "owner, soap": lambda p, **o: SOAP(p, lr=0.02, weight_decay=0.5, shard_mode="owner", **o),
-    "owner, shampoo": lambda p, **o: Shampoo(p, lr=0.02, weight_decay=0.5, start_step=2, shard_mode="owner", **o),
-    "owner, muon": lambda p, **o: Muon(p, lr=0.02, weight_decay=0.5, shard_mode="owner", **o),
+    "local, adam": partial(SOAP, lr=0.02, weight_decay=0.5, max_precond_dim=0),
+    "owner, soap": owning(SOAP),
+    "owner, shampoo": owning(Shampoo, start_step=2),
+    "owner, muon": owning(Muon),
 }
 
 
@@ -76,6 +85,20 @@ def equal_one_process() -> None:
                 for got, want in zip(wholes(parts), wholes(alone), strict=True):
                     message = lambda text, n=name, o=options: f"{n}, {o}: {text}"  # noqa: E731
                     torch.testing.assert_close(got, want, rtol=0, atol=1e-11, msg=message)
+
+
+def whole_matrices_equal_one_process() -> None:
+    """As under DDP: norms need no other rank, but directions may come from the rank that owns a matrix."""
+    for name, make in MAKERS.items():
+        for options in STEPS.values():
+            alone, params = (parameters(SHAPES, torch.float64) for _ in range(2))
+            reference, optimizer = make(alone, **{**options, "shard_mode": "local"}), make(params, **options)
+            for number in range(6):
+                step(reference, alone, number)
+                step(optimizer, params, number)
+            for got, want in zip(wholes(params), wholes(alone), strict=True):
+                message = lambda text, n=name, o=options: f"{n}, {o}: {text}"  # noqa: E731
+                torch.testing.assert_close(got, want, rtol=0, atol=1e-11, msg=message)
 
 
 def norms_stay_and_runs_resume() -> None:
