@@ -40,6 +40,7 @@ class Norms:
             plans = [self._optimizer.plan_of(member.settings, member.param) for member in full]
             pairs = zip(full, plans, strict=True)
             self._relative = [(member, plan) for member, plan in pairs if plan.weight_step.is_relative]
+            self._nonzero.clear()
             self._roster = roster
         return self._relative
 

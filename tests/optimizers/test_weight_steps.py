@@ -152,11 +152,12 @@ def test_a_matrix_of_zeros_in_a_stack_is_refused() -> None:
 
 
 class Model(nn.Module):
-    """An embedding, a hidden matrix, and a head."""
+    """An embedding, a hidden matrix, a matrix of an adapter, and a head."""
 
     def __init__(self) -> None:
         super().__init__()
         self.embed, self.hidden, self.head = nn.Embedding(11, 6), nn.Linear(6, 6), nn.Linear(6, 11, bias=False)
+        self.lora_A = nn.Linear(6, 2, bias=False)
 
     def get_output_embeddings(self) -> nn.Module:
         return self.head
@@ -170,7 +171,8 @@ def norms_of(config: SoapConfig) -> dict[str, str | None]:
 
 
 def test_hidden_matrices_alone_are_constrained() -> None:
-    want = {"embed.weight": None, "hidden.weight": "hyperball", "hidden.bias": None, "head.weight": None}
+    others = ("embed.weight", "hidden.bias", "head.weight", "lora_A.weight")
+    want = {"hidden.weight": "hyperball", **dict.fromkeys(others)}
     assert norms_of(SoapConfig(norm="hyperball")) == want
     own = {"embed": {"rule": "adam"}, "@head": {"norm": "relative"}}
     assert norms_of(SoapConfig(norm="hyperball", modules=own)) == {**want, "head.weight": "relative"}

@@ -98,6 +98,20 @@ def test_plans_hold_for_every_optimizer(optim: str, optim_args: str, tmp_path: P
     assert report["weights"] == sum(p.nbytes for p in built.parameters())
 
 
+@pytest.mark.parametrize("mode", ["local", "owner"])
+def test_directions_wait_for_the_norms_of_sharded_matrices(mode: Any) -> None:
+    """Those of a rank's parts of hidden matrices; with whole matrices none waits."""
+    built = tiny.gpt2(tie_word_embeddings=False)
+    hidden = [p for name, p in built.named_parameters() if p.dim() == 2 and ".h." in name]
+
+    def temporaries(norm: Any, ranks: int) -> float:
+        run = planning.Run(built, trainer_groups(built), ranks=ranks, sharded=True)
+        return run.cost(SoapConfig(norm=norm, shard_mode=mode)).temporaries
+
+    assert temporaries("relative", 4) - temporaries(None, 4) == sum(param.nbytes for param in hidden) / 4
+    assert temporaries("relative", 1) == temporaries(None, 1)
+
+
 def test_adapters(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 

@@ -252,6 +252,18 @@ def test_arguments_may_be_used_again_with_the_same_config(tmp_path: Path) -> Non
         SoapTrainer(tiny.gpt2(), args, optimizer_config=SoapConfig(eps=1e-7))
 
 
+@pytest.mark.parametrize("optim", ["soap", "shampoo", "mars", "soap_muon"])
+def test_hidden_matrices_keep_their_norm(optim: str, tmp_path: Path) -> None:
+    """Everything else takes ordinary steps, also matrices of adapters that are zero at first."""
+    start = {name: param.norm().item() for name, param in tiny.gpt2().named_parameters()}
+    trainer = run(tmp_path / "all", optim=optim, optim_args="norm=hyperball", weight_decay=0.5)
+    for name, param in trainer.model.named_parameters():
+        hidden = ".h." in name and param.dim() == 2
+        assert (param.norm().item() == pytest.approx(start[name], rel=1e-5)) == hidden, name
+    trained = run(tmp_path / "adapters", optim=optim, optim_args="norm=hyperball", model=lora()).model
+    assert all(param.any() for name, param in trained.named_parameters() if "lora_B" in name)
+
+
 @pytest.mark.parametrize("config", [SoapConfig(log_every=3), None])
 def test_diagnostics_are_logged(config: SoapConfig | None, tmp_path: Path) -> None:
     """Where they fell on a logging step, its loss was missing: logging anything clears the Trainer's wish to log."""
