@@ -108,7 +108,7 @@ def test_keys_that_others_put_there_are_left_alone() -> None:
         "layer_decay": 0.9,
     }
     others |= {"lr_mult": 1.0, "group_name": "a", "decoupled_weight_decay": True, "max_grad_norm": 1.0, "role": "head"}
-    words = "block norm normalize state weight shard merge correct matmul precondition refresh factor root"
+    words = "block normalize state weight shard merge correct matmul precondition refresh factor root"
     others |= dict.fromkeys(words.split(), 1)
     adamw = {key: value for key, value in AdamW(parameters(), fused=True).param_groups[0].items() if key != "params"}
     for make in (SOAP, Shampoo, MARS):
