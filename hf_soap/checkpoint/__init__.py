@@ -3,6 +3,6 @@
 May import ``rules`` and the folders below it.
 """
 
-from hf_soap.checkpoint.state_dict import read
+from hf_soap.checkpoint.files import read
 
 __all__ = ["read"]

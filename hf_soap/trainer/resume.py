@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.serialization import MAGIC_NUMBER
 
-from hf_soap.checkpoint import state_dict
+from hf_soap.checkpoint import files, state_dict
 from hf_soap.distributed import dtensor
 from hf_soap.engine.optimizer import BlockOptimizer, unwrapped
 from hf_soap.rules.base import LAYOUT
@@ -82,13 +82,13 @@ def load_optimizer(trainer: Trainer, folder: Path) -> bool:
     if native.name == PLAIN:  # the Trainer would load all owners' state on every device
         fits = not optimizer.spreads_state()
     else:
-        fits = native in saved and optimizer.fits(state_dict.saved_shapes(native))
+        fits = native in saved and optimizer.fits(files.saved_shapes(native))
     schedule, groups = torch.load(folder / SCHEDULER, weights_only=True), optimizer.param_groups
     same_groups = len(schedule.get(LAST_RATES, groups)) == len(groups)
     if native in saved and fits:
-        same = same_groups and (native.name != SHARDED or state_dict.has_settings(native, groups))
+        same = same_groups and (native.name != SHARDED or files.has_settings(native, groups))
         # FSDP loads only what the optimizer has already, and requires all of it.
-        averaged = native.name != PLAIN and (optimizer.averages_weights or state_dict.has_averages(native))
+        averaged = native.name != PLAIN and (optimizer.averages_weights or files.has_averages(native))
         if same and not averaged:
             return False
         if not same:
@@ -97,11 +97,11 @@ def load_optimizer(trainer: Trainer, folder: Path) -> bool:
             )
         model: Any = trainer.model
         is_sharded = native.name == SHARDED
-        state = state_dict.read_part(native, model, optimizer) if is_sharded else state_dict.read(native)
+        state = files.read_part(native, model, optimizer) if is_sharded else files.read(native)
     else:
         source = native if native in saved else saved[0]
         logger.warning("Loading the optimizer from %s, which was saved on other ranks or in another format.", source)
-        state = state_dict.read(source)
+        state = files.read(source)
     optimizer.load_state_dict(state)
     scheduler: Any = trainer.lr_scheduler
     scheduler.load_state_dict(schedule if same_groups else _for_groups(groups, schedule, scheduler.state_dict()))
@@ -152,13 +152,13 @@ def _written_by(source: Path) -> str | None:
     """Returns the class of this package that saved an optimizer, or None if another optimizer was saved."""
     try:
         if source.is_dir():  # the metadata list the roles, so that no tensor is read
-            known = {role for roles in state_dict.saved_shapes(source).values() for role in roles}
+            known = {role for roles in files.saved_shapes(source).values() for role in roles}
             if known & {"prev_grad", "prev_param"}:
                 return "MARS"
             if LAYOUT not in known:  # our state has it for every tensor with a factor, and no other has it
                 return None
             return "Shampoo" if "root_0" in known else "SOAP"
-        groups = state_dict.read(source)["param_groups"]
+        groups = files.read(source)["param_groups"]
     except Exception:  # if this fails, the Trainer tries to read it and reports the error
         return None
     if not (groups and state_dict.is_of_family(groups)):
@@ -186,9 +186,9 @@ def load_model(trainer: Trainer, folder: Path, model: nn.Module) -> bool:
         return False
     weights: dict[str, Tensor] = {}
     for source in others:
-        weights |= state_dict.read_weights(source)
+        weights |= files.read_weights(source)
     logger.warning("Loading the weights from %s, which were saved in another format.", others[0])
-    state_dict.load_weights(model, weights)
+    files.load_weights(model, weights)
     return True
 
 

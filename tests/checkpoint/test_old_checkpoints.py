@@ -19,7 +19,7 @@ from sharded import put, same_gradients, whole
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_optimizer_state_dict
 
-from hf_soap.checkpoint import state_dict
+from hf_soap.checkpoint import files
 from hf_soap.trainer import resume
 
 VERSIONS = sorted(path.name for path in FOLDER.glob("v*"))
@@ -109,7 +109,7 @@ def test_what_owners_saved_goes_on_in_one_process(old: str, name: str, kind: str
     weights = read(folder / "weights.pt")
     model, optimizer = sharded_run(name, split=False)
     put(model, weights["at_save"])
-    optimizer.load_state_dict(state_dict.read(folder / kind))
+    optimizer.load_state_dict(files.read(folder / kind))
     same_gradients(model, optimizer, MORE)
     assert_close(whole(model).values(), weights["after"].values())
 
@@ -129,14 +129,14 @@ def goes_on(old: str) -> None:
             model, optimizer = sharded_run(name)
             put(model, weights["at_save"])
             if not in_parts:
-                optimizer.load_state_dict(state_dict.read(folder / kind))
+                optimizer.load_state_dict(files.read(folder / kind))
             elif kind == resume.FULL:
                 options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, cpu_offload=True)
                 state = read(folder / kind) if dist.get_rank() == 0 else {}
                 set_optimizer_state_dict(model, optimizer, state, options=options)
             else:
-                assert not state_dict.has_settings(folder / kind, optimizer.param_groups)
-                optimizer.load_state_dict(state_dict.read_part(folder / kind, model, optimizer))
+                assert not files.has_settings(folder / kind, optimizer.param_groups)
+                optimizer.load_state_dict(files.read_part(folder / kind, model, optimizer))
             same_gradients(model, optimizer, MORE)
             assert_close(whole(model).values(), weights["after"].values())
 

@@ -16,7 +16,7 @@ import torch
 import typer
 from paths import HELPERS, PYTHONPATH, ROOT
 
-from hf_soap.checkpoint import state_dict
+from hf_soap.checkpoint import files
 from hf_soap.cli.run import CHILDREN, prepare
 
 
@@ -202,7 +202,7 @@ def test_unmodified_run_clm_is_killed_and_resumed_under_fsdp(run_clm, tiny_model
     output = launch("killed", "--resume_from_checkpoint", "killed/checkpoint-4").communicate(timeout=300)[0]
     ends = [tmp_path / name / "checkpoint-8" / "pytorch_model_fsdp_0" for name in ("alone", "killed")]
     assert ends[1].is_dir(), output
-    want, got = map(state_dict.read_weights, ends)
+    want, got = map(files.read_weights, ends)
     for name, value in want.items():
         assert torch.equal(value, got[name]), name
 

@@ -105,7 +105,7 @@ class Run:
         """Lets it live, and returns the weights of each rank, and the optimizer state of its last checkpoint."""
         import torch
 
-        from hf_soap.checkpoint.state_dict import read
+        from hf_soap.checkpoint.files import read
 
         with self.living() as ranks:
             for process in ranks:

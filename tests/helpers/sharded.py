@@ -24,7 +24,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from hf_soap import MARS, SOAP, Muon, Shampoo, SoapMuon
-from hf_soap.checkpoint import state_dict
+from hf_soap.checkpoint import files
 from hf_soap.engine.optimizer import BlockOptimizer
 from hf_soap.trainer import resume
 
@@ -198,7 +198,7 @@ def goes_on_from_others(names: list[str], sharded: bool = True, tolerance: float
             model = shard(network()) if sharded else network()
             put(model, run["weights"])
             optimizer, said = OPTIMIZERS[name](model.parameters()), Messages("hf_soap.engine.optimizer")
-            optimizer.load_state_dict(state_dict.read(folder / source))
+            optimizer.load_state_dict(files.read(folder / source))
             exact = name in ("mars", "mars_lion", "mars_shampoo")  # no factors: nothing is estimated
             warned = [text for text in said.texts if "saved in other parts" in text]
             assert len(warned) == (0 if exact or dist.get_rank() else 1), f"{name}: {said.texts}"

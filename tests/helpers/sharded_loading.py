@@ -16,8 +16,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import distribute_tensor
 
-from hf_soap import MARS, SOAP, Shampoo
-from hf_soap.checkpoint import state_dict as checkpoint
+from hf_soap import MARS, SOAP, Shampoo, checkpoint
+from hf_soap.checkpoint.state_dict import LAYOUT
 from hf_soap.distributed import dtensor
 from hf_soap.engine.optimizer import BlockOptimizer
 from hf_soap.engine.plan import Plan
@@ -117,7 +117,7 @@ def loads_parts(names: list[str], shapes: list[list[int]], mode: str) -> None:
                 state = optimizer.state[param]
                 assert state["step"] == STEPS, f"{what}, {tuple(param.shape)}: {state['step']} steps"
                 plan = optimizer.plan_of(optimizer.param_groups[0], param)
-                had_none = checkpoint.LAYOUT not in old[place]
+                had_none = LAYOUT not in old[place]
                 if mode != "local" and had_none and plan.layout.sides and state.keys() != {"step"}:
                     assert_is_a_first_one(plan, param, state, old[place], f"{what}, {tuple(param.shape)}")
                     checked += 1

@@ -81,31 +81,28 @@ MAKERS: dict[str, Any] = {
 def equal_one_process() -> None:
     """With owners, and in local mode where the rule treats each entry alone: norms are those of whole matrices."""
     for cuts in every_cut():
-        for name, make in MAKERS.items():
+        for name in MAKERS:
             for options in STEPS.values():
-                alone = parameters(SHAPES, torch.float64)
-                parts = split(alone, cuts)
-                reference, optimizer = make(alone, **options), make(parts, **options)
-                for number in range(6):
-                    step(reference, alone, number)
-                    step(optimizer, parts, number)
-                for got, want in zip(wholes(parts), wholes(alone), strict=True):
-                    message = lambda text, n=name, o=options: f"{n}, {o}: {text}"  # noqa: E731
-                    torch.testing.assert_close(got, want, rtol=0, atol=1e-11, msg=message)
+                assert_as_alone(name, options, split(parameters(SHAPES, torch.float64), cuts), options)
 
 
 def whole_matrices_equal_one_process() -> None:
     """As under DDP: norms need no other rank, but directions may come from the rank that owns a matrix."""
-    for name, make in MAKERS.items():
+    for name in MAKERS:
         for options in STEPS.values():
-            alone, params = (parameters(SHAPES, torch.float64) for _ in range(2))
-            reference, optimizer = make(alone, **{**options, "shard_mode": "local"}), make(params, **options)
-            for number in range(6):
-                step(reference, alone, number)
-                step(optimizer, params, number)
-            for got, want in zip(wholes(params), wholes(alone), strict=True):
-                message = lambda text, n=name, o=options: f"{n}, {o}: {text}"  # noqa: E731
-                torch.testing.assert_close(got, want, rtol=0, atol=1e-11, msg=message)
+            alone = {**options, "shard_mode": "local"}
+            assert_as_alone(name, options, parameters(SHAPES, torch.float64), alone)
+
+
+def assert_as_alone(name: str, options: dict[str, Any], params: list[Parameter], alone: dict[str, Any]) -> None:
+    """Steps parameters, and the same whole ones with the options of one process, which must end alike."""
+    others = parameters(SHAPES, torch.float64)
+    optimizer, reference = MAKERS[name](params, **options), MAKERS[name](others, **alone)
+    for number in range(6):
+        step(reference, others, number)
+        step(optimizer, params, number)
+    for got, want in zip(wholes(params), wholes(others), strict=True):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-11, msg=lambda text: f"{name}, {options}: {text}")
 
 
 def norms_stay_and_runs_resume() -> None:
