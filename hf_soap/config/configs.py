@@ -295,8 +295,8 @@ class ShampooConfig(ShampooFactorOptions):
     kl: bool = option(False, "KL-Shampoo: whiten the gradient by the other factors; needs `graft=none`.")
 
     def has_spectral_updates(self) -> bool:
-        """Whether nothing is grafted."""
-        return self.graft is None
+        """Whether nothing is grafted. Factors of KL are means over whitened entries, which keep a fixed size."""
+        return self.graft is None and not self.kl
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -243,7 +243,8 @@ def _scaled_by_width(model: nn.Module | None, config: OptimizerConfig) -> tuple[
         )
     names = _names(model)
     hidden = _roles(names, names, model)["@matrices"]
-    return hidden | (_head(model) - _tables(model)), base / width
+    # A head that is tied to the embeddings too: the entries of its update add up over the width in the logits.
+    return hidden | _head(model), base / width
 
 
 def _by_width(own: Overrides, ratio: float, config: OptimizerConfig, decay: float) -> Overrides:
