@@ -99,6 +99,17 @@ def test_every_optimizer_sees_the_same_batches(corpus, tmp_path):
     assert len(set(runs[1].train_losses)) == 4
 
 
+def test_exact_mars_is_one_of_the_contenders(corpus, tmp_path):
+    """It needs a second backward pass, which the Trainer of transformers does not make."""
+    settings = replace(SETTINGS, optimizer="mars", steps=4)
+    exact, approximate = (
+        train_once(replace(settings, optim_args=f"exact={given}"), corpus, tmp_path / given, lambda step: None)
+        for given in ("true", "false")
+    )
+    assert exact.train_losses[0] == approximate.train_losses[0]
+    assert exact.train_losses[2:] != approximate.train_losses[2:]
+
+
 def test_diverged_run_is_reported_as_such(text, tmp_path):
     """The Trainer replaces a loss that is NaN by an average of earlier ones, unless told otherwise."""
     arguments = ["--steps", 6, "--lr", 1e30, "--max-grad-norm", 0, "--data", text, "--output-dir", tmp_path, *TINY]

@@ -1,4 +1,4 @@
-"""One training run of ``hf-soap compare``: a language model, trained by the real Trainer and timed."""
+"""One training run of ``hf-soap compare``: a language model, trained by the Trainer and timed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from transformers import (
     GPT2LMHeadModel,
     PreTrainedModel,
     PrinterCallback,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -28,7 +27,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-import hf_soap  # noqa: F401 - registers the optimizers
+from hf_soap import SoapTrainer
 from hf_soap.cli.compare.corpus import Corpus
 from hf_soap.cli.compare.results import EvalPoint, RunResult, RunSettings
 
@@ -100,7 +99,7 @@ def train_once(settings: RunSettings, corpus: Corpus, output_dir: Path, on_step:
     """
     model = _build_model(settings, corpus)
     clock = Clock(on_step)
-    trainer = Trainer(
+    trainer = SoapTrainer(  # the Trainer, and exact MARS
         model=model,
         args=_training_arguments(settings, output_dir),
         train_dataset=_Blocks(corpus.train),
@@ -143,7 +142,7 @@ def check_settings(settings: RunSettings, corpus: Corpus) -> None:
         ValueError: If one of them refuses the settings.
     """
     model = _build_model(settings, corpus)
-    Trainer.get_optimizer_cls_and_kwargs(_training_arguments(settings, Path()), model)
+    SoapTrainer.get_optimizer_cls_and_kwargs(_training_arguments(settings, Path()), model)
 
 
 def _build_model(settings: RunSettings, corpus: Corpus) -> PreTrainedModel:
