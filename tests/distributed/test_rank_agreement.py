@@ -39,13 +39,13 @@ def shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 FIRST = [
     (((2, "local"), (1, "one")), "thin"),
-    (((2, "local"), (2, "owner")), "thin"),
     (((3, "local"), (3, "owner")), "uneven"),
 ]
 """For the fast tests."""
 
 PAIRS = [
     *(pair for pair, _ in FIRST),
+    ((2, "local"), (2, "owner")),
     ((2, "local"), (3, "owner")),
     ((3, "local"), (1, "one")),
     ((3, "local"), (2, "local")),

@@ -168,7 +168,7 @@ def test_owners_under_ddp_are_refused_by_the_plain_trainer(shared: Path) -> None
     [
         ("sharded_steps.a_nan_on_one_rank_skips_the_step_on_all", 2),
         ("sharded_steps.a_local_step_has_one_collective", 2),
-        ("sharded_steps.meshes_of_two_dimensions", 4),
+        pytest.param("sharded_steps.meshes_of_two_dimensions", 4, marks=pytest.mark.slow),
         ("sharded_steps.a_split_refresh_equals_one_of_its_own", 2),
         ("sharded_trainer.accelerate_alone", 2),
         ("sharded_owners.owners_keep_their_matrices", 3),
@@ -212,11 +212,11 @@ def test_exact_mars_equals_a_loop_by_hand(sharded: bool, shared: Path) -> None:
     ("function", "count"),
     [
         ("equal_one_process", 2),
-        ("equal_one_process", 3),
-        ("equal_one_process", 4),
+        pytest.param("equal_one_process", 3, marks=pytest.mark.slow),
+        pytest.param("equal_one_process", 4, marks=pytest.mark.slow),
         ("whole_matrices_equal_one_process", 2),
         ("norms_stay_and_runs_resume", 3),
-        ("norms_stay_and_runs_resume", 4),
+        pytest.param("norms_stay_and_runs_resume", 4, marks=pytest.mark.slow),
         ("zeros_are_refused_on_all_ranks", 3),
     ],
 )

@@ -1,9 +1,10 @@
 """Small problems that several test modules train on."""
 
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn import Parameter
@@ -18,6 +19,11 @@ SHAPES = [(6, 6), (4, 9), (5,), (4, 4, 4), (), (0, 3), (6, 6)]
 
 FULL_RANK = [(6, 6), (5,), (6, 6), (4, 4, 4), (6, 6), (5,)]
 """Gradients of these give factors of full rank, so that rounding is all that two correct computations differ by."""
+
+
+def mostly_slow(values: Iterable[Any], fast: Collection[Any]) -> list[Any]:
+    """Parameters of a test, of which only the fast ones run without --slow."""
+    return [pytest.param(value, marks=() if value in fast else pytest.mark.slow) for value in values]
 
 
 def parameters(shapes: Sequence[tuple[int, ...]] = SHAPES, dtype: torch.dtype = torch.float32) -> list[Parameter]:

@@ -631,6 +631,7 @@ def test_one_rank_writes(hub: Hub, plain: Path) -> None:
     assert "\n- the number of processes, 2\n" in card.text
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_trl_leaves_a_recipe_of_its_file_of_options(hub: Hub, tiny_model: Path, tmp_path: Path) -> None:
     """It held `config: x.yaml`, which no program of the reader has, and nothing of LoRA."""

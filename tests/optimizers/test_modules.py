@@ -7,7 +7,7 @@ import pytest
 import tiny
 import torch
 from family import Row, rows
-from helpers import FULL_RANK, assert_same, parameters, snapshot, through_a_file, train
+from helpers import FULL_RANK, assert_same, mostly_slow, parameters, snapshot, through_a_file, train
 from peft import LoraConfig, get_peft_model
 from problems import largest_difference
 from torch import Tensor, nn
@@ -317,7 +317,7 @@ def run(folder: Path, optim: str, cls: type[Trainer] = Trainer, **changes: Any) 
     return trainer
 
 
-@pytest.mark.parametrize("name", ENTRIES)
+@pytest.mark.parametrize("name", mostly_slow(ENTRIES, fast={"soap", "shampoo", "mars", "muon"}))
 def test_the_trainer_trains_as_with_groups(name: str, tmp_path: Path) -> None:
     """The schedule is followed by what has its own learning rate too."""
     options = {"precondition_frequency": 2} if name in ("soap", "mars_soap") else {}

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from helpers import assert_same
+from helpers import assert_same, mostly_slow
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import GPT2LMHeadModel, Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback
@@ -119,7 +119,7 @@ def test_trainers_evaluate_and_save_averages_and_train_raw_weights(kind: str, tm
     assert {step: after.losses[step] for step in (6, 8)} == {step: watching.losses[step] for step in (6, 8)}
 
 
-@pytest.mark.parametrize("name", list(ENTRIES))
+@pytest.mark.parametrize("name", mostly_slow(ENTRIES, fast={"soap", "mars_lion", "soap_muon"}))
 def test_every_optimizer_averages_and_resumes(name: str, tmp_path: Path) -> None:
     changes = {"optim": name, "optim_args": "average_horizon=3,average_start=3", "eval_strategy": "no"}
     trainer, watching = trainer_for(tmp_path, **changes)

@@ -34,7 +34,7 @@ def dies_and_goes_on(name: str, folder: Path, *, kills: int, steps: int) -> Run:
     return run
 
 
-@pytest.mark.parametrize("name", ["shampoo", "owners under DDP"])
+@pytest.mark.parametrize("name", ["shampoo", pytest.param("owners under DDP", marks=pytest.mark.slow)])
 def test_a_run_that_is_killed_ends_like_one_that_is_not(name: str, tmp_path: Path) -> None:
     """Bit for bit: weights and state."""
     dies_and_goes_on(name, tmp_path, kills=2, steps=30)

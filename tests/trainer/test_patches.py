@@ -110,7 +110,7 @@ def assert_trains(folder: Path, *, by_name: bool, saves: bool = False) -> None:
     assert not torch.equal(model.transformer.wte.weight, before)
 
 
-@pytest.mark.parametrize("change", [remove, call_otherwise])
+@pytest.mark.parametrize("change", [pytest.param(remove, marks=pytest.mark.slow), call_otherwise])
 @pytest.mark.parametrize(("patch", "target"), TARGETS)
 def test_what_does_not_fit_is_skipped_and_a_run_trains(
     untouched: pytest.LogCaptureFixture,

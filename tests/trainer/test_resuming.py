@@ -9,7 +9,7 @@ import pytest
 import ranks
 import tiny
 import torch
-from helpers import assert_same
+from helpers import assert_same, mostly_slow
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import GPT2LMHeadModel, Trainer
@@ -72,7 +72,7 @@ def put_together(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("named", [True, False])
-@pytest.mark.parametrize("with_index", [True, False])
+@pytest.mark.parametrize("with_index", mostly_slow([True, False], fast={True}))
 def test_weights_in_other_files_are_resumed(
     with_index: bool, named: bool, whole: Any, copied: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -265,9 +265,9 @@ def test_an_empty_folder_is_answered_in_the_trainers_words(settings: Any, tmp_pa
     ("settings", "name"),
     [
         ({}, "SOAP"),
-        ({"optim": "shampoo"}, "Shampoo"),
+        pytest.param({"optim": "shampoo"}, "Shampoo", marks=pytest.mark.slow),
         ({"optim": "mars_adamw"}, "MARS"),
-        ({"optim": "kl_soap"}, "SOAP"),
+        pytest.param({"optim": "kl_soap"}, "SOAP", marks=pytest.mark.slow),
     ],
 )
 def test_adamw_does_not_take_a_checkpoint_of_ours(settings: Any, name: str, tmp_path: Path) -> None:
@@ -350,7 +350,7 @@ def test_a_wrapper_around_ours_loads_its_state(tmp_path: Path) -> None:
     assert_same(weights(trained(4, str(tmp_path / "checkpoint-2"))), want)
 
 
-@pytest.mark.parametrize("kind", ["FULL_STATE_DICT", "SHARDED_STATE_DICT"])
+@pytest.mark.parametrize("kind", mostly_slow(["FULL_STATE_DICT", "SHARDED_STATE_DICT"], fast={"SHARDED_STATE_DICT"}))
 def test_adamw_takes_none_under_fsdp(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torch missed keys that it listed by the thousand."""
     monkeypatch.setenv("SHARED_FOLDER", str(tmp_path))

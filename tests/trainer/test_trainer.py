@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from helpers import assert_same
+from helpers import assert_same, mostly_slow
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
@@ -67,7 +67,7 @@ def lora() -> nn.Module:
     ("model", "changes"),
     [
         pytest.param(tiny.gpt2, {}, id="plain"),
-        pytest.param(bf16, {}, id="bf16 model"),
+        pytest.param(bf16, {}, id="bf16 model", marks=pytest.mark.slow),
         pytest.param(tiny.gpt2, {"bf16": True}, id="bf16 autocast", marks=pytest.mark.slow),
         pytest.param(
             tiny.gpt2,
@@ -82,11 +82,11 @@ def lora() -> nn.Module:
         ),
         pytest.param(lora, {"learning_rate": 1e-2}, id="LoRA"),
         pytest.param(tiny.gpt2, {"optim_args": "stagger=true,block_size=24,precondition_1d=true"}, id="blocks"),
-        pytest.param(tiny.gpt2, {"optim": "mars_soap"}, id="MARS-SOAP"),
+        pytest.param(tiny.gpt2, {"optim": "mars_soap"}, id="MARS-SOAP", marks=pytest.mark.slow),
         pytest.param(
             tiny.gpt2, {"optim": "mars_shampoo", "optim_args": None}, id="MARS-Shampoo", marks=pytest.mark.slow
         ),
-        pytest.param(tiny.gpt2, {"optim": "shampoo"}, id="Shampoo"),
+        pytest.param(tiny.gpt2, {"optim": "shampoo"}, id="Shampoo", marks=pytest.mark.slow),
         pytest.param(
             tiny.gpt2,
             {"optim": "shampoo", "optim_args": FREQUENT + ",asynchronous=true,delay=1"},
@@ -252,7 +252,7 @@ def test_arguments_may_be_used_again_with_the_same_config(tmp_path: Path) -> Non
         SoapTrainer(tiny.gpt2(), args, optimizer_config=SoapConfig(eps=1e-7))
 
 
-@pytest.mark.parametrize("optim", ["soap", "shampoo", "mars", "soap_muon"])
+@pytest.mark.parametrize("optim", mostly_slow(["soap", "shampoo", "mars", "soap_muon"], fast={"soap", "mars"}))
 def test_hidden_matrices_keep_their_norm(optim: str, tmp_path: Path) -> None:
     """Everything else takes ordinary steps, also matrices of adapters that are zero at first."""
     start = {name: param.norm().item() for name, param in tiny.gpt2().named_parameters()}

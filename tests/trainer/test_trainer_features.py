@@ -7,13 +7,13 @@ those of the Trainer's own AdamW.
 
 import copy
 import logging
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from helpers import mostly_slow
 from replaying import assert_replayable, recorded
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainerCallback, TrainingArguments
 
@@ -70,11 +70,7 @@ ALWAYS = {"accumulation, and an epoch that does not divide", "groups by length",
 ALWAYS |= {"cosine", "warmup_stable_decay"}
 
 
-def short_and_long(names: Iterable[str]) -> list[Any]:
-    return [pytest.param(name, marks=[] if name in ALWAYS else pytest.mark.slow) for name in names]
-
-
-@pytest.mark.parametrize("feature", short_and_long(FEATURES))
+@pytest.mark.parametrize("feature", mostly_slow(FEATURES, fast=ALWAYS))
 def test_the_optimizer_takes_the_steps_of_the_trainer(feature: str, tmp_path: Path) -> None:
     changes = known(FEATURES[feature])
     ours = recorded(tmp_path, **{**OURS, **changes})
@@ -114,7 +110,7 @@ SCHEDULES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("schedule", short_and_long(SCHEDULES))
+@pytest.mark.parametrize("schedule", mostly_slow(SCHEDULES, fast=ALWAYS))
 def test_schedules_are_followed(schedule: str, tmp_path: Path) -> None:
     """The rate of the first step is 0 with warmup: it seeds the bases, and the second one moves the weights."""
     changes = {"lr_scheduler_type": schedule, "lr_scheduler_kwargs": SCHEDULES[schedule], "warmup_steps": 2}
@@ -142,7 +138,7 @@ def test_schedules_that_follow_the_loss(schedule: str, options: dict[str, Any], 
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing:FutureWarning")
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("reentrant", mostly_slow([False, True], fast={False}))
 @pytest.mark.parametrize(("optim", "optim_args"), [("soap", FREQUENT), ("mars", "exact=true")])
 def test_gradient_checkpointing_changes_nothing(optim: str, optim_args: str, reentrant: bool, tmp_path: Path) -> None:
     """Bit for bit, dropout included, also where exact MARS computes it again at the previous weights."""
