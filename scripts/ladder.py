@@ -56,6 +56,16 @@ class Rung:
     guess: float = 0.5
 
 
+def others_at(**settings: Any) -> str:
+    """Returns options that give embeddings, head and vectors settings of their own, such as a learning rate."""
+    return f"modules={json.dumps(dict.fromkeys(('@embeddings', '@head', '@vectors'), settings))}"
+
+
+ADAMW_AT_2E_2 = others_at(rule="adam", beta1=0.9, beta2=0.95, lr=2e-2)
+"""As in ``frontier``, but the learning rate of a sweep is that of matrices alone, since its meaning is another."""
+
+OTHERS_AT_1E_2 = others_at(lr=1e-2)
+
 RUNGS = {
     "AdamW": Rung("adamw_torch_fused", lr=1e-2, guess=1),
     "SOAP, official": Rung("soap", "preset=official"),
@@ -68,12 +78,15 @@ RUNGS = {
     "frontier, cautious decay": Rung("soap", "preset=frontier,cautious_weight_decay=true", guess=0.36),
     "frontier, averages of 24 steps": Rung("soap", "preset=frontier,average_horizon=24", guess=0.36),
     "frontier, V rotated": Rung("soap", "preset=frontier,rotate_second_moment=true", guess=0.36),
-    "frontier, hyperball": Rung("soap", "preset=frontier,norm=hyperball", guess=0.4),
-    "frontier, relative steps": Rung("soap", "preset=frontier,norm=relative", guess=0.4),
-    "official, hyperball": Rung("soap", "preset=official,norm=hyperball"),
+    "frontier, hyperball": Rung("soap", f"preset=frontier,norm=hyperball,{ADAMW_AT_2E_2}", lr=8e-2, guess=0.42),
+    "frontier, relative steps": Rung("soap", f"preset=frontier,norm=relative,{ADAMW_AT_2E_2}", lr=8e-2, guess=0.42),
+    "SOAP, then Newton–Schulz": Rung("soap_muon", "lr_1d=2e-2", lr=8e-2, guess=0.5),
+    "Muon": Rung("muon", "lr_1d=2e-2", lr=4e-2, guess=0.5),
+    "official, hyperball": Rung("soap", f"preset=official,norm=hyperball,{OTHERS_AT_1E_2}", lr=8e-2),
+    "official, relative steps": Rung("soap", f"preset=official,norm=relative,{OTHERS_AT_1E_2}", lr=8e-2),
     "official, cautious decay": Rung("soap", "preset=official,cautious_weight_decay=true", lr=1e-2),
-    "SOAP, then Newton–Schulz": Rung("soap_muon", "lr_1d=1e-2", guess=0.42),
-    "Muon": Rung("muon", "lr_1d=1e-2", guess=0.5),
+    "official, averages of 24 steps": Rung("soap", "preset=official,average_horizon=24", lr=1e-2),
+    "official, V rotated": Rung("soap", "preset=official,rotate_second_moment=true", lr=1e-2),
 }
 """AdamW, then SOAP with one more addition in each row, then single changes to the last but one or to SOAP."""
 
