@@ -294,10 +294,6 @@ class ShampooConfig(ShampooFactorOptions):
     correct_bias: bool = option(True, "Debias the moving averages.")
     kl: bool = option(False, "KL-Shampoo: whiten the gradient by the other factors; needs `graft=none`.")
 
-    def has_spectral_updates(self) -> bool:
-        """Whether nothing is grafted. Factors of KL are means over whitened entries, which keep a fixed size."""
-        return self.graft is None and not self.kl
-
 
 @dataclass(frozen=True, kw_only=True)
 class KlShampooConfig(ShampooConfig):
@@ -361,10 +357,6 @@ class MarsShampooConfig(MarsConfig):
     lr_is_published: ClassVar[bool] = False
     variant: ClassVar[str] = "shampoo"
 
-    def has_spectral_updates(self) -> bool:
-        """Newton-Schulz with the scale of the aspect ratio."""
-        return True
-
 
 @dataclass(frozen=True, kw_only=True)
 class MarsMConfig(MarsConfig):
@@ -400,10 +392,6 @@ class OrthogonalOptions(AuxiliaryOptions):
         3e-4, "Learning rate of what is updated by AdamW, which follows the schedule; `none` takes lr.", POSITIVE
     )
     eps_1d: float = option(1e-8, "Added to the root of AdamW's second moment.", NON_NEGATIVE)
-
-    def has_spectral_updates(self) -> bool:
-        """Whether updates have the scale of the aspect ratio; that of Adam's grows with the width."""
-        return self.scale == "aspect"
 
 
 @dataclass(frozen=True, kw_only=True)

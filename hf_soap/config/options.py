@@ -79,20 +79,23 @@ class OptimizerConfig:
     def preset(cls, preset: str, **changes: Any) -> Self:
         """Returns the options of a preset; ``changes`` are options that differ from it.
 
+        In ``modules``, changes come first, and settings of the same pattern are added to those of the preset.
+
         Raises:
             ValueError: If the optimizer has no such preset, or an option is wrong.
         """
         if preset not in cls.presets:
             known = f"{nearest(preset, cls.presets)}its presets are {', '.join(cls.presets) or 'none'}"
             raise ValueError(f"{cls.name} got preset={preset!r}, wanted one that it has: {known}")
-        return cls(**{**cls.presets[preset], **changes})
+        values = {**cls.presets[preset], **changes}
+        if changes.get(MODULES):
+            before = cls.presets[preset].get(MODULES) or {}
+            own = {pattern: {**before.get(pattern, {}), **new} for pattern, new in changes[MODULES].items()}
+            values[MODULES] = own | {pattern: before[pattern] for pattern in before if pattern not in own}
+        return cls(**values)
 
     def __post_init__(self) -> None:
         check_values(type(self), {f.name: getattr(self, f.name) for f in fields(self)})
-
-    def has_spectral_updates(self) -> bool:
-        """Whether the spectral norm of a matrix's update depends on its shape only, as it does with Newton-Schulz."""
-        return False
 
     def to_optim_args(self, always: Collection[str] = ()) -> str:
         """Returns the options that differ from their defaults as text for ``TrainingArguments(optim_args=...)``.
@@ -177,7 +180,7 @@ def parse_optim_args(given: OptimArgs, config: type[ConfigT], defaults: Mapping[
             YAML if it is a mapping in braces. ``preset=NAME`` sets the options of a preset, and the other pairs change
             them. A mapping or a list of pairs, from YAML or JSON, is converted by :func:`as_text`.
         config: The config that declares the options.
-        defaults: Values for options that are not given, instead of the published ones.
+        defaults: Values for options that neither the text nor a preset gives, instead of the published ones.
 
     Returns:
         The checked config.
@@ -196,7 +199,9 @@ def parse_optim_args(given: OptimArgs, config: type[ConfigT], defaults: Mapping[
         if key == MODULES and isinstance(values[key], Mapping):
             values[key] = {name: _with_types(own, config) for name, own in values[key].items()}
     if PRESET in values:
-        create = partial(config.preset, values.pop(PRESET))
+        name = values.pop(PRESET)
+        create = partial(config.preset, name)
+        defaults = {key: value for key, value in (defaults or {}).items() if key not in config.presets.get(name, {})}
     return create(**{**(defaults or {}), **values})
 
 

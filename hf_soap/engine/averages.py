@@ -7,16 +7,20 @@ weights.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from hf_soap.distributed import dtensor
 from hf_soap.engine.bucketing import PlannedOptimizer
 from hf_soap.engine.buckets import state_dtype
 from hf_soap.rules.base import AT_AVERAGE, AVERAGE, AVERAGED, RAW_PARAM
+
+logger = logging.getLogger(__name__)
 
 
 def allocate(optimizer: PlannedOptimizer) -> None:
@@ -45,10 +49,12 @@ def update(optimizer: PlannedOptimizer) -> None:
 def exchange(optimizer: PlannedOptimizer, *, average: bool) -> None:
     """Puts the averages into the parameters and keeps the raw weights, or puts these back, bit for bit.
 
-    Nothing happens where the parameters already hold what is asked for, or nothing has been averaged yet.
+    Nothing happens where the parameters already hold what is asked for, or nothing has been averaged yet. A parameter
+    that no longer holds its average has got other weights since: it keeps them, and its average goes on from there.
     """
+    changed = 0
     for group in optimizer.param_groups:
-        if average and group.get(AVERAGED) and not group.get(AT_AVERAGE):
+        if average and group["average_horizon"] and group.get(AVERAGED) and not group.get(AT_AVERAGE):
             group[AT_AVERAGE] = True
             for param, known in _averaged(optimizer, group):
                 weight = dtensor.local(param)
@@ -56,9 +62,25 @@ def exchange(optimizer: PlannedOptimizer, *, average: bool) -> None:
                 weight.copy_(known[AVERAGE])
         elif not average and group.get(AT_AVERAGE):
             group[AT_AVERAGE] = False
-            for param in group["params"]:
-                if (raw := optimizer.state.get(param, {}).pop(RAW_PARAM, None)) is not None:
-                    dtensor.local(param).copy_(raw)
+            changed += sum(_put_back(param, optimizer.state.get(param, {})) for param in group["params"])
+    if changed:
+        logger.warning(
+            "%d parameters were changed while they held their averages. They keep these weights, from which training "
+            "and averaging go on.",
+            changed,
+        )
+
+
+def _put_back(param: Tensor, known: dict[str, Any]) -> bool:
+    """Puts the raw weights into a parameter, unless it was changed since it got its average; says whether it was."""
+    weight, raw, kept = dtensor.local(param), known.pop(RAW_PARAM, None), known.get(AVERAGE)
+    if raw is None:
+        return False
+    if kept is not None and not torch.equal(weight, kept.to(weight.dtype)):
+        kept.copy_(weight)
+        return True
+    weight.copy_(raw)
+    return False
 
 
 def forget(optimizer: PlannedOptimizer) -> None:

@@ -65,7 +65,7 @@ class Norms:
                 raise ValueError(
                     f"norm={step.norm!r} got {what} {member.name} of shape {tuple(member.param.shape)}, wanted "
                     "weights that are not zero: steps in proportion to their norm would leave them zero; initialize "
-                    f"them differently, or exclude them with modules={{{member.name!r}: {{norm: none}}}}"
+                    "them differently, or give them norm=none: under the Trainer by `modules`, else in a param group"
                 )
 
     def keep(self, params: Sequence[Tensor], directions: Sequence[Tensor]) -> None:

@@ -25,7 +25,7 @@ from hf_soap.engine.loop import Engine
 from hf_soap.engine.plan import Plan
 from hf_soap.engine.profiling import StepProfiler
 from hf_soap.linalg.elementwise import Rate
-from hf_soap.rules.base import AT_AVERAGE
+from hf_soap.rules.base import AT_AVERAGE, AVERAGED
 from hf_soap.rules.layout import uncut
 from hf_soap.rules.storage import COUNT, is_own
 
@@ -113,7 +113,8 @@ class BlockOptimizer(torch.optim.Optimizer):
     def know_grad_norm(self, params: Iterable[Tensor], norm: float | Tensor) -> None:
         """Tells the next step the norm of gradients, so that it need not check them for NaN and Inf.
 
-        The Trainer's gradient clipping computes it anyway. Gradients that change before the step are checked again.
+        The Trainer's gradient clipping computes it anyway. Gradients that torch changes in place before the step are
+        checked again. Changes through ``grad.data`` or numpy are not noticed.
 
         Args:
             params: The parameters with these gradients.
@@ -256,6 +257,8 @@ class BlockOptimizer(torch.optim.Optimizer):
         """
         super().add_param_group(param_group)
         group = self.param_groups[-1]
+        for counted in (AVERAGED, AT_AVERAGE):  # in a group of another optimizer, whose state this one does not have
+            group.pop(counted, None)
         try:
             check_overrides(group, self.defaults)
             for own in group.get(OVERRIDES) or [dict[str, Any]()]:
@@ -407,6 +410,7 @@ class BlockOptimizer(torch.optim.Optimizer):
                 all ranks, where one finds that.
         """
         self._engine.refreshes.join()
+        self.train()  # what is loaded may say nothing of the raw weights
         states: dict[Tensor, dict[str, Any]] = {}
         rates = [group["lr"] for group in self.param_groups]
 

@@ -61,12 +61,7 @@ def with_overrides(
 
     Raises:
         ValueError: If a pattern matches no trainable parameter, if there is no model to match it with, or if
-            a parameter has a learning rate in proportion to zero, or if ``mup_base_width`` is set for a model whose
-            config has no ``hidden_size``.
-
-    Source:
-        Learning rates and decay by width (μP): arXiv:2203.03466, table 3, for updates whose entries have a fixed size;
-        arXiv:2512.05620 for spectral ones, and for decay.
+            a parameter has a learning rate in proportion to zero.
     """
     given = list(params)
     groups = given if given and isinstance(given[0], dict) else [{"params": given}]
@@ -88,22 +83,93 @@ def with_overrides(
         if getattr(config, "norm", None) is not None:
             roles = _roles(listed, names, model)
             ordinary = set[Tensor]().union(*(roles[role] for role in ("@embeddings", "@head", "@adapters")))
-    scaled, ratio = _scaled_by_width(model, config)
     named = all(param in names for param in listed)
     for group in groups:
         peak: Any = group.get("lr", config.lr if lr is None else lr)
-        decay: Any = group.get("weight_decay", 0.0)
-        own = [_all_of(param, ordinary, entries) for param in group["params"]]
-        own = [
-            _by_width(each, ratio, config, decay) if param in scaled else each
-            for param, each in zip(group["params"], own, strict=True)
-        ]
-        overrides = [_with_factor(each, peak) for each in own]
+        overrides = [_with_factor(_all_of(param, ordinary, entries), peak) for param in group["params"]]
         if any(overrides):
             group[OVERRIDES] = overrides
         if named:
             group["param_names"] = [names[param][0] for param in group["params"]]
     return groups
+
+
+def create(
+    optimizer: type[BlockOptimizer],
+    params: Iterable[Any],
+    model: nn.Module | None,
+    config: OptimizerConfig,
+    **kwargs: Any,
+) -> BlockOptimizer:
+    """Creates an optimizer, with the settings of each parameter and the rates for the width of the model.
+
+    Args:
+        optimizer: Its class.
+        params: Param groups as the Trainer makes them, or parameters.
+        model: Where the names come from.
+        config: The options.
+        **kwargs: What the class takes, such as the config's options.
+
+    Raises:
+        ValueError: As :func:`with_overrides` and :func:`scale_by_width` do.
+    """
+    groups = with_overrides(params, model, config, lr=kwargs.get("lr"))
+    base = getattr(config, "mup_base_width", None)
+    if base is not None:
+        plans = optimizer([dict(group) for group in groups], **kwargs)  # its plans say how each tensor is updated
+        scale_by_width(groups, model, base, plans)
+    return optimizer(groups, **kwargs)
+
+
+def scale_by_width(
+    groups: Iterable[dict[str, Any]], model: nn.Module | None, base: int, plans: BlockOptimizer
+) -> None:
+    """Adapts learning rates and decay of hidden matrices and of the head to the width, unless ``modules`` sets them.
+
+    The entries of an update add up over the width, so the learning rate is in proportion to 1/width. If the spectral
+    norm of updates is fixed, the learning rate is too, and the decay is in proportion to 1/width instead. Steps in
+    proportion to the norm of the weights keep their rates.
+
+    Args:
+        groups: Param groups, whose ``overrides`` are changed.
+        model: The model, whose config has its width.
+        base: The width for which learning rates and decay were tuned.
+        plans: An optimizer of these groups.
+
+    Raises:
+        ValueError: If there is no model, or its config has no ``hidden_size``.
+
+    Source:
+        arXiv:2203.03466, table 3, for updates whose entries have a fixed size; arXiv:2512.05620 for spectral ones, and
+        for decay.
+    """
+    own: Any = getattr(model, "config", None)
+    text = own.get_text_config() if hasattr(own, "get_text_config") else own
+    width = getattr(text, "hidden_size", None)
+    if model is None or width is None:
+        raise ValueError(
+            f"mup_base_width={base} got a model without config.hidden_size, wanted the width to compare with; build "
+            "the optimizer with its model, or set lr_factor by `modules`"
+        )
+    names, ratio = _names(model), base / width
+    # A head that is tied to the embeddings too: the entries of its update add up over the width in the logits.
+    scaled = _roles(names, names, model)["@matrices"] | _head(model)
+    changes: dict[Tensor, Overrides] = {}
+    for member in plans.members():
+        if member.param in scaled and sum(length > 1 for length in member.param.shape) > 1:
+            plan = plans.plan_of(member.settings, member.param)
+            _, decay = plans.rates_from(member.rates, plan)
+            if plan.weight_step.norm is not None:
+                continue
+            if not plan.traits.is_spectral:
+                changes[member.param] = {"lr_factor": ratio}
+            elif decay:
+                changes[member.param] = {"weight_decay": decay * ratio}
+    for group in groups:
+        overrides = group.get(OVERRIDES) or [{} for _ in group["params"]]
+        changed = [{**changes.get(param, {}), **own} for param, own in zip(group["params"], overrides, strict=True)]
+        if any(changed):
+            group[OVERRIDES] = changed
 
 
 def routing_table(optimizer: BlockOptimizer) -> str:
@@ -201,13 +267,11 @@ def _selected(
 def _roles(params: Iterable[Tensor], names: Mapping[Tensor, list[str]], model: nn.Module) -> dict[str, set[Tensor]]:
     """Returns the parameters of each of :data:`hf_soap.config.modules.ROLES`."""
     every = set(params)
-    # Modules that peft trains as a whole, beside its adapters.
-    copies = {param for param, known in names.items() if any(".modules_to_save." in name for name in known)}
     found = {
         "@embeddings": every & _tables(model),
         "@head": every & _head(model),
         "@vectors": {param for param in every if param.dim() < 2},
-        "@adapters": every & (_lora(names) | _adapters(model)) - copies,
+        "@adapters": every & (_lora(names) | _adapters(names, model)),
     }
     return {**found, "@matrices": every.difference(*found.values())}
 
@@ -217,7 +281,7 @@ def _by_kind(names: Mapping[Tensor, list[str]], model: nn.Module, config: Optimi
     entries: list[Entry] = []
     if hasattr(config, "lora_sides"):
         lora = _lora(names)
-        adapters = lora | _adapters(model)
+        adapters = lora | _adapters(names, model)
         by_side = {"rank": ONE_SIDED, "both": BOTH_SIDES, "none": ADAM}[config.lora_sides]
         entries.append(({param for param in adapters if param.dim() == 2}, by_side))
         if config.lora_sides != "both":
@@ -226,39 +290,6 @@ def _by_kind(names: Mapping[Tensor, list[str]], model: nn.Module, config: Optimi
     if config.adam_embeddings:
         entries.append((_tables(model) | _head(model), ADAM))
     return entries
-
-
-def _scaled_by_width(model: nn.Module | None, config: OptimizerConfig) -> tuple[set[Tensor], float]:
-    """Returns the parameters whose rates depend on the width, and the base width as a fraction of the model's."""
-    base = getattr(config, "mup_base_width", None)
-    if base is None:
-        return set(), 1.0
-    own: Any = getattr(model, "config", None)
-    text = own.get_text_config() if hasattr(own, "get_text_config") else own
-    width = getattr(text, "hidden_size", None)
-    if model is None or width is None:
-        raise ValueError(
-            f"mup_base_width={base} got a model without config.hidden_size, wanted the width to compare with; build "
-            "the optimizer with its model, or set lr_factor by `modules`"
-        )
-    names = _names(model)
-    hidden = _roles(names, names, model)["@matrices"]
-    # A head that is tied to the embeddings too: the entries of its update add up over the width in the logits.
-    return hidden | _head(model), base / width
-
-
-def _by_width(own: Overrides, ratio: float, config: OptimizerConfig, decay: float) -> Overrides:
-    """Adapts rates to the width, except for those that ``modules`` sets.
-
-    The entries of an update add up over the width, so the learning rate is in proportion to 1/width. If the spectral
-    norm of updates is fixed, the learning rate is too, and the decay is in proportion to 1/width instead. Steps in
-    proportion to the norm of the weights keep their rates.
-    """
-    if own.get("norm", getattr(config, "norm", None)) is not None:
-        return own
-    if config.has_spectral_updates() and "rule" not in own:
-        return {**own, "weight_decay": decay * ratio} if decay and "weight_decay" not in own else own
-    return own if {"lr", "lr_factor"} & own.keys() else {**own, "lr_factor": ratio}
 
 
 def _all_of(param: Tensor, ordinary: Collection[Tensor], entries: Iterable[Entry]) -> Overrides:
@@ -293,8 +324,8 @@ def _lora(names: Mapping[Tensor, list[str]]) -> set[Tensor]:
     return {param for param, known in names.items() if any(map(LORA.search, known))}
 
 
-def _adapters(model: nn.Module) -> set[Tensor]:
-    """Returns the parameters that peft adapters add: those of its layers and of its prompts."""
+def _adapters(names: Mapping[Tensor, list[str]], model: nn.Module) -> set[Tensor]:
+    """Returns the parameters of peft's layers and prompts, without modules that it trains as a whole beside them."""
     found: set[Tensor] = set()
     for module in model.modules():
         for name in getattr(module, "adapter_layer_names", ()):
@@ -304,4 +335,4 @@ def _adapters(model: nn.Module) -> set[Tensor]:
     prompts = getattr(model, "prompt_encoder", None)
     if isinstance(prompts, torch.nn.Module) and hasattr(model, "peft_config"):
         found.update(prompts.parameters())
-    return found
+    return {param for param in found if not any(".modules_to_save." in name for name in names.get(param, ()))}

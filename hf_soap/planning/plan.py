@@ -71,7 +71,7 @@ def build(model: nn.Module, params: Iterable[Any], config: options.OptimizerConf
         ValueError: If options contradict each other, or a pattern matches no parameter.
     """
     kwargs = config.constructor_kwargs()
-    return ENTRIES[config.name].optimizer(grouping.with_overrides(params, model, config), **kwargs)
+    return grouping.create(ENTRIES[config.name].optimizer, params, model, config, **kwargs)
 
 
 @dataclass(frozen=True)

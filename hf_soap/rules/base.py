@@ -93,6 +93,8 @@ class Traits:
             it later.
         has_fused_step: :meth:`Rule.fused_step` takes a step in fewer passes over memory than the update does.
         is_elementwise: The direction of an entry depends on no other entry, so that any part can be stepped alone.
+        is_spectral: The spectral norm of a matrix's direction depends on its shape only, as with Newton-Schulz. In
+            other directions the entries have a size that does not depend on the shape, as with Adam.
     """
 
     first_grad_seeds: bool = False
@@ -100,6 +102,7 @@ class Traits:
     refreshes_last: bool = False
     has_fused_step: bool = False
     is_elementwise: bool = False
+    is_spectral: bool = False
 
 
 class Rule(ABC):

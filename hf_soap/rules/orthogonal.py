@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from torch import Tensor
 
 from hf_soap.linalg import inverse_roots
-from hf_soap.rules.base import Rule, State, StateSpec, moment
+from hf_soap.rules.base import Rule, State, StateSpec, Traits, moment
 from hf_soap.rules.context import StepContext
 from hf_soap.rules.layout import Layout
 from hf_soap.rules.wrapping import WrappingRule
@@ -69,6 +69,10 @@ class OrthogonalRule(Rule):
         """Declares the first moment."""
         return {"exp_avg": moment(layout)}
 
+    def traits(self, layout: Layout) -> Traits:
+        """Spectral, unless the scale is that of Adam's updates."""
+        return Traits(is_spectral=self.scale == "aspect")
+
     def describe(self, layout: Layout) -> str:
         """Returns Newton–Schulz."""
         return "Newton-Schulz"
@@ -101,6 +105,10 @@ class OrthogonalizingRule(WrappingRule):
     inner: Rule
     eps: float
     scale: Scale
+
+    def traits(self, layout: Layout) -> Traits:
+        """As the inner rule, and spectral unless the scale is that of Adam's updates."""
+        return replace(super().traits(layout), is_spectral=self.scale == "aspect")
 
     def describe(self, layout: Layout) -> str:
         """Returns the inner rule, then Newton–Schulz."""

@@ -90,12 +90,14 @@ class ShampooRule(Rule):
     def traits(self, layout: Layout) -> Traits:
         """Leading zero gradients are skipped, since zero factors have no inverse root.
 
-        The first gradient of KL-Shampoo only determines the scale of the factors.
+        The first gradient of KL-Shampoo only determines the scale of the factors, which are means over whitened
+        entries. So the entries of its directions keep a fixed size.
         """
         return Traits(
             first_grad_seeds=self.kl,
             skips_leading_zero_grads=True,
             is_elementwise=not layout.sides and self.graft is not None,  # only the grafted rule
+            is_spectral=bool(layout.sides) and self.graft is None and not self.kl,
         )
 
     def rebuild(self, state: State, context: StepContext) -> None:

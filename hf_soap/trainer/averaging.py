@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from hf_soap.distributed import dtensor
@@ -9,6 +11,17 @@ from hf_soap.engine.optimizer import BlockOptimizer, unwrapped
 
 if TYPE_CHECKING:
     from torch import nn
+
+
+@contextmanager
+def averages(trainer: Any) -> Iterator[None]:
+    """Lets the model of a trainer hold the averages of its weights; afterwards it holds what it held before."""
+    before = getattr(unwrapped(trainer.optimizer), "at_average", False)
+    exchange(trainer.model, trainer.optimizer, average=True)
+    try:
+        yield
+    finally:
+        exchange(trainer.model, trainer.optimizer, average=before)
 
 
 def exchange(model: nn.Module, optimizer: Any, *, average: bool) -> None:

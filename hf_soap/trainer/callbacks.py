@@ -85,7 +85,13 @@ class _ByOption(SoapMetricsCallback):
 
 
 class AverageCallback(TrainerCallback):
-    """Puts the averages of the weights into the model after training, for what is saved and published then."""
+    """Puts the averages of the weights into the model after training, and the raw weights before it goes on."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Puts back the raw weights that an earlier training ended with."""
+        averaging.exchange(kwargs["model"], kwargs["optimizer"], average=False)
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

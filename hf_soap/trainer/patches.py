@@ -150,11 +150,21 @@ def _tell_optimizer(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def get_grad_norm(self: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         norm = original(self, model, *args, **kwargs)
-        if norm is not None and _is_ours(self):
+        if norm is not None and _is_ours(self) and _steps_with_clipped_gradients(self):
             unwrapped(self.optimizer).know_grad_norm(model.parameters(), norm)
         return norm
 
     return get_grad_norm
+
+
+def _steps_with_clipped_gradients(trainer: Any) -> bool:
+    """Whether all gradients are clipped together, and nobody may change them between clipping and the step.
+
+    A subclass may clip only some of them. A change through ``grad.data`` or numpy could not be noticed.
+    """
+    events = [type(callback).on_pre_optimizer_step for callback in trainer.callback_handler.callbacks]
+    known = [type(trainer)._clip_grad_norm, *events]
+    return all(method.__module__.partition(".")[0] in ("transformers", "hf_soap") for method in known)
 
 
 def _choose_checkpoint(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -187,20 +197,11 @@ def _load_model(original: Callable[..., Any]) -> Callable[..., Any]:
     return load_from_checkpoint
 
 
-def _on_raw_weights(original: Callable[..., Any]) -> Callable[..., Any]:
-    @wraps(original)
-    def training_step(self: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        averaging.exchange(self.model, self.optimizer, average=False)
-        return original(self, model, *args, **kwargs)
-
-    return training_step
-
-
 def _on_averages(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        averaging.exchange(self.model, self.optimizer, average=True)  # until the next training step
-        return original(self, *args, **kwargs)
+        with averaging.averages(self):
+            return original(self, *args, **kwargs)
 
     return call
 
@@ -482,9 +483,9 @@ PATCHES = (
         "with average_horizon, call trainer.optimizer.eval() before you save the model; no checkpoint is sure to have "
         "the averages",
         (
-            Target(TRAINER, "Trainer.training_step", ("self", "model"), _on_raw_weights),
             Target(TRAINER, "Trainer.evaluation_loop", ("self", "dataloader"), _on_averages),
             Target(TRAINER, "Trainer.save_model", ("self",), _on_averages),
+            Target(TRAINER, "Trainer._save_optimizer_and_scheduler", ("self", "output_dir"), _on_averages),
             Target(TRAINER, "Trainer._load_best_model", ("self",), _load_best_average),
         ),
     ),

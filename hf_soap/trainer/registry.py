@@ -106,8 +106,7 @@ def _grouping_class(
 
     class FromTrainerGroups(optimizer):  # type: ignore[misc, valid-type]
         def __new__(cls, params: Iterable[Any], **kwargs: Any) -> Any:
-            groups = grouping.with_overrides(params, named(), config, lr=kwargs.get("lr"))
-            made = optimizer(groups, **kwargs)
+            made = grouping.create(optimizer, params, named(), config, **kwargs)
             logger.info("%s routes parameters as follows\n%s", config.name, grouping.routing_table(made))
             _report_sharding(made, config.name)
             return made

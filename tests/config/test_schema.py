@@ -188,6 +188,24 @@ def test_the_table_of_presets_says_what_they_set() -> None:
     assert preset_table(MarsConfig) == ""
 
 
+def test_a_preset_comes_before_arguments_of_the_trainer_and_after_the_text() -> None:
+    given = {"beta1": 0.8, "beta2": 0.95, "eps": 1e-6}
+    config = parse_optim_args("preset=frontier,beta1=0.7", SoapConfig, given)
+    assert (config.beta1, config.beta2, config.eps) == (0.7, 0.9, 1e-6)
+
+
+def test_modules_of_a_preset_are_changed_by_pattern() -> None:
+    text = "preset=frontier,modules={wte: {lr_factor: 2}, '@vectors': {lr_factor: 0.5, beta2: 0.99}}"
+    modules = parse_optim_args(text, SoapConfig).modules
+    adam = {"rule": "adam", "beta1": 0.9, "beta2": 0.95}
+    assert modules is not None
+    assert list(modules) == ["wte", "@vectors", "@embeddings", "@head"]  # the first match wins
+    assert modules["wte"] == {"lr_factor": 2}
+    assert modules["@vectors"] == {**adam, "lr_factor": 0.5, "beta2": 0.99}
+    assert modules["@embeddings"] == modules["@head"] == adam
+    assert parse_optim_args("preset=frontier,modules=none", SoapConfig).modules is None
+
+
 @pytest.mark.parametrize("name", SoapConfig.presets)
 @pytest.mark.parametrize("config", [SoapConfig, KlSoapConfig])
 def test_presets_are_valid(config: type[SoapConfig], name: str) -> None:

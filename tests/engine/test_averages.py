@@ -180,6 +180,55 @@ def test_averages_are_dropped_where_they_are_off(caplog: pytest.LogCaptureFixtur
     assert not {"average_param", "raw_param"} & {role for state in other.state.values() for role in state}
 
 
+def test_weights_that_are_changed_while_they_hold_averages_stay() -> None:
+    params = parameters()
+    optimizer = soap(params, average_horizon=10)
+    train(optimizer, params, range(5))
+    raw = copies(params)
+    optimizer.eval()
+    with torch.no_grad():
+        params[0].fill_(3.0)
+    optimizer.train()
+    assert_same(copies(params)[1:], raw[1:])
+    assert bool((params[0] == 3.0).all())
+    optimizer.eval()
+    assert bool((params[0] == 3.0).all())  # its average goes on from there
+
+
+def test_raw_weights_return_before_other_state_is_loaded() -> None:
+    params = parameters()
+    optimizer = soap(params, average_horizon=10)
+    train(optimizer, params, range(5))
+    raw, state = copies(params), through_a_file(optimizer.state_dict())
+    optimizer.eval()
+    optimizer.load_state_dict(state)
+    assert_same(copies(params), raw)
+
+
+def test_an_optimizer_of_the_groups_of_another_averages_its_own_weights() -> None:
+    params = parameters(dtype=torch.float64)
+    optimizer = soap(params, average_horizon=1000)
+    train(optimizer, params, range(5))
+    other = SOAP(optimizer.param_groups)
+    history = []
+    for step in range(5, STEPS):
+        train(other, params, [step])
+        history.append(copies(params))
+    other.eval()
+    torch.testing.assert_close(copies(params), textbook_averages(history, horizon=1000, start=0)[-1])
+
+
+def test_a_horizon_of_zero_keeps_the_raw_weights() -> None:
+    params = parameters()
+    optimizer = soap(params, average_horizon=10)
+    train(optimizer, params, range(5))
+    raw = copies(params)
+    for group in optimizer.param_groups:
+        group["average_horizon"] = 0
+    optimizer.eval()
+    assert_same(copies(params), raw)
+
+
 def test_averages_of_another_shape_are_refused() -> None:
     params = parameters([(6, 6)])
     optimizer = soap(params, average_horizon=10)

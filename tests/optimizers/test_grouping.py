@@ -268,7 +268,7 @@ def test_patterns_come_before_lora(tmp_path: Path) -> None:
 
 
 def test_doras_magnitudes_and_trained_modules_are_no_lora_matrices(tmp_path: Path) -> None:
-    model = lora(use_dora=True, modules_to_save=["ln_f"])
+    model = lora(use_dora=True, modules_to_save=["ln_f", "c_proj"])
     optimizer = optimizer_for(model, tmp_path, optim_args="lora_sides=none")
     for name, (rule,) in settings(optimizer, model, "rule").items():
         assert rule == ("adam" if "lora_A" in name or "lora_B" in name else "soap"), name

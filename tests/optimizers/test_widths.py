@@ -9,9 +9,19 @@ import torch
 from torch import nn
 from transformers import GPT2LMHeadModel
 
-from hf_soap import KlShampooConfig, MarsSoapConfig, MuonConfig, ShampooConfig, SoapConfig
+from hf_soap import (
+    SOAP,
+    KlShampooConfig,
+    MarsConfig,
+    MarsShampooConfig,
+    MarsSoapConfig,
+    MuonConfig,
+    Shampoo,
+    ShampooConfig,
+    SoapConfig,
+)
 from hf_soap.config.options import OptimizerConfig
-from hf_soap.optimizers.grouping import with_overrides
+from hf_soap.optimizers.grouping import create
 from hf_soap.optimizers.names import ENTRIES
 
 WIDTH = 32
@@ -20,8 +30,8 @@ WIDTH = 32
 def rates(model: nn.Module, config: OptimizerConfig, lr: float = 0.1) -> dict[str, tuple[float, float]]:
     """Learning rate, and decay times learning rate, of each parameter."""
     named = dict(model.named_parameters())
-    groups = with_overrides([{"params": list(named.values()), "lr": lr, "weight_decay": 0.5}], model, config)
-    optimizer = ENTRIES[config.name].optimizer(groups, **config.constructor_kwargs())
+    groups = [{"params": list(named.values()), "lr": lr, "weight_decay": 0.5}]
+    optimizer = create(ENTRIES[config.name].optimizer, groups, model, config, **config.constructor_kwargs())
     found = {}
     for member in optimizer.members():
         own_lr, decay = optimizer.rates_from(member.rates, optimizer.plan_of(member.settings, member.param))
@@ -57,6 +67,61 @@ def test_spectral_updates_keep_the_learning_rate() -> None:
     assert adams["transformer.h.0.mlp.c_fc.weight"] == pytest.approx((0.025, 0.0125))
 
 
+ATTENTION, OTHER = "transformer.h.0.attn.c_attn.weight", "transformer.h.0.mlp.c_fc.weight"
+SPECTRAL, ADAMS = (0.1, 0.0125), (0.025, 0.0125)
+
+
+@pytest.mark.parametrize(
+    ("config", "attention", "other"),
+    [
+        (MuonConfig(mup_base_width=8, modules={"attn": {"scale": "rms"}}), ADAMS, SPECTRAL),
+        (MuonConfig(mup_base_width=8, scale="rms", modules={"attn": {"scale": "aspect"}}), SPECTRAL, ADAMS),
+        (ShampooConfig(mup_base_width=8, modules={"attn": {"graft": None}}), SPECTRAL, ADAMS),
+        (ShampooConfig(mup_base_width=8, graft=None, adam_modules="attn"), ADAMS, SPECTRAL),
+        (MarsConfig(mup_base_width=8, modules={"attn": {"rule": "shampoo"}}), SPECTRAL, ADAMS),
+        (MarsShampooConfig(mup_base_width=8, modules={"attn": {"rule": "adamw"}}), ADAMS, SPECTRAL),
+    ],
+    ids=lambda value: value.to_optim_args() if isinstance(value, OptimizerConfig) else "",
+)
+def test_each_tensor_has_the_rates_of_its_rule(config: OptimizerConfig, attention: Any, other: Any) -> None:
+    found = rates(model_of(), config)
+    assert found[ATTENTION] == pytest.approx(attention)
+    assert found[OTHER] == pytest.approx(other)
+
+
+@pytest.mark.parametrize("config", [MuonConfig, MarsShampooConfig])
+def test_a_kernel_that_adamw_updates_has_adamws_rates(config: Any) -> None:
+    class Mixer(nn.Module):
+        """Of the shapes of Mamba."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = tiny.gpt2(n_embd=WIDTH, n_head=2).config
+            self.conv1d = nn.Conv1d(64, 64, 4, groups=64)
+
+    before, after = rates(Mixer(), config()), rates(Mixer(), config(mup_base_width=8))
+    assert after["conv1d.weight"][0] == pytest.approx(before["conv1d.weight"][0] / 4)
+    assert after["conv1d.bias"] == before["conv1d.bias"]
+
+
+def test_tensors_with_one_long_dimension_are_vectors() -> None:
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.config = tiny.gpt2(n_embd=WIDTH, n_head=2).config
+            self.cls_token = nn.Parameter(torch.ones(1, 1, WIDTH))
+
+    assert rates(Tokens(), SoapConfig(mup_base_width=8))["cls_token"] == (0.1, 0.05)
+
+
+def test_the_decay_of_a_group_without_one_is_the_optimizers() -> None:
+    model = model_of()
+    config = ShampooConfig(mup_base_width=8, graft=None)
+    optimizer = create(Shampoo, model.parameters(), model, config, weight_decay=0.2, **config.constructor_kwargs())
+    (own,) = [member.own for member in optimizer.members() if member.name == ATTENTION]
+    assert own == {"weight_decay": pytest.approx(0.05)}
+
+
 def test_steps_in_proportion_to_the_norm_keep_their_rates() -> None:
     found = rates(model_of(tie_word_embeddings=False), SoapConfig(mup_base_width=8, norm="hyperball"))
     assert found["transformer.h.0.mlp.c_fc.weight"] == pytest.approx((0.1, 0.05))
@@ -73,7 +138,7 @@ def test_rates_that_modules_set_are_not_changed() -> None:
 def test_a_model_without_a_width_is_refused() -> None:
     model = nn.Linear(4, 4)
     with pytest.raises(ValueError, match=r"mup_base_width=8 got a model without config.hidden_size, wanted"):
-        with_overrides(model.parameters(), model, SoapConfig(mup_base_width=8))
+        create(SOAP, model.parameters(), model, SoapConfig(mup_base_width=8))
 
 
 @pytest.mark.slow
@@ -92,8 +157,8 @@ def test_the_best_learning_rate_of_a_small_model_is_that_of_a_large_one(config: 
 
 def trained(model: GPT2LMHeadModel, options: OptimizerConfig, lr: float, steps: int = 40) -> float:
     """Trains on sequences in which every number is the sum of the two before it, and returns the last loss."""
-    groups = with_overrides([{"params": list(model.parameters()), "lr": lr}], model, options)
-    optimizer = ENTRIES[options.name].optimizer(groups, lr=lr, **options.constructor_kwargs())
+    cls, kwargs = ENTRIES[options.name].optimizer, {**options.constructor_kwargs(), "lr": lr}
+    optimizer = create(cls, model.parameters(), model, options, **kwargs)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1, (step + 1) / 4) * (1 - step / steps))
     generator = torch.Generator().manual_seed(0)
     loss = math.inf

@@ -205,6 +205,102 @@ def test_a_second_run_continues_from_the_raw_weights(tmp_path: Path) -> None:
     assert_near(trained_weights(trainer.model), watching.average(2 * STEPS))
 
 
+class Looking(Trainer):
+    """Uses the model before the forward pass, as trainers do that train on text of their own."""
+
+    seen: list[dict[str, Tensor]]
+
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        self.seen.append(trained_weights(model))
+        return super().training_step(model, *args, **kwargs)
+
+
+class ByHand(Looking):
+    """Calls nothing of the Trainer's own step."""
+
+    def training_step(self, model: nn.Module, inputs: Any, *args: Any, **kwargs: Any) -> Tensor:
+        self.seen.append(trained_weights(model))
+        model.train()
+        loss: Any = self.compute_loss(model, self._prepare_inputs(inputs))
+        self.accelerator.backward(loss)
+        return loss.detach()
+
+
+@pytest.mark.parametrize("cls", [Looking, ByHand])
+def test_a_training_step_of_ones_own_has_raw_weights(cls: Any, tmp_path: Path) -> None:
+    watching = Watching()
+    settings: dict[str, Any] = {"optim_args": AVERAGED, "eval_strategy": "steps", "eval_steps": 2, "save_steps": 3}
+    args = tiny.arguments(tmp_path, save_strategy="steps", max_steps=STEPS, learning_rate=1e-2, **settings)
+    data = {"train_dataset": tiny.Counting(), "eval_dataset": tiny.Counting(8)}
+    trainer = cls(tiny.gpt2(), args, callbacks=[watching], **data)
+    trainer.seen = []
+    trainer.train()
+    assert_same(trainer.seen[1:], watching.weights[:-1])
+    assert_near(trained_weights(trainer.model), watching.average(STEPS))
+
+
+@pytest.mark.parametrize("event", ["on_step_begin", "on_evaluate", "on_save", "on_step_end"])
+def test_callbacks_may_change_the_weights(event: str, tmp_path: Path) -> None:
+    """As without averages: a change is neither lost nor made to the averages."""
+
+    class Setting(TrainerCallback):
+        pass
+
+    def change(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        with torch.no_grad():
+            kwargs["model"].transformer.wpe.weight[0].fill_(state.global_step)
+
+    setattr(Setting, event, change)
+    runs = []
+    for options in (AVERAGED, "precondition_frequency=2"):
+        trainer, watching = trainer_for(tmp_path / str(len(runs)), optim_args=options)
+        trainer.add_callback(Setting())
+        trainer.train()
+        runs.append(watching.weights)
+    assert_same(*runs)
+
+
+def test_callbacks_may_evaluate_between_gradients_and_step(tmp_path: Path) -> None:
+    class Early(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            trainer.evaluate()
+
+    runs = []
+    for options in (AVERAGED, "precondition_frequency=2"):
+        trainer, watching = trainer_for(tmp_path / str(len(runs)), optim_args=options)
+        trainer.add_callback(Early())
+        trainer.train()
+        runs.append(watching.weights)
+    assert_same(*runs)
+
+
+def test_an_evaluation_that_fails_leaves_the_raw_weights(tmp_path: Path) -> None:
+    class Failing(Trainer):
+        def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+            raise RuntimeError("out of memory")
+
+    watching = Watching()
+    args = tiny.arguments(tmp_path, optim_args=AVERAGED, eval_strategy="steps", eval_steps=4, max_steps=STEPS)
+    data = {"train_dataset": tiny.Counting(), "eval_dataset": tiny.Counting(8)}
+    trainer = Failing(tiny.gpt2(), args, callbacks=[watching], **data)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.train()
+    assert_same(trained_weights(trainer.model), watching.weights[-1])
+
+
+def test_weights_that_are_loaded_after_training_are_trained(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer, watching = trainer_for(tmp_path, lr_scheduler_type="constant", eval_strategy="no")
+    trainer.train()
+    other = {name: torch.full_like(value, 0.01) for name, value in trained_weights(trainer.model).items()}
+    trainer.model.load_state_dict(other, strict=False)
+    trainer.args.learning_rate, watching.weights = 0.0, []
+    for group in unwrapped(trainer.optimizer).param_groups:
+        group["lr"] = group["initial_lr"] = 0.0
+    trainer.train()
+    assert_same(watching.weights[0], other)
+    assert caplog.text.count("were changed while they held their averages") == 1
+
+
 def test_callbacks_may_evaluate_predict_and_save(tmp_path: Path) -> None:
     class Curious(TrainerCallback):
         def __init__(self, folder: Path) -> None:

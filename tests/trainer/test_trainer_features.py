@@ -268,16 +268,42 @@ def test_seq2seq_trainer_takes_the_same_steps(tmp_path: Path) -> None:
 def test_the_norm_of_clipping_spares_the_check_of_the_gradients(max_grad_norm: float, tmp_path: Path) -> None:
     checked: list[int] = []
 
-    class Spoiling(TrainerCallback):
-        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            optimizer = unwrapped(kwargs["optimizer"])
-            if state.global_step == 2:
-                optimizer.roster().trained[0].param.grad.fill_(torch.nan)
-            found, _ = optimizer._engine.guard._gradients(optimizer.param_groups, "SOAP")
-            checked.append(sum(map(len, found)))
+    def spoil_third(optimizer: Any, *_: Any) -> None:
+        if len(checked) == 2:
+            optimizer.roster().trained[0].param.grad.fill_(torch.nan)
+        found, _ = optimizer._engine.guard._gradients(optimizer.param_groups, "SOAP")
+        checked.append(sum(map(len, found)))
 
     args = tiny.arguments(tmp_path, optim="soap", max_grad_norm=max_grad_norm, **OURS)
-    trainer = Trainer(tiny.gpt2(), args, train_dataset=tiny.Counting(), callbacks=[Spoiling()])
+    trainer = Trainer(tiny.gpt2(), args, train_dataset=tiny.Counting())
+    unwrapped(trainer.create_optimizer()).register_step_pre_hook(spoil_third)
     trainer.train()
     assert unwrapped(trainer.optimizer).skipped_steps == 1
     assert checked == [0, 0, 1, 0, 0]
+
+
+class Hiding(TrainerCallback):
+    """Changes a gradient so that torch does not notice."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 2:
+            kwargs["model"].transformer.wte.weight.grad.data[0, 0] = torch.nan
+
+
+class ClippingSome(Trainer):
+    """Clips the gradients of the blocks alone, and has NaN in another."""
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        if self.state.global_step == 2:
+            model.transformer.wte.weight.grad[0, 0] = torch.nan
+        blocks = [param for name, param in model.named_parameters() if ".h." in name]
+        return self.accelerator.clip_grad_norm_(blocks, self.args.max_grad_norm)
+
+
+@pytest.mark.parametrize(("cls", "callbacks"), [(Trainer, [Hiding()]), (ClippingSome, [])])
+def test_gradients_are_checked_where_clipping_does_not_show_them(cls: Any, callbacks: Any, tmp_path: Path) -> None:
+    args = tiny.arguments(tmp_path, optim="soap", max_grad_norm=1.0, **OURS)
+    trainer = cls(tiny.gpt2(), args, train_dataset=tiny.Counting(), callbacks=callbacks)
+    trainer.train()
+    assert unwrapped(trainer.optimizer).skipped_steps == 1
+    assert all(param.isfinite().all() for param in trainer.model.parameters())
