@@ -158,7 +158,7 @@ def _tell_optimizer(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _steps_with_clipped_gradients(trainer: Any) -> bool:
-    """Whether all gradients are clipped together, and nobody may change them between clipping and the step.
+    """Whether transformers clips all gradients together, and no callback may change them before the step.
 
     A subclass may clip only some of them. A change through ``grad.data`` or numpy could not be noticed.
     """

@@ -110,6 +110,15 @@ def test_exact_mars_is_one_of_the_contenders(corpus, tmp_path):
     assert exact.train_losses[2:] != approximate.train_losses[2:]
 
 
+def test_averages_count_as_state_and_raw_weights_do_not(corpus, tmp_path):
+    """After training the model has the averages, and the optimizer keeps the raw weights beside them."""
+    sizes = [
+        train_once(replace(SETTINGS, optimizer="mars", optim_args=given, steps=4), corpus, tmp_path, lambda step: None)
+        for given in ("", "average_horizon=2")
+    ]
+    assert sizes[1].state_bytes - sizes[0].state_bytes == 4 * sizes[0].parameters
+
+
 def test_diverged_run_is_reported_as_such(text, tmp_path):
     """The Trainer replaces a loss that is NaN by an average of earlier ones, unless told otherwise."""
     arguments = ["--steps", 6, "--lr", 1e30, "--max-grad-norm", 0, "--data", text, "--output-dir", tmp_path, *TINY]

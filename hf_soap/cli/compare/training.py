@@ -30,6 +30,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_soap import SoapTrainer
 from hf_soap.cli.compare.corpus import Corpus
 from hf_soap.cli.compare.results import EvalPoint, RunResult, RunSettings
+from hf_soap.trainer import averaging
 
 OnStep = Callable[[int], None]
 
@@ -113,6 +114,7 @@ def train_once(settings: RunSettings, corpus: Corpus, output_dir: Path, on_step:
     if clock.evals[-1].step != settings.steps:
         trainer.evaluate()
     assert trainer.optimizer is not None
+    averaging.exchange(model, trainer.optimizer, average=False)  # raw weights that only an evaluation needs
     return RunResult(
         settings=settings,
         evals=clock.evals,
