@@ -143,9 +143,10 @@ class BlockOptimizer(torch.optim.Optimizer):
     @torch.inference_mode(False)
     @torch.no_grad()
     def _exchange(self, *, average: bool) -> None:
-        if average or self.at_average:
+        before = [group.get(AT_AVERAGE) for group in self.param_groups]
+        averages.exchange(self, average=average)
+        if before != [group.get(AT_AVERAGE) for group in self.param_groups]:
             self._consolidated = None
-            averages.exchange(self, average=average)
 
     @property
     def averages_weights(self) -> bool:

@@ -22,7 +22,7 @@ from hf_soap.engine.optimizer import BlockOptimizer, unwrapped
 from hf_soap.hub import arguments, cards
 from hf_soap.optimizers.mars import MARS
 from hf_soap.optimizers.names import ENTRIES
-from hf_soap.trainer import metrics, preflight, registry
+from hf_soap.trainer import averaging, metrics, preflight, registry
 
 logger = logging.getLogger(__name__)
 
@@ -80,14 +80,15 @@ class SoapTrainerMixin(_Base):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         optimizer = unwrapped(self.optimizer)
-        if isinstance(optimizer, BlockOptimizer):
-            if optimizer.spreads_state() and self.args.save_on_each_node:
-                raise ValueError(
-                    "got save_on_each_node=True with shard_mode='owner' under DDP, wanted one of them: the state is "
-                    "gathered on rank 0 alone; use FSDP2, or shard_mode='local'"
-                )
-            optimizer.consolidate()  # on all ranks: the Trainer calls state_dict on rank 0 only
-        super()._save_optimizer_and_scheduler(output_dir)
+        if isinstance(optimizer, BlockOptimizer) and optimizer.spreads_state() and self.args.save_on_each_node:
+            raise ValueError(
+                "got save_on_each_node=True with shard_mode='owner' under DDP, wanted one of them: the state is "
+                "gathered on rank 0 alone; use FSDP2, or shard_mode='local'"
+            )
+        with averaging.averages(self):
+            if isinstance(optimizer, BlockOptimizer):
+                optimizer.consolidate()  # on all ranks: the Trainer calls state_dict on rank 0 only
+            super()._save_optimizer_and_scheduler(output_dir)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trains as the Trainer does."""
