@@ -306,12 +306,11 @@ class KlShampooConfig(ShampooConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MarsConfig(AuxiliaryOptions, CommonOptions):
-    """Options of MARS-AdamW, with the defaults of its official implementation (arXiv:2411.10438)."""
+class MarsOptions(AuxiliaryOptions, CommonOptions):
+    """Options of all variants of MARS, with the defaults of its official implementation (arXiv:2411.10438)."""
 
-    name: ClassVar[str] = "mars"
     lr: ClassVar[float] = 3e-3
-    variant: ClassVar[str] = "adamw"
+    variant: ClassVar[str]
 
     beta1: float = option(0.95, "Decay rate of the first moment, also in the correction.", DECAY_RATE)
     beta2: float = option(0.99, "Decay rate of the second moment.", DECAY_RATE)
@@ -331,6 +330,21 @@ class MarsConfig(AuxiliaryOptions, CommonOptions):
         return {"variant": self.variant, **super().constructor_kwargs()}
 
 
+MARS_PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {"frontier": {"beta1": 0.9, "beta2": 0.95, "gamma": 0.1}}
+)
+"""What ``preset=NAME`` sets for MARS-AdamW."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MarsConfig(MarsOptions):
+    """Options of MARS-AdamW."""
+
+    name: ClassVar[str] = "mars"
+    variant: ClassVar[str] = "adamw"
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = MARS_PRESETS
+
+
 @dataclass(frozen=True, kw_only=True)
 class MarsAdamWConfig(MarsConfig):
     """Options of MARS-AdamW, under its full name."""
@@ -339,18 +353,18 @@ class MarsAdamWConfig(MarsConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MarsLionConfig(MarsConfig):
+class MarsLionConfig(MarsOptions):
     """Options of MARS-Lion."""
 
     name: ClassVar[str] = "mars_lion"
     lr: ClassVar[float] = 3e-4
     lr_is_published: ClassVar[bool] = False
     variant: ClassVar[str] = "lion"
-    beta2: ClassVar[float] = MarsConfig.beta2  # type: ignore[misc]  # no option: Lion has no second moment
+    beta2: ClassVar[float] = MarsOptions.beta2  # type: ignore[misc]  # no option: Lion has no second moment
 
 
 @dataclass(frozen=True, kw_only=True)
-class MarsShampooConfig(MarsConfig):
+class MarsShampooConfig(MarsOptions):
     """Options of MARS-Shampoo."""
 
     name: ClassVar[str] = "mars_shampoo"
@@ -359,7 +373,7 @@ class MarsShampooConfig(MarsConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MarsMConfig(MarsConfig):
+class MarsMConfig(MarsOptions):
     """Options of MARS-M (arXiv:2510.21800); embeddings and output head are updated by AdamW."""
 
     name: ClassVar[str] = "mars_m"
@@ -369,7 +383,7 @@ class MarsMConfig(MarsConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class MarsSoapConfig(MarsConfig, ShampooFactorOptions):
+class MarsSoapConfig(MarsOptions, ShampooFactorOptions):
     """Options of MARS with SOAP: the corrected gradient goes to SOAP."""
 
     name: ClassVar[str] = "mars_soap"

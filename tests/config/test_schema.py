@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import Parameter
 
-from hf_soap import MARS, SOAP, KlSoapConfig, MarsConfig, Shampoo, SoapConfig
+from hf_soap import MARS, SOAP, KlSoapConfig, MarsConfig, MarsLionConfig, Shampoo, SoapConfig
 from hf_soap.config.options import (
     OptimizerConfig,
     nearest,
@@ -170,7 +170,12 @@ def test_a_preset_sets_several_options_and_the_rest_of_the_text_changes_them() -
     ("text", "config", "message"),
     [
         ("preset=smal", SoapConfig, r"soap got preset='smal', wanted one that it has: did you mean small\? its pres"),
-        ("preset=small", MarsConfig, r"mars got preset='small', wanted one that it has: its presets are none"),
+        ("preset=small", MarsConfig, r"mars got preset='small', wanted one that it has: its presets are frontier"),
+        (
+            "preset=small",
+            MarsLionConfig,
+            r"mars_lion got preset='small', wanted one that it has: its presets are none",
+        ),
         ("preset=small,preset=official", SoapConfig, r"optim_args got preset twice"),
     ],
 )
@@ -185,7 +190,7 @@ def test_the_table_of_presets_says_what_they_set() -> None:
         name, *changes = row.split("`")[1::2]
         assert parse_optim_args(",".join(changes), SoapConfig) == SoapConfig.preset(name)
     assert len(rows) == len(SoapConfig.presets)
-    assert preset_table(MarsConfig) == ""
+    assert preset_table(MarsLionConfig) == ""
 
 
 def test_a_preset_comes_before_arguments_of_the_trainer_and_after_the_text() -> None:
