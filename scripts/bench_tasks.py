@@ -147,10 +147,11 @@ def run(name: str, optimizer: str, number: int, drawn: dict[str, float], steps: 
         with stays_on_cpu():
             inputs, targets = found.data()
         loss = found.loss(found.model(inputs), targets)
-        if not math.isfinite(float(loss)):
+        value = loss.item()
+        if not math.isfinite(value):
             break
-        lowest = min(lowest, float(loss))
-        if found.is_won(found.model, float(loss))[0]:
+        lowest = min(lowest, value)
+        if found.is_won(found.model, value)[0]:
             won_at = step
             break
         loss.backward()

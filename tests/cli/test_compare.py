@@ -130,6 +130,13 @@ def test_diverged_run_is_reported_as_such(text, tmp_path):
     assert report["table"][0]["steps_to_first"] is None
 
 
+def test_a_run_that_is_given_up_has_diverged(corpus, tmp_path):
+    settings = replace(SETTINGS, optimizer="soap", optim_args="max_skipped_in_a_row=2", lr=1e30, max_grad_norm=0.0)
+    run = train_once(replace(settings, steps=12), corpus, tmp_path, lambda step: None)
+    assert run.final_loss == math.inf
+    assert len(run.train_losses) < 12
+
+
 def test_compare_goes_on_without_matplotlib(text, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)

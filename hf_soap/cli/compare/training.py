@@ -93,7 +93,7 @@ def train_once(settings: RunSettings, corpus: Corpus, output_dir: Path, on_step:
         on_step: Called with the number of each finished step.
 
     Returns:
-        The loss curves and their cost.
+        The loss curves and their cost. The last loss is NaN if training diverged.
 
     Raises:
         ValueError: If the Trainer or the optimizer refuses the settings.
@@ -110,7 +110,10 @@ def train_once(settings: RunSettings, corpus: Corpus, output_dir: Path, on_step:
         callbacks=[clock],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train()
+    try:
+        trainer.train()
+    except FloatingPointError:  # the optimizer gives up after many steps with NaN
+        clock.evals.append(EvalPoint(settings.steps, clock.seconds, math.nan))
     if clock.evals[-1].step != settings.steps:
         trainer.evaluate()
     assert trainer.optimizer is not None
