@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -38,7 +39,8 @@ def _caption(report: Mapping[str, Any]) -> str:
 
 
 def _row(name: str, found: Mapping[str, Any], base: Mapping[str, Any], *, at: int) -> list[str]:
-    args = f"`{found['optim_args']}`" if found["optim_args"] else ""
+    shown = re.sub(r"modules=\{.*", "modules=…", found["optim_args"])  # too long for a table
+    args = f"`{shown}`" if shown else ""
     bound = "" if found.get("reached", True) else "> "
     cells = [name, args, _number(found.get("lr"), "g"), *(_spread(found.get("loss_at"), ".4f") if at else [])]
     cells += [bound + _spread(found.get("steps"), ".0f")[0], bound + _spread(found.get("percent"), ".1f")[0]]
