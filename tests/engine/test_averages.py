@@ -146,6 +146,16 @@ def test_a_resumed_run_equals_the_uninterrupted_one(dtype: torch.dtype, at_avera
     assert_same(copies(resumed), copies(params))
 
 
+def assert_averages_from_here(optimizer: Any, params: Sequence[Parameter]) -> None:
+    """The next steps are averaged, and none before."""
+    history = []
+    for step in range(5, STEPS):
+        train(optimizer, params, [step])
+        history.append(copies(params))
+    optimizer.eval()
+    torch.testing.assert_close(copies(params), textbook_averages(history, horizon=1000, start=0)[-1])
+
+
 def test_averaging_starts_from_a_checkpoint_without_averages(caplog: pytest.LogCaptureFixture) -> None:
     params = parameters(dtype=torch.float64)
     optimizer = soap(params)
@@ -153,12 +163,7 @@ def test_averaging_starts_from_a_checkpoint_without_averages(caplog: pytest.LogC
     other = soap(params, average_horizon=1000, average_start=2)  # which has passed
     other.load_state_dict(through_a_file(optimizer.state_dict()))
     assert caplog.text.count("has no averages of the weights: they start from the loaded weights") == 1
-    history = []
-    for step in range(5, STEPS):
-        train(other, params, [step])
-        history.append(copies(params))
-    other.eval()
-    torch.testing.assert_close(copies(params), textbook_averages(history, horizon=1000, start=0)[-1])
+    assert_averages_from_here(other, params)
 
 
 def test_averages_are_dropped_where_they_are_off(caplog: pytest.LogCaptureFixture) -> None:
@@ -210,12 +215,7 @@ def test_an_optimizer_of_the_groups_of_another_averages_its_own_weights() -> Non
     optimizer = soap(params, average_horizon=1000)
     train(optimizer, params, range(5))
     other = SOAP(optimizer.param_groups)
-    history = []
-    for step in range(5, STEPS):
-        train(other, params, [step])
-        history.append(copies(params))
-    other.eval()
-    torch.testing.assert_close(copies(params), textbook_averages(history, horizon=1000, start=0)[-1])
+    assert_averages_from_here(other, params)
 
 
 def test_a_horizon_of_zero_keeps_the_raw_weights() -> None:

@@ -239,39 +239,35 @@ def test_a_training_step_of_ones_own_has_raw_weights(cls: Any, tmp_path: Path) -
     assert_near(trained_weights(trainer.model), watching.average(STEPS))
 
 
+def assert_trains_as_without_averages(callback: Any, folder: Path) -> None:
+    runs = []
+    for options in (AVERAGED, "precondition_frequency=2"):
+        callback.trainer, watching = trainer_for(folder / str(len(runs)), optim_args=options)
+        callback.trainer.add_callback(callback)
+        callback.trainer.train()
+        runs.append(watching.weights)
+    assert_same(*runs)
+
+
 @pytest.mark.parametrize("event", ["on_step_begin", "on_evaluate", "on_save", "on_step_end"])
 def test_callbacks_may_change_the_weights(event: str, tmp_path: Path) -> None:
     """As without averages: a change is neither lost nor made to the averages."""
-
-    class Setting(TrainerCallback):
-        pass
 
     def change(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         with torch.no_grad():
             kwargs["model"].transformer.wpe.weight[0].fill_(state.global_step)
 
-    setattr(Setting, event, change)
-    runs = []
-    for options in (AVERAGED, "precondition_frequency=2"):
-        trainer, watching = trainer_for(tmp_path / str(len(runs)), optim_args=options)
-        trainer.add_callback(Setting())
-        trainer.train()
-        runs.append(watching.weights)
-    assert_same(*runs)
+    assert_trains_as_without_averages(type("Setting", (TrainerCallback,), {event: change})(), tmp_path)
 
 
 def test_callbacks_may_evaluate_between_gradients_and_step(tmp_path: Path) -> None:
     class Early(TrainerCallback):
-        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            trainer.evaluate()
+        trainer: Any
 
-    runs = []
-    for options in (AVERAGED, "precondition_frequency=2"):
-        trainer, watching = trainer_for(tmp_path / str(len(runs)), optim_args=options)
-        trainer.add_callback(Early())
-        trainer.train()
-        runs.append(watching.weights)
-    assert_same(*runs)
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.trainer.evaluate()
+
+    assert_trains_as_without_averages(Early(), tmp_path)
 
 
 def test_an_evaluation_that_fails_leaves_the_raw_weights(tmp_path: Path) -> None:
