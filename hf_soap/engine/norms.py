@@ -65,7 +65,8 @@ class Norms:
                 raise ValueError(
                     f"norm={step.norm!r} got {what} {member.name} of shape {tuple(member.param.shape)}, wanted "
                     "weights that are not zero: steps in proportion to their norm would leave them zero; initialize "
-                    "them differently, or give them norm=none: under the Trainer by `modules`, else in a param group"
+                    "them differently, or exclude them: by norm=none in `modules` under the Trainer, by a param group "
+                    "with norm=None elsewhere"
                 )
 
     def keep(self, params: Sequence[Tensor], directions: Sequence[Tensor]) -> None:

@@ -448,7 +448,10 @@ PATCHES = (
         "one look at the gradients instead of two",
         "gradient clipping computes the norm of the gradients, which shows whether they are finite",
         "the optimizer checks the gradients itself, which is a tenth of a step of MARS",
-        (Target(TRAINER, "Trainer._get_grad_norm", ("self", "model"), _tell_optimizer),),
+        (
+            Target(TRAINER, "Trainer._get_grad_norm", ("self", "model"), _tell_optimizer),
+            Target(TRAINER, "Trainer._clip_grad_norm", ("self", "model")),
+        ),
         since="5.10",
     ),
     Patch(
