@@ -88,10 +88,10 @@ class OptimizerConfig:
             known = f"{nearest(preset, cls.presets)}its presets are {', '.join(cls.presets) or 'none'}"
             raise ValueError(f"{cls.name} got preset={preset!r}, wanted one that it has: {known}")
         values = {**cls.presets[preset], **changes}
-        if changes.get(MODULES):
-            before = cls.presets[preset].get(MODULES) or {}
-            own = {pattern: {**before.get(pattern, {}), **new} for pattern, new in changes[MODULES].items()}
-            values[MODULES] = own | {pattern: before[pattern] for pattern in before if pattern not in own}
+        own, before = changes.get(MODULES), cls.presets[preset].get(MODULES, {})
+        if isinstance(own, Mapping):  # all else is refused by the checks
+            both = {key: {**before[key], **own[key]} for key in own.keys() & before if isinstance(own[key], Mapping)}
+            values[MODULES] = {key: both.get(key, own.get(key, before.get(key))) for key in [*own, *before]}
         return cls(**values)
 
     def __post_init__(self) -> None:

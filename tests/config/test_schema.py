@@ -211,6 +211,16 @@ def test_modules_of_a_preset_are_changed_by_pattern() -> None:
     assert parse_optim_args("preset=frontier,modules=none", SoapConfig).modules is None
 
 
+@pytest.mark.parametrize("value", ["abc", "{wte: 3}", "{'@vectors': 3}"])
+def test_modules_beside_a_preset_are_checked_as_they_are_alone(value: str) -> None:
+    messages = []
+    for text in (f"modules={value}", f"preset=frontier,modules={value}"):
+        with pytest.raises(ValueError, match="modules must") as error:
+            parse_optim_args(text, SoapConfig)
+        messages.append(str(error.value).partition(" got ")[0])
+    assert messages[0] == messages[1]
+
+
 @pytest.mark.parametrize("name", SoapConfig.presets)
 @pytest.mark.parametrize("config", [SoapConfig, KlSoapConfig])
 def test_presets_are_valid(config: type[SoapConfig], name: str) -> None:
