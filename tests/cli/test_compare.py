@@ -99,6 +99,17 @@ def test_every_optimizer_sees_the_same_batches(corpus, tmp_path):
     assert len(set(runs[1].train_losses)) == 4
 
 
+def test_a_schedule_takes_options(corpus, tmp_path):
+    """Each of two cycles has the rates of every other step of one cycle."""
+    rates = []
+    for cycles in (2, 1):
+        settings = replace(SETTINGS, schedule=f"cosine_with_restarts:num_cycles={cycles}")
+        run = train_once(settings, corpus, tmp_path, lambda step: None)
+        history = json.loads((run.checkpoint / "trainer_state.json").read_text())["log_history"]
+        rates.append([entry["learning_rate"] for entry in history if "learning_rate" in entry])
+    assert rates[0] == pytest.approx([*rates[1][::2], *rates[1][::2]])
+
+
 def test_exact_mars_is_one_of_the_contenders(corpus, tmp_path):
     """It needs a second backward pass, which the Trainer of transformers does not make."""
     settings = replace(SETTINGS, optimizer="mars", steps=4)
@@ -165,7 +176,9 @@ def test_compare_goes_on_without_matplotlib(text, tmp_path, monkeypatch):
         (["soap", "--steps", "5", "--steps", "6"], "remove one of them"),
         (["soap:precondition_frequenzy=5"], "precondition_frequency"),
         (["soap", "--data", "absent"], "got absent; check the path"),
-        (["soap", "--schedule", "absent"], "is not a valid SchedulerType"),
+        (["soap", "--schedule", "absent"], "got the schedule 'absent', wanted one of the Trainer's: linear, cosine"),
+        (["soap", "--schedule", "cosine_with_restarts:cycles=2"], "unexpected keyword argument 'cycles'"),
+        (["soap", "--schedule", "cosine_with_restarts:num_cycles=two"], "whose options are wrong"),
         (["soap", "--width", "15"], "must be divisible"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

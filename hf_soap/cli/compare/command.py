@@ -15,6 +15,7 @@ from hf_soap.cli.compare.contenders import (
     per_contender,
     positive_int,
     read_contenders,
+    read_schedule,
     read_seeds,
     whole_numbers,
 )
@@ -82,7 +83,10 @@ def compare(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences per step.", rich_help_panel=TRAINING)] = 64,
     schedule: Annotated[
-        str, typer.Option(help="A learning rate schedule of the Trainer.", rich_help_panel=TRAINING)
+        str,
+        typer.Option(
+            help="A learning rate schedule of the Trainer, NAME or NAME:OPTION=VALUE,...", rich_help_panel=TRAINING
+        ),
     ] = "cosine",
     warmup: Annotated[
         float, typer.Option(min=0, max=1, help="Warmup, as a fraction of the steps.", rich_help_panel=TRAINING)
@@ -157,6 +161,7 @@ def compare(
         raise typer.BadParameter("got --horizons and --steps, wanted one of them; the horizons are numbers of steps")
     if widen and lr_sweep == 1:
         raise typer.BadParameter("got --widen without a sweep; add --lr-sweep 3")
+    read_schedule(schedule)
     contenders = read_contenders(optimizers or ["adamw", "soap"])
     steps_of = per_contender("--steps", steps or [], contenders, positive_int)
     lr_of = _learning_rates(lr or [], contenders, tuned=not model)

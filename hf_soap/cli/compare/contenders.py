@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import typer
 
@@ -116,6 +117,42 @@ def per_contender(
 def _contender(text: str) -> Contender:
     name, _, optim_args = text.partition(":")
     return Contender(ALIASES.get(name, name), optim_args)
+
+
+def read_schedule(text: str) -> tuple[str, dict[str, Any]]:
+    """Read a learning rate schedule and its options.
+
+    Args:
+        text: ``NAME`` or ``NAME:OPTION=VALUE,...``, such as ``cosine_with_restarts:num_cycles=3``.
+
+    Returns:
+        The values of ``TrainingArguments(lr_scheduler_type=..., lr_scheduler_kwargs=...)``.
+
+    Raises:
+        typer.BadParameter: If the Trainer does not know the name, or the schedule does not take the options.
+    """
+    import torch
+    from transformers.optimization import get_scheduler
+    from transformers.trainer_utils import SchedulerType
+
+    name, _, options = text.partition(":")
+    known = [member.value for member in SchedulerType]
+    if name not in known:
+        raise typer.BadParameter(f"got the schedule {name!r}, wanted one of the Trainer's: {', '.join(known)}")
+    pairs = (option.partition("=") for option in options.split(",") if option)
+    kwargs = {key: _number_or_text(value) for key, _, value in pairs}
+    try:
+        get_scheduler(name, torch.optim.SGD([torch.zeros(1)]), 0, 1, scheduler_specific_kwargs=kwargs)
+    except (TypeError, ValueError) as error:
+        raise typer.BadParameter(f"got the schedule {text!r}, whose options are wrong: {error}") from error
+    return name, kwargs
+
+
+def _number_or_text(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 def positive_int(text: str) -> int:

@@ -36,7 +36,7 @@ class RunSettings:
         layers: Transformer blocks of a new model.
         width: Size of its hidden states.
         heads: Attention heads.
-        schedule: A name for ``TrainingArguments(lr_scheduler_type=...)``.
+        schedule: A name for ``TrainingArguments(lr_scheduler_type=...)``, or ``NAME:OPTION=VALUE,...``.
         warmup: Fraction of the steps over which the learning rate rises.
         weight_decay: Decoupled weight decay of the matrices.
         max_grad_norm: Gradients are clipped to this norm.

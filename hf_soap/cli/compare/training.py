@@ -28,6 +28,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from hf_soap import SoapTrainer
+from hf_soap.cli.compare.contenders import read_schedule
 from hf_soap.cli.compare.corpus import Corpus
 from hf_soap.cli.compare.results import EvalPoint, RunResult, RunSettings
 from hf_soap.trainer import averaging
@@ -200,6 +201,7 @@ def _new_model(settings: RunSettings, corpus: Corpus) -> PreTrainedModel:
 
 
 def _training_arguments(settings: RunSettings, output_dir: Path) -> TrainingArguments:
+    schedule, schedule_options = read_schedule(settings.schedule)
     return TrainingArguments(
         output_dir=str(output_dir),
         optim=settings.optimizer,
@@ -209,7 +211,8 @@ def _training_arguments(settings: RunSettings, output_dir: Path) -> TrainingArgu
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size,
         per_device_eval_batch_size=settings.batch_size,
-        lr_scheduler_type=settings.schedule,
+        lr_scheduler_type=schedule,
+        lr_scheduler_kwargs=schedule_options or None,
         warmup_steps=math.ceil(settings.warmup * settings.steps),
         weight_decay=settings.weight_decay,
         max_grad_norm=settings.max_grad_norm,
