@@ -30,7 +30,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -42,6 +42,7 @@ for place in (ROOT, ROOT / "scripts"):
     sys.path.insert(0, str(place))
 
 import torch
+from _gpu_contenders import contenders, unpack_peers
 from torch import Tensor
 from torch.nn import Parameter
 from transformers import (
@@ -258,72 +259,6 @@ def models(setup: Setup) -> dict[str, list[Shape]]:
         "gpt256": gpt(6, 256, 0, 0),
         "Llama 1B, 2 of 16 layers": llama(2, 2048, 512, 8192),
     }
-
-
-def contenders(frequencies: Sequence[int]) -> dict[str, Callable[[list[Parameter]], Any]]:
-    """Constructors by name: ours, torch's, and those peers that can be imported."""
-    from hf_soap import MARS, SOAP, Shampoo
-
-    found: dict[str, Callable[[list[Parameter]], Any]] = {
-        "AdamW (fused)": lambda p: torch.optim.AdamW(p, lr=1e-4, fused=p[0].is_cuda),
-        "MARS": functools.partial(MARS, lr=1e-4),
-    }
-    soap = functools.partial(SOAP, refresh_growth=0.0)  # as after the first few hundred updates
-    if hasattr(torch.optim, "Muon"):
-        found["torch Muon + AdamW"] = torch_muon
-    once: dict[str, tuple[Any, dict[str, Any]]] = {
-        "SOAP, bf16 rotations": (soap, {"matmul_dtype": "bfloat16"}),
-        "SOAP, staggered": (soap, {"stagger": True}),
-        "KL-SOAP": (soap, {"kl": True}),
-        "Shampoo": (Shampoo, {}),
-        "Shampoo by Newton's method": (Shampoo, {"root_method": "newton"}),
-        "SOAP, bf16 state, packed": (soap, {"state_dtype": "bfloat16", "pack_factors": True}),
-    }
-    peers = peer_constructors()
-    for f in frequencies:
-        ours: dict[str, tuple[Any, dict[str, Any]]] = {
-            "SOAP": (soap, {}),
-            "SOAP, tf32 rotations": (soap, {"matmul_dtype": "tf32"}),
-        }
-        for name, (cls, options) in (ours | (once if f == frequencies[0] else {})).items():
-            found[f"{name}, f={f}"] = functools.partial(cls, lr=1e-4, precondition_frequency=f, **options)
-        for name, make in peers.items():
-            found[f"{name}, f={f}"] = functools.partial(make, lr=1e-4, precondition_frequency=f)
-    return found
-
-
-def torch_muon(params: list[Parameter]) -> Any:
-    """Muon takes matrices only; the rest goes to AdamW."""
-    matrices = [p for p in params if p.dim() == 2 and max(p.shape) < 20_000]
-    chosen = set(matrices)
-    rest = [p for p in params if p not in chosen]
-    muon, adamw = torch.optim.Muon(matrices, lr=1e-4), torch.optim.AdamW(rest, lr=1e-4, fused=rest[0].is_cuda)
-
-    class Both:
-        def step(self) -> None:
-            muon.step()
-            adamw.step()
-
-    return Both()
-
-
-def peer_constructors() -> dict[str, Callable[..., Any]]:
-    """The SOAPs of other packages that are there."""
-    found: dict[str, Callable[..., Any]] = {}
-    try:
-        import heavyball
-
-        heavyball.utils.compile_mode = None  # its compilation takes minutes
-        found["heavyball SOAP"] = functools.partial(heavyball.SOAP, max_precond_dim=10000)
-    except ImportError:
-        pass
-    try:
-        from pytorch_optimizer import SOAP as PytorchOptimizerSOAP
-
-        found["pytorch_optimizer SOAP"] = PytorchOptimizerSOAP
-    except ImportError:
-        pass
-    return found
 
 
 def time_steps(setup: Setup) -> None:
@@ -763,7 +698,7 @@ STAGES: dict[str, Stage] = {
 }
 
 
-def describe(device: torch.device, *, rehearse: bool) -> dict[str, Any]:
+def describe(device: torch.device, *, rehearse: bool, peers: Path | None) -> dict[str, Any]:
     """Says what was measured on, and when."""
 
     def output(*command: str) -> str:
@@ -778,7 +713,10 @@ def describe(device: torch.device, *, rehearse: bool) -> dict[str, Any]:
         except PackageNotFoundError:
             return None
 
-    names = ("torch", "transformers", "accelerate", "triton", "heavyball", "pytorch_optimizer")
+    names = ("torch", "transformers", "accelerate", "triton")
+    versions = {name: found for name in names if (found := version_of(name))}
+    wheels = sorted(peers.glob("*.whl")) if peers else []
+    versions |= dict(wheel.name.split("-")[:2] for wheel in wheels)
     is_gpu = device.type == "cuda"
     return {
         "rehearsal": rehearse,
@@ -788,16 +726,14 @@ def describe(device: torch.device, *, rehearse: bool) -> dict[str, Any]:
         "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if is_gpu else "",
         "python": platform.python_version(),
         "cuda": torch.version.cuda,
-        "versions": {name: found for name in names if (found := version_of(name))},
+        "versions": versions,
     }
 
 
 def run_stage(name: str, args: argparse.Namespace) -> None:
     """Runs one stage in this process."""
     if args.peers:
-        sys.path[:0] = [
-            str(path) for path in sorted(args.peers.glob("*.whl"))
-        ]  # pure Python ones need no installation
+        unpack_peers(args.peers, args.out / "peers")
     transformers_logging.set_verbosity_error()
     device = torch.device("cpu" if args.rehearse else "cuda")
     report = Report(args.out / "gpu.json")
@@ -817,7 +753,11 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=25, help="for all stages together")
     parser.add_argument("--out", type=Path, help="folder of gpu.json and the logs")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
-    parser.add_argument("--peers", type=Path, help="folder with wheels of heavyball and pytorch_optimizer")
+    parser.add_argument(
+        "--peers",
+        type=Path,
+        help="folder with wheels of heavyball, pytorch_optimizer and DASH, and the official soap.py",
+    )
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes on a CPU")
     parser.add_argument("--list", action="store_true", help="print the stages and their budgets")
     parser.add_argument("--in-this-process", choices=STAGES, help=argparse.SUPPRESS)
@@ -838,7 +778,7 @@ def main() -> None:
         parser.error("wanted a CUDA device, got none; --rehearse runs tiny sizes on a CPU")
     report = Report(args.out / "gpu.json")
     device = torch.device("cpu" if args.rehearse else "cuda")
-    for key, value in describe(device, rehearse=args.rehearse).items():
+    for key, value in describe(device, rehearse=args.rehearse, peers=args.peers).items():
         report.put("machine", key, value)
     end = time.monotonic() + 60 * args.minutes
     waiting = [name for name in args.stages if report.read().get("status", {}).get(name) != "done"]

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,24 @@ def test_tables_are_marked_as_a_rehearsal(rehearsal: dict[str, Any]) -> None:
     assert text.count("| ---") >= 5
     rehearsal = {**rehearsal, "machine": {**rehearsal["machine"], "rehearsal": False}}
     assert "rehearsal" not in gpu_tables(rehearsal)
+
+
+def test_peers_need_no_installation(tmp_path: Path) -> None:
+    """A wheel, and the file of SOAP's authors: both stand-ins that only look like SOAP."""
+    peers = tmp_path / "peers"
+    peers.mkdir()
+    stand_in = "import torch\nclass SOAP(torch.optim.SGD):\n"
+    stand_in += (
+        "    def __init__(self, params, lr, precondition_frequency):\n        super().__init__(params, lr=lr)\n"
+    )
+    (peers / "soap.py").write_text(stand_in)
+    with zipfile.ZipFile(peers / "pytorch_optimizer-9.8.7-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("pytorch_optimizer/__init__.py", stand_in)
+    start(tmp_path / "out", "--stages", "steps", "--peers", str(peers)).communicate(timeout=300)
+    found = json.loads((tmp_path / "out" / "gpu.json").read_text())
+    assert found["machine"]["versions"]["pytorch_optimizer"] == "9.8.7"
+    for name in ("official SOAP, f=1", "official SOAP, f=2", "pytorch_optimizer SOAP, f=1"):
+        assert found["steps"][f"tiny: {name}"]["ms"] > 0
 
 
 def test_a_cut_leaves_the_figures_whole(tmp_path: Path) -> None:
