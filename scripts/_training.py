@@ -104,6 +104,10 @@ def new_config(script: ModelArguments) -> Any:
     return config
 
 
+class _CpuClock(Clock):
+    """A class of its own, since the Trainer warns of two callbacks of one class."""
+
+
 def fit(trainer: Trainer, checkpoint: Path | None) -> dict[str, float]:
     """Trains, evaluates, saves, and writes the model card.
 
@@ -116,7 +120,7 @@ def fit(trainer: Trainer, checkpoint: Path | None) -> dict[str, float]:
         steps and of whole steps, as wall time and as CPU time of this process, and bytes of state per trained
         parameter.
     """
-    clocks = {"seconds": Clock(), "cpu_seconds": Clock(now=time.process_time)}
+    clocks = {"seconds": Clock(), "cpu_seconds": _CpuClock(now=time.process_time)}
     for clock in clocks.values():
         trainer.add_callback(clock)
     results = {"train": trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics}

@@ -41,8 +41,9 @@ def saved_shapes(source: Path, is_meant: Callable[[str], bool] = is_own) -> dict
     return dict(shapes)
 
 
-def read(source: Path) -> dict[str, Any]:
+def read(source: str | Path) -> dict[str, Any]:
     """Reads a whole optimizer state into CPU memory: a file, or a folder of torch.distributed.checkpoint."""
+    source = Path(source)
     whole: dict[str, Any]
     if source.is_file():
         whole = torch.load(source, map_location="cpu", mmap=True, weights_only=True)

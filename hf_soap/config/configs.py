@@ -53,7 +53,7 @@ class CommonOptions(OptimizerConfig):
         True, "Treat a 3-D tensor whose first dimension is the shortest (experts of a mixture) as a stack of matrices."
     )
     cautious_weight_decay: bool = option(
-        False, "Decay only the entries of the weights that have the sign of the update."
+        False, "Decay only the entries of the weights that the update does not enlarge."
     )
     norm: Literal["relative", "hyperball"] | None = option(
         None,
@@ -144,7 +144,7 @@ class ShampooFactorOptions(FactorOptions):
 
     shampoo_beta: float | None = option(None, "Decay rate of the Kronecker factors; `none` uses beta2.", DECAY_RATE)
     stagger: bool = option(
-        False, "Tensor number i refreshes i updates earlier, so that refreshes do not all fall on the same step."
+        False, "Tensor number i refreshes i updates earlier: not all refreshes fall on one step. Slow on a GPU."
     )
     refresh_growth: float = option(0.03, REFRESH_GROWTH, GROWTH)
 

@@ -147,6 +147,7 @@ class Registered:
 
     def __init__(self) -> None:
         self._shapes: list[list[torch.Size]] = []
+        self._params: list[list[int]] = []  # their identities; a new object at an old address has taken its place
         self._vectors: set[torch.Size] = set()
         self._overrides: dict[Tensor, dict[str, Any]] = {}
         self._last: list[list[dict[str, Any]]] = []
@@ -154,6 +155,7 @@ class Registered:
     def add(self, group: dict[str, Any]) -> None:
         """Records a new group, whose overrides are in the order of its parameters."""
         self._shapes.append([param.shape for param in group["params"]])
+        self._params.append([id(param) for param in group["params"]])
         self._last.append([])
         self._remember(len(self._shapes) - 1, group)
 
@@ -166,22 +168,25 @@ class Registered:
         Raises:
             ValueError: If DeepSpeed or FSDP1 has replaced parameters by a flat vector.
         """
-        del self._shapes[len(groups) :], self._last[len(groups) :]
+        del self._shapes[len(groups) :], self._params[len(groups) :], self._last[len(groups) :]
         for number, group in enumerate(groups):
             for param in group["params"]:
                 dtensor.check_placements(param)
             shapes = [param.shape for param in group["params"]]
             if number == len(self._shapes):
                 self._shapes.append(shapes)
+                self._params.append([id(param) for param in group["params"]])
                 self._last.append([dict(own) for own in group.get(OVERRIDES) or ()])
-            before = self._shapes[number]
+            before, params = self._shapes[number], [id(param) for param in group["params"]]
             if shapes != before:
                 self._refuse_flat_vectors(shapes, before)
+                self._shapes[number] = shapes
+            if params != self._params[number]:
+                self._params[number] = params
                 if (
                     group.get(OVERRIDES) and group[OVERRIDES] == self._last[number]
                 ):  # the overrides were not replaced too
                     group[OVERRIDES] = self._in_order(group)
-                self._shapes[number] = shapes
             if len(group.get(OVERRIDES) or shapes) != len(shapes):
                 raise ValueError(
                     f"{OVERRIDES} of param group {number} has {len(group[OVERRIDES])} mappings, wanted one for each "

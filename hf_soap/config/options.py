@@ -205,6 +205,12 @@ def parse_optim_args(given: OptimArgs, config: type[ConfigT], defaults: Mapping[
     return create(**{**(defaults or {}), **values})
 
 
+def preset_in(given: OptimArgs, config: type[OptimizerConfig]) -> str | None:
+    """Returns the preset that ``optim_args`` of one of our optimizers name, or None."""
+    raw = dict(_pairs(as_text(given) or "", config)).get(PRESET)
+    return None if raw is None else str(_from_text(PRESET, raw, str))
+
+
 def as_text(given: Any) -> str | None:
     """Converts ``optim_args`` to the text that the Trainer and the command line use.
 

@@ -46,11 +46,12 @@ def update(optimizer: PlannedOptimizer) -> None:
                 known[AVERAGE].lerp_(dtensor.local(param).to(known[AVERAGE]), share)
 
 
-def exchange(optimizer: PlannedOptimizer, *, average: bool) -> None:
+def exchange(optimizer: PlannedOptimizer, *, average: bool, warns: bool = True) -> None:
     """Puts the averages into the parameters and keeps the raw weights, or puts these back, bit for bit.
 
     Nothing happens where the parameters already hold what is asked for, or nothing has been averaged yet. A parameter
-    that no longer holds its average has got other weights since: it keeps them, and its average goes on from there.
+    that no longer holds its average has got other weights since: it keeps them, and its average goes on from there,
+    with a warning unless state is about to be loaded.
     """
     changed = 0
     for group in optimizer.param_groups:
@@ -63,7 +64,7 @@ def exchange(optimizer: PlannedOptimizer, *, average: bool) -> None:
         elif not average and group.get(AT_AVERAGE):
             group[AT_AVERAGE] = False
             changed += sum(_put_back(param, optimizer.state.get(param, {})) for param in group["params"])
-    if changed:
+    if changed and warns:
         logger.warning(
             "%d parameters were changed while they held their averages. They keep these weights, from which training "
             "and averaging go on.",

@@ -142,9 +142,9 @@ class BlockOptimizer(torch.optim.Optimizer):
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _exchange(self, *, average: bool) -> None:
+    def _exchange(self, *, average: bool, warns: bool = True) -> None:
         before = [group.get(AT_AVERAGE) for group in self.param_groups]
-        averages.exchange(self, average=average)
+        averages.exchange(self, average=average, warns=warns)
         if before != [group.get(AT_AVERAGE) for group in self.param_groups]:
             self._consolidated = None
 
@@ -264,10 +264,14 @@ class BlockOptimizer(torch.optim.Optimizer):
             check_overrides(group, self.defaults)
             for own in group.get(OVERRIDES) or [dict[str, Any]()]:
                 self._check_group({**group, **own})
+                self._refuse_ignored(group, own)
         except Exception:
             self.param_groups.pop()
             raise
         self._registered.add(group)
+
+    def _refuse_ignored(self, group: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+        """Raises ValueError for options that the rule of a group or of single parameters does not read."""
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_group_keys(group, self.defaults)
@@ -324,7 +328,8 @@ class BlockOptimizer(torch.optim.Optimizer):
         self._engine.refreshes.join()
         # A view is pickled with its whole stack, once for each parameter in it.
         state = checkpoint.detach_state(super().__getstate__())
-        return {**state, "state": defaultdict(dict, state["state"])}
+        # Owners are decided once, and a copy must not decide otherwise than its state is distributed.
+        return {**state, "state": defaultdict(dict, state["state"]), "_owner_of": dict(self._owner_of)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -411,7 +416,7 @@ class BlockOptimizer(torch.optim.Optimizer):
                 all ranks, where one finds that.
         """
         self._engine.refreshes.join()
-        self.train()  # what is loaded may say nothing of the raw weights
+        self._exchange(average=False, warns=False)  # what is loaded may say nothing of the raw weights
         states: dict[Tensor, dict[str, Any]] = {}
         rates = [group["lr"] for group in self.param_groups]
 

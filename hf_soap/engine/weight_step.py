@@ -18,7 +18,7 @@ class WeightStep:
 
     Attributes:
         decay_last: Decay the weights after the update, as SOAP's implementation does; else both at once.
-        cautious: Decay only the entries of W that have the sign of u, from the weights before the update.
+        cautious: Decay only the entries of W that u does not enlarge, from the weights before the update.
         norm: ``"relative"`` takes a step of the length lr·‖W‖_F; ``"hyperball"`` then scales the weights back to
             ‖W‖_F, and does not decay them.
         stacked: Whether the tensor is a stack of matrices along its first dimension, each with its own norm.

@@ -49,6 +49,21 @@ def resolve(args: TrainingArguments) -> options.OptimizerConfig:
     return options.parse_optim_args(args.optim_args, config, changed)
 
 
+def without_preset(args: TrainingArguments) -> str | None:
+    """Returns ``optim_args`` with the options of a preset in place of its name.
+
+    A run that is repeated from them does not change with a later version of the preset. Text that names no preset, or
+    is for an optimizer of another package, is returned unchanged.
+    """
+    name = optimizer_name(args)
+    config = ENTRIES[name].config if name in ENTRIES else None
+    preset = options.preset_in(args.optim_args, config) if config else None
+    if config is None or preset is None:
+        return args.optim_args
+    # All of them, since adam_beta1 would change an option that equals its default and is not written.
+    return resolve(args).to_optim_args(always=config.presets[preset].keys())
+
+
 def changed_adam_arguments(args: TrainingArguments) -> dict[str, float]:
     """Returns the options set by those of ``adam_beta1``, ``adam_beta2`` and ``adam_epsilon`` that were changed."""
     return {

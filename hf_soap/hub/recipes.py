@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_soap.config import plain_yaml
+from hf_soap.hub.arguments import without_preset
 from hf_soap.hub.keys import SCRIPT_KEYS, mistakes
 from hf_soap.hub.safety import PROVENANCE, problem_of_key, refusals
 
@@ -355,6 +356,8 @@ def of_run(args: Any, adapters: Mapping[str, Any] | None = None) -> tuple[Recipe
     given = options_of_launch(LAUNCH, args)[0] if LAUNCH else dict(adapters or {})
     others = {key: value for key, value in given.items() if key not in own and key.removeprefix("no_") not in own}
     recipe = from_training_arguments(args) | others
+    if options := without_preset(args):
+        recipe["optim_args"] = options
     refused = [key for key in recipe if refusals({key: recipe[key]})]
     for key in refused:
         logger.warning("omitted from the recipe: %s", refusals({key: recipe.pop(key)})[0])

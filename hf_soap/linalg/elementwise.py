@@ -176,6 +176,25 @@ def squarable(tensor: Tensor) -> Tensor:
     return tensor.clamp_(-bound, bound)
 
 
+def without_overshoot(whitened: Tensor, factor: Tensor, weight: float, sides: int) -> Tensor:
+    """Shortens a whitened gradient that would more than double its factor.
+
+    With KL, factors are whitened by the old values of the others. If gradients suddenly grow a thousandfold, each
+    factor would grow by the square of that, and the product of the factors by a higher power, which decays slowly.
+    Therefore only a root of the growth enters each factor.
+
+    Args:
+        whitened: The gradient, whitened along the other sides, (blocks, d_1, ..., d_k).
+        factor: Its factor before it is added, (blocks, n, n).
+        weight: Weight of its Gram matrix.
+        sides: Number of sides with a factor.
+    """
+    trace = factor.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_(min=torch.finfo(factor.dtype).tiny)
+    growth = whitened.square().flatten(1).sum(1).mul_(weight) / trace
+    scale = growth.clamp_(min=1.0) ** ((1 / sides - 1) / 2)
+    return whitened * scale.view(-1, *[1] * (whitened.dim() - 1))
+
+
 def along(values: Tensor, mode: int, dim: int) -> Tensor:
     """Reshapes (blocks, d_mode) to broadcast along mode ``mode`` of a tensor with ``dim`` dimensions in all."""
     return values.view(values.shape[0], *[values.shape[1] if i == mode + 1 else 1 for i in range(1, dim)])
@@ -228,7 +247,7 @@ def equal_rates(rates: Sequence[Rate]) -> Iterator[tuple[slice, Rate]]:
 def decay_cautiously_(
     params: Sequence[Tensor], directions: Sequence[Tensor], *, lr: float | Tensor, weight_decay: float
 ) -> None:
-    """Decays the entries that have the sign of their direction, W ← W - lr·weight_decay·1[u⊙W > 0]⊙W, in place.
+    """Decays the entries that the step does not enlarge, W ← W - lr·weight_decay·1[u⊙W ≥ 0]⊙W, in place.
 
     Args:
         params: Weights W, any shapes.
@@ -237,11 +256,11 @@ def decay_cautiously_(
         weight_decay: Decoupled weight decay.
 
     Source:
-        Cautious weight decay, arXiv:2510.12402.
+        Cautious weight decay, arXiv:2510.12402, algorithm 1.
     """
     for weight, direction in zip(params, directions, strict=True):
         share = lr.reshape(()).to(weight.device) * weight_decay if isinstance(lr, Tensor) else lr * weight_decay
-        agrees = weight.sign().mul_(direction) > 0  # a product of two small numbers would be zero
+        agrees = weight.sign().mul_(direction) >= 0  # a product of two small numbers would be zero
         weight.sub_((weight * agrees).mul_(share))
 
 

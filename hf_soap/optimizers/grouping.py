@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_soap.config import modules
 from hf_soap.config.members import OVERRIDES, OWN_RATES
-from hf_soap.config.options import MODULES
+from hf_soap.config.options import MODULES, RATES
 from hf_soap.distributed.dtensor import local
 from hf_soap.engine.buckets import state_dtype
 from hf_soap.engine.optimizer import BlockOptimizer
@@ -44,9 +44,10 @@ def with_overrides(
 ) -> list[dict[str, Any]]:
     """Determines for each parameter which settings differ from those of its param group. The first match wins.
 
-    The order is: ``modules``, ``adam_modules``, ``one_sided_modules``, adapters (``lora_sides``), embeddings and
-    output head if the optimizer updates them by Adam, the optimizer's defaults. Tied weights match under each of their
-    names. The norm of embeddings, output head and adapters is not constrained, unless ``modules`` says so for them.
+    An entry of ``modules`` that sets only rates leaves all else to the next match. The order is: ``modules``,
+    ``adam_modules``, ``one_sided_modules``, adapters (``lora_sides``), embeddings and output head if the optimizer
+    updates them by Adam, the optimizer's defaults. Tied weights match under each of their names. The norm of
+    embeddings, output head and adapters is not constrained, unless ``modules`` says so for them.
 
     Args:
         params: Param groups as the Trainer makes them, or parameters.
@@ -293,9 +294,28 @@ def _by_kind(names: Mapping[Tensor, list[str]], model: nn.Module, config: Optimi
 
 
 def _all_of(param: Tensor, ordinary: Collection[Tensor], entries: Iterable[Entry]) -> Overrides:
-    """Returns the settings of the first match, and the ordinary step of the parameters that have it by default."""
-    own = next((own for chosen, own in entries if param in chosen), {})
+    """Returns the settings of the first match, and the ordinary step of the parameters that have it by default.
+
+    A match that sets only rates leaves all else to the next one. One that sets nothing stands for the options of the
+    group.
+    """
+    own: dict[str, Any] = {}
+    for chosen, settings in entries:
+        if param in chosen:
+            own = _combined(own, settings)
+            if not settings or settings.keys() - {*RATES, *OWN_RATES}:
+                break
     return {**ORDINARY_STEP, **own} if param in ordinary else own
+
+
+def _combined(own: Overrides, later: Overrides) -> dict[str, Any]:
+    """Adds the settings of a later match: those that are there already win, and a factor on a rate multiplies it."""
+    if "lr" in own:
+        later = {key: value for key, value in later.items() if key not in ("lr", "lr_factor")}
+    factor = own.get("lr_factor", 1.0)
+    scaled = {key: later[key] * factor for key in ("lr", "lr_factor") if key in later}
+    kept = {key: value for key, value in own.items() if not (key == "lr_factor" and scaled)}
+    return {**later, **kept, **scaled}
 
 
 def _with_factor(own: Overrides, peak: float | Tensor) -> dict[str, Any]:

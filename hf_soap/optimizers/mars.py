@@ -143,12 +143,27 @@ class MARS(AuxiliaryRates):
         super()._check_group(group)
         check_choice("variant", group["variant"], tuple(VARIANTS))
         check_choice("rule", group["rule"], (*VARIANTS, "adam"))
-        _refuse_ignored(group)
         if group["exact"] and group["shard_mode"] == "owner":
             raise ValueError(
                 "got exact=True with shard_mode='owner', wanted one of them: each rank has the previous "
                 "weights of its own part only; use shard_mode='local'"
             )
+
+    def _refuse_ignored(self, group: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+        """An option at its default counts as not given. Each parameter may have another variant as its rule."""
+        of_all = options.option_fields(self.config)
+        rules = ((group["rule"], group), (own["rule"], own)) if "rule" in own else ((group["rule"], {**group, **own}),)
+        for rule, values in rules:
+            variant = group["variant"] if rule == "adam" else rule
+            given = {key: value for key, value in values.items() if key in of_all}
+            given |= dict(zip(("beta1", "beta2"), values.get("betas", ()), strict=False))
+            for key in given.keys() - options.option_fields(VARIANTS[variant]).keys():
+                if given[key] != of_all[key].default:
+                    readers = [repr(name) for name, config in VARIANTS.items() if key in options.option_fields(config)]
+                    raise ValueError(
+                        f"variant={variant!r} got {key}={options.shown(given[key])}, wanted only options that it "
+                        f"reads; remove {key}, or use variant={' or '.join(readers)}"
+                    )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -311,20 +326,6 @@ VARIANTS = {
     )
 }
 """Maps each variant to its config, which has the options that it reads."""
-
-
-def _refuse_ignored(group: Mapping[str, Any]) -> None:
-    """Refuses options that the variant of a group does not read. An option at its default counts as not given."""
-    variant = group["variant"] if group["rule"] == "adam" else group["rule"]
-    of_all, own = options.option_fields(MARS.config), options.option_fields(VARIANTS[variant])
-    values = {**group, "beta1": group["betas"][0], "beta2": group["betas"][1]}
-    for key in of_all.keys() - own.keys() & values.keys():
-        if values[key] != of_all[key].default:
-            readers = [repr(name) for name, config in VARIANTS.items() if key in options.option_fields(config)]
-            raise ValueError(
-                f"variant={variant!r} got {key}={options.shown(values[key])}, wanted only options that it reads; "
-                f"remove {key}, or use variant={' or '.join(readers)}"
-            )
 
 
 def _mars_inner(group: Mapping[str, Any], *, matrix: bool) -> Rule:

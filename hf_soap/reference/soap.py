@@ -164,7 +164,7 @@ class ReferenceSOAP:
     """SOAP with the official conventions, and the variants that the package offers.
 
     Choices where the sources do not say:
-        - Blocks. Each block counts as a separate matrix: `max_precond_dim`, `one_sided` and the n and m of the KL
+        - Blocks. Each block counts as a separate matrix: `max_precond_dim` and the n and m of the KL
           correction refer to the block's (zero-padded) shape. Tensors of any rank are cut, along every dimension.
           Seeding and t belong to the whole parameter, and `normalize_grads` takes the RMS over the whole tensor.
         - `merge_dims` comes first: a convolution that merges to a matrix is then treated as a matrix, and one that
@@ -242,7 +242,7 @@ class ReferenceSOAP:
         if weight.dim() <= 1 and not self.precondition_1d:
             factored = []
         if self.one_sided and len(block_shape) == 2:
-            shorter = 0 if block_shape[0] <= block_shape[1] else 1
+            shorter = 0 if shape[0] <= shape[1] else 1
             factored = [mode for mode in factored if mode == shorter]
         factorized = self.factorized and len(block_shape) == 2 and len(factored) > 0
         return SoapParameter(shape, block_shape, slices, factored, factorized)
@@ -297,21 +297,20 @@ class ReferenceSOAP:
     def _seed(self, state: SoapParameter, grad: Tensor) -> SoapBlock:
         """Factors (1 - beta) GG^T, and their eigenvectors by descending eigenvalue. Moments start at zero.
 
-        With KL, the gradient is added to multiples of the identity whose product is the mean of its squares.
+        With KL, the factors start before they accumulate the gradient: see `_accumulate`.
         """
         modes = range(grad.dim())
-        beta = self.shampoo_beta
+        factors = [(1 - self.shampoo_beta) * gram(grad, mode) if mode in state.factored else None for mode in modes]
         if self.kl:
-            scale = grad.square().mean() ** (1 / max(1, len(state.factored)))
-            others = scale ** (len(state.factored) - 1) * grad.numel()
-            factors = [
-                beta * scale * torch.eye(size, dtype=grad.dtype) + (1 - beta) * size / others * gram(grad, mode)
-                if mode in state.factored
-                else None
-                for mode, size in enumerate(grad.shape)
-            ]
-        else:
-            factors = [(1 - beta) * gram(grad, mode) if mode in state.factored else None for mode in modes]
+            start = SoapBlock(
+                exp_avg=grad,
+                exp_avg_sq=None,
+                means=[],
+                factors=[None if factor is None else torch.zeros_like(factor) for factor in factors],
+                bases=[None if factor is None else torch.eye(len(factor), dtype=grad.dtype) for factor in factors],
+            )
+            self._accumulate(start, grad)
+            factors = start.factors
         # eigh returns eigenvalues in ascending order
         bases = [None if factor is None else torch.linalg.eigh(factor).eigenvectors.flip(1) for factor in factors]
         return SoapBlock(
@@ -345,12 +344,23 @@ class ReferenceSOAP:
                 self._refresh(block)
 
     def _accumulate(self, block: SoapBlock, grad: Tensor) -> None:
-        """L <- beta L + (1 - beta) GG^T and so on for every factored mode."""
+        """L <- beta L + (1 - beta) GG^T and so on for every factored mode.
+
+        With KL, factors of zero start as equal multiples of the identity, whose product is the mean square of the
+        gradient. A statistic that would more than double the trace of its factor is shortened: where it would grow
+        g-fold, it grows by the k-th root of g, for k factors.
+        """
         beta = self.shampoo_beta
+        factored = [factor for factor in block.factors if factor is not None]
+        if self.kl and not any(factor.any() for factor in factored):
+            for factor in factored:
+                factor.diagonal().fill_(grad.square().mean() ** (1 / len(factored)))
         statistics = [self._kl_gram(block, grad, mode) if self.kl else gram(grad, mode) for mode in range(grad.dim())]
-        for mode, factor in enumerate(block.factors):
-            if factor is not None:
-                block.factors[mode] = beta * factor + (1 - beta) * statistics[mode]
+        for mode, old in enumerate(block.factors):
+            if old is not None:
+                growth = (1 - beta) * statistics[mode].trace().item() / max(old.trace().item(), TINY)
+                shortened = max(1.0, growth) ** (1 / len(factored) - 1) if self.kl else 1.0
+                block.factors[mode] = beta * old + (1 - beta) * shortened * statistics[mode]
 
     def _kl_gram(self, block: SoapBlock, grad: Tensor, mode: int) -> Tensor:
         """G R^-1 G^T / n for mode 0, and the same with every other mode whitened for tensors.

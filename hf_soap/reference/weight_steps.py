@@ -34,7 +34,7 @@ def step(
     if cautious:
         decayed = torch.zeros_like(weight)
         for entry in range(weight.numel()):
-            if direction.view(-1)[entry] * weight.view(-1)[entry] > 0:
+            if direction.view(-1)[entry] * weight.view(-1)[entry] >= 0:
                 decayed.view(-1)[entry] = weight.view(-1)[entry]
         return weight - lr * weight_decay * decayed - lr * direction
     if decay_last:

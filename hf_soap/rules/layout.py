@@ -196,7 +196,7 @@ def plan_layout(
         merge_dims: Merge neighbouring dimensions of a tensor with more than two of them, as long as the factors stay
             within both limits. A matrix is never merged.
         precondition_1d: Factor vectors too, whatever their aspect ratio.
-        one_sided: Factor only the shorter side of a matrix (the left one if they are equal).
+        one_sided: Factor only the shorter side of a matrix (the left one if they are equal), also in its blocks.
         block_size: Cut sides longer than this into equal blocks, the last one zero-padded.
         square_blocks: Cut the longer side of a matrix so that blocks are about square, unless it is flatter than
             ``max_aspect_ratio``: it then has a factor on its short side only.
@@ -212,12 +212,16 @@ def plan_layout(
     if stacked and part is not None:  # a smaller part of each matrix cannot be padded to the same blocks
         stacked = all(size % largest == 0 for size, largest in zip(shape[1:], part[1:], strict=True))
 
-    def cut(size: Sequence[int]) -> Layout:
-        view = (math.prod(size),) if vector else tuple(size)
+    def view_of(size: Sequence[int]) -> tuple[int, ...]:
         if stacked:
-            view = (size[0] * size[1], size[2])
-        elif merge_dims and len(view) > 2:
-            view = merge_shape(view, max_precond_dim, max_aspect_ratio)
+            return size[0] * size[1], size[2]
+        view = (math.prod(size),) if vector else tuple(size)
+        return merge_shape(view, max_precond_dim, max_aspect_ratio) if merge_dims and len(view) > 2 else view
+
+    matrix = tuple(shape[1:]) if stacked else view_of(shape)
+
+    def cut(size: Sequence[int]) -> Layout:
+        view = view_of(size)
         longest = block_size
         if square_blocks and (stacked or len(view) == 2):
             short, long = sorted(size[1:] if stacked else view)
@@ -233,7 +237,8 @@ def plan_layout(
         if factored and (not vector or precondition_1d):
             sides = tuple(i for i, n in enumerate(block) if 1 < n <= max_precond_dim)
         if one_sided and len(block) == 2:
-            sides = tuple(side for side in sides if side == (0 if block[0] <= block[1] else 1))
+            rows, columns = matrix if len(matrix) == 2 else block
+            sides = tuple(side for side in sides if side == (0 if rows <= columns else 1))
         too_long: tuple[int, ...] = ()
         if max_aspect_ratio is not None and not vector:
             too_long = tuple(i for i in sides if block[i] ** 2 > max_aspect_ratio * math.prod(block))

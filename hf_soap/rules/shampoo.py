@@ -97,7 +97,7 @@ class ShampooRule(Rule):
             first_grad_seeds=self.kl,
             skips_leading_zero_grads=True,
             is_elementwise=not layout.sides and self.graft is not None,  # only the grafted rule
-            is_spectral=bool(layout.sides) and self.graft is None and not self.kl,
+            is_spectral=bool(layout.sides) and self.graft is None and not self.kl and self._keeps_scale(layout),
         )
 
     def rebuild(self, state: State, context: StepContext) -> None:
@@ -206,22 +206,10 @@ class ShampooRule(Rule):
                 for other, root in whitening.items():
                     if other != side:
                         whitened = elementwise.squarable(matrices.mode_product(whitened, root, other))
-                whitened = self._without_overshoot(whitened, state[f"factor_{side}"], weight, len(whitening))
+                whitened = elementwise.without_overshoot(whitened, state[f"factor_{side}"], weight, len(whitening))
             matrices.add_gram_(state[f"factor_{side}"], whitened, side, beta=beta, alpha=weight)
         for axis in self._diagonals(layout):
             state[f"diagonal_{axis}"].mul_(beta).add_(matrices.unfold(grad, axis).square().sum(-1), alpha=alpha)
-
-    def _without_overshoot(self, whitened: Tensor, factor: Tensor, weight: float, sides: int) -> Tensor:
-        """Shortens a whitened gradient that would more than double its factor.
-
-        Factors are whitened by the old values of the others. If gradients suddenly grow a thousandfold, each factor
-        would grow by the square of that, and the product of the factors by a higher power, which decays slowly.
-        Therefore only a root of the growth enters each factor.
-        """
-        trace = factor.diagonal(dim1=-2, dim2=-1).sum(-1)
-        growth = whitened.square().flatten(1).sum(1).mul_(weight) / trace
-        scale = growth.clamp_(min=1.0) ** ((1 / sides - 1) / 2)
-        return whitened * scale.view(-1, *[1] * (whitened.dim() - 1))
 
     def _diagonals(self, layout: Layout) -> list[int]:
         """Axes that keep a diagonal: those too long for a factor, and a vector's only one if nothing is grafted."""
@@ -232,8 +220,14 @@ class ShampooRule(Rule):
     def _exponent(self, layout: Layout) -> float:
         if self.exponent is not None:
             return self.exponent
-        axes = len(layout.sides) if self.one_sided else len(layout.view)
-        return -0.5 if self.kl else -1 / (2 * axes)
+        return -0.5 if self.kl else self._standard_exponent(layout)
+
+    def _standard_exponent(self, layout: Layout) -> float:
+        return -1 / (2 * (len(layout.sides) if self.one_sided else len(layout.view)))
+
+    def _keeps_scale(self, layout: Layout) -> bool:
+        """Whether directions do not depend on the size of gradients, which only this exponent cancels."""
+        return self._exponent(layout) == self._standard_exponent(layout)
 
     def _power(self, diagonal: Tensor, layout: Layout) -> Tensor:
         largest = diagonal.amax(-1, keepdim=True)

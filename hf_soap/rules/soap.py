@@ -166,7 +166,7 @@ class SoapRule(Rule):
     def seed(self, grad: Tensor, state: State, context: StepContext) -> None:
         """Computes factors and bases from the first gradient."""
         if self.kl:
-            self._start_kl(grad, state, context.layout)
+            self._accumulate(grad, state, context.layout)
         for side in context.layout.sides:
             factor = state[f"factor_{side}"]
             if not self.kl:
@@ -174,15 +174,18 @@ class SoapRule(Rule):
             state[f"basis_{side}"].copy_(self._diagonalize_(factor, context))
 
     def _start_kl(self, grad: Tensor, state: State, layout: Layout) -> None:
-        """Starts the factors as equal multiples of the identity, and adds the first gradient.
+        """Starts factors of zero as equal multiples of the identity, whose product is the mean square of the gradient.
 
-        The product of the multiples is the mean square of the gradient. A factor of the first gradient alone would be
-        singular, and what its inverse does to the second gradient would outweigh hundreds of later ones.
+        A factor of the first gradient alone would be singular, and what its inverse does to the second gradient would
+        outweigh hundreds of later ones. A block starts at its own first gradient, which for an expert may come late.
         """
-        scale = grad.square().flatten(1).mean(1).pow(1 / max(1, len(layout.sides)))
+        if not layout.sides:
+            return
+        is_zero = state[f"factor_{layout.sides[0]}"].diagonal(dim1=-2, dim2=-1).sum(-1) == 0
+        rms = torch.linalg.vector_norm(grad.flatten(1), dim=1).div_(grad[0].numel() ** 0.5)
+        start = rms.pow_(2 / len(layout.sides)).mul_(is_zero).unsqueeze(-1)
         for side in layout.sides:
-            state[f"factor_{side}"].diagonal(dim1=-2, dim2=-1).copy_(scale.view(-1, 1))
-        self._accumulate(grad, state, layout)
+            state[f"factor_{side}"].diagonal(dim1=-2, dim2=-1).add_(start)
 
     @staticmethod
     def _diagonalize_(factor: Tensor, context: StepContext) -> Tensor:
@@ -266,15 +269,18 @@ class SoapRule(Rule):
 
     def _accumulate(self, rotated: Tensor, state: State, layout: Layout) -> None:
         beta = self.shampoo_beta
+        if self.kl:
+            self._start_kl(rotated, state, layout)
         scales = {side: self._inverse_root_eigenvalues(state[f"factor_{side}"]) for side in layout.sides if self.kl}
         for side in layout.sides:
-            whitened, alpha = rotated, 1 - beta
+            factor, whitened, alpha = state[f"factor_{side}"], rotated, 1 - beta
             if self.kl:
                 alpha /= rotated[0].numel() // layout.block[side]
                 for other, scale in scales.items():
                     if other != side:
                         whitened = elementwise.squarable(whitened * elementwise.along(scale, other, rotated.dim()))
-            matrices.add_gram_(state[f"factor_{side}"], whitened, side, beta=beta, alpha=alpha)
+                whitened = elementwise.without_overshoot(whitened, factor, alpha, len(scales))
+            matrices.add_gram_(factor, whitened, side, beta=beta, alpha=alpha)
 
     def _inverse_root_eigenvalues(self, factor: Tensor) -> Tensor:
         values = factor.diagonal(dim1=-2, dim2=-1)

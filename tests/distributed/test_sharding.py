@@ -172,6 +172,7 @@ def test_owners_under_ddp_are_refused_by_the_plain_trainer(shared: Path) -> None
         ("sharded_steps.a_split_refresh_equals_one_of_its_own", 2),
         ("sharded_trainer.accelerate_alone", 2),
         ("sharded_owners.owners_keep_their_matrices", 3),
+        ("sharded_owners.owners_are_copied", 2),
         ("sharded_owners.owners_equal_one_process_on_data_of_their_own", 3),
         ("sharded_steps.a_rank_without_a_gradient_holds_up_nobody", 2),
         ("sharded_steps.ranks_plan_alike", 2),

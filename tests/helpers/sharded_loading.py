@@ -112,7 +112,7 @@ def loads_parts(names: list[str], shapes: list[list[int]], mode: str) -> None:
             what = f"{name} from {source}"
             model = model_of(mode, shapes)
             optimizer = optimizer_of(mode, name, model)
-            optimizer.load_state_dict(checkpoint.read(folder / source))
+            optimizer.load_state_dict(checkpoint.read(str(folder / source)))
             for place, param in enumerate(model.parameters()):
                 state = optimizer.state[param]
                 assert state["step"] == STEPS, f"{what}, {tuple(param.shape)}: {state['step']} steps"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -62,6 +63,20 @@ def owners_keep_their_matrices() -> None:
         assert_equal(whole(model), whole(alone), f"frozen={frozen}")
         state = optimizer.state_dict()  # also of what is frozen
         optimizer.load_state_dict(state)
+
+
+def owners_are_copied() -> None:
+    """After a freeze, owners are not those that a new optimizer would choose; a copy forgot them, with their state."""
+    model = network(torch.float64)
+    optimizer = owned("soap", model.parameters())
+    for steps, frozen in ((range(4), False), (range(4, 6), True)):
+        model[0].weight.requires_grad_(not frozen)
+        same_gradients(model, optimizer, steps)
+    copied, copied_optimizer = copy.deepcopy((model, optimizer))
+    for net, stepped in ((model, optimizer), (copied, copied_optimizer)):
+        net[0].weight.requires_grad_(True)
+        same_gradients(net, stepped, range(6, 9))
+    assert_equal(whole(copied), whole(model), "copy")
 
 
 def owned_model(mode: str, name: str) -> tuple[nn.Sequential, BlockOptimizer]:

@@ -393,7 +393,9 @@ def test_a_repository_holds_card_curve_and_recipe(pushed: dict[str, bytes]) -> N
     metadata = yaml.safe_load(pushed["README.md"].decode().split("---")[1])
     metrics = metadata["model-index"][0]["results"][0]["metrics"]
     assert {metric["type"]: metric["value"] for metric in metrics}["loss"] == ran["results"]["eval_loss"]
-    assert "hf-soap run run_clm.py --recipe user/tiny" in pushed["README.md"].decode()
+    card = pushed["README.md"].decode()
+    assert "hf-soap run run_clm.py --recipe user/tiny" in card
+    assert "| `adam_modules` | `wte\\|wpe` |" in card  # a bare | would end the cell
 
 
 def test_a_run_from_the_repository_is_the_first_run(hub: Hub, folder: Path, pushed: dict[str, bytes]) -> None:

@@ -14,6 +14,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from hf_soap.config import plain_yaml
 from hf_soap.hub import keys, recipes
+from hf_soap.hub.arguments import resolve
 
 # ---------------------------------------------------------------------------------------------------------------------
 # YAML
@@ -277,6 +278,21 @@ def test_arguments_come_back_through_a_recipe_and_a_command_line(tmp_path: Path)
     assert got == want
     assert back.learning_rate == 1 / 3
     assert back.lr_scheduler_kwargs == {"min_lr": 1e-5}
+
+
+@pytest.mark.parametrize("optim", ["soap", "adafactor"])
+def test_a_recipe_holds_the_options_of_a_preset(optim: str, tmp_path: Path) -> None:
+    """So that a later version of the preset does not change the run; adam_beta2 is not an option of the preset."""
+    given = "modules={wte: {lr_factor: 2}},preset=frontier"
+    args = tiny.arguments(tmp_path, optim=optim, optim_args=given if optim == "soap" else "preset=1", adam_beta2=0.7)
+    recipe, _ = recipes.of_run(args)
+    if optim != "soap":
+        assert recipe["optim_args"] == "preset=1"
+        return
+    assert "preset" not in recipe["optim_args"]
+    assert resolve(parse(recipes.to_arguments(recipe))) == resolve(args)
+    assert resolve(args).beta2 == 0.9
+    recipes.check(recipe, source="the run")
 
 
 def test_options_of_the_program_join_the_recipe(

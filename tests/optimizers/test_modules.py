@@ -16,9 +16,10 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer
 
 from hf_soap import MARS, SOAP, Muon, MuonConfig, SoapConfig
+from hf_soap.config.options import parse_optim_args
 from hf_soap.optimizers.grouping import routing_table, with_overrides
 from hf_soap.optimizers.names import ENTRIES
-from hf_soap.planning.plan import Run
+from hf_soap.planning.plan import Run, build
 from hf_soap.reference.soap import ReferenceSOAP
 
 
@@ -244,12 +245,54 @@ def test_the_first_match_wins_in_the_written_order() -> None:
     }
     own = members(made(model, **config))
     assert own["transformer.h.0.attn.c_attn.weight"] == {"betas": (0.95, 0.5)}
-    assert own["transformer.h.0.mlp.c_fc.weight"] == {"lr_factor": 2}
+    assert own["transformer.h.0.mlp.c_fc.weight"] == {"rule": "adam", "lr_factor": 2}
     assert own["transformer.wte.weight"] == {}
     assert own["transformer.h.1.mlp.c_fc.weight"] == own["transformer.wpe.weight"] == {"rule": "adam"}
     assert own["transformer.ln_f.weight"] == {"one_sided": True}
     config["modules"] = dict(reversed(config["modules"].items()))
-    assert members(made(model, **config))["transformer.h.0.attn.c_attn.weight"] == {"lr_factor": 2}
+    of_both = {"betas": (0.95, 0.5), "lr_factor": 2}
+    assert members(made(model, **config))["transformer.h.0.attn.c_attn.weight"] == of_both
+
+
+@pytest.mark.parametrize(
+    ("config", "rule", "rate"),
+    [
+        (MuonConfig(modules={"@embeddings": {"lr_factor": 0.5}}), "adam", 0.5),
+        (MuonConfig(modules={"@head": {"weight_decay": 0}}), "adam", 1.0),
+        (SoapConfig.preset("frontier", modules={"wte": {"lr_factor": 0.5}}), "adam", 0.5),
+        (SoapConfig(modules={"wte": {"lr_factor": 0.5}, "@head": {"rule": "adam", "lr": 0.02}}), "adam", 0.1),
+        (SoapConfig(modules={"wte": {"lr": 0.3}, "@head": {"rule": "adam", "lr_factor": 2}}), "adam", 3.0),
+        (SoapConfig(modules={"wte": {"lr_factor": 3}, "@head": {"lr_factor": 2}}), None, 6.0),
+    ],
+    ids=["Muon", "Muon, decay", "preset", "lr after lr_factor", "lr_factor after lr", "two factors"],
+)
+def test_rates_alone_do_not_change_the_rule(config: Any, rule: str | None, rate: float) -> None:
+    """A rate for Muon's embeddings used to give them to Newton–Schulz, with a learning rate 33 times as large."""
+    model = tiny.gpt2()
+    (group,) = with_overrides([{"params": model.parameters(), "lr": 0.1}], model, config)
+    own = group["overrides"][group["param_names"].index("transformer.wte.weight")]
+    assert own.get("rule") == rule
+    assert own.get("lr_factor", 1.0) == pytest.approx(rate)
+
+
+def test_overrides_follow_parameters_that_are_reordered() -> None:
+    one, other = Parameter(torch.ones(3, 3)), Parameter(torch.ones(3, 3))
+    optimizer = SOAP([{"params": [one, other], "overrides": [{"lr_factor": 0.1}, {}]}])
+    optimizer.param_groups[0]["params"] = [other, one]
+    assert {member.param: dict(member.own) for member in optimizer.members()} == {one: {"lr_factor": 0.1}, other: {}}
+
+
+@pytest.mark.parametrize(
+    ("optim", "optim_args"),
+    [
+        ("mars_soap", "precondition_frequency=5,modules={'wte': {rule: adamw}}"),
+        ("mars", "preset=frontier,modules={'wte': {rule: lion}}"),
+    ],
+)
+def test_options_of_the_group_do_not_count_against_another_variant(optim: str, optim_args: str) -> None:
+    config = parse_optim_args(optim_args, ENTRIES[optim].config)
+    model = tiny.gpt2()
+    assert "rule" in members(build(model, model.parameters(), config))["transformer.wte.weight"]
 
 
 @pytest.mark.parametrize(

@@ -78,6 +78,7 @@ SPECTRAL, ADAMS = (0.1, 0.0125), (0.025, 0.0125)
         (MuonConfig(mup_base_width=8, scale="rms", modules={"attn": {"scale": "aspect"}}), SPECTRAL, ADAMS),
         (ShampooConfig(mup_base_width=8, modules={"attn": {"graft": None}}), SPECTRAL, ADAMS),
         (ShampooConfig(mup_base_width=8, graft=None, adam_modules="attn"), ADAMS, SPECTRAL),
+        (ShampooConfig(mup_base_width=8, graft=None, modules={"attn": {"exponent": -0.5}}), ADAMS, SPECTRAL),
         (MarsConfig(mup_base_width=8, modules={"attn": {"rule": "shampoo"}}), SPECTRAL, ADAMS),
         (MarsShampooConfig(mup_base_width=8, modules={"attn": {"rule": "adamw"}}), ADAMS, SPECTRAL),
     ],

@@ -123,6 +123,12 @@ def planned(shape: tuple[int, ...], **options: object) -> Layout:
         pytest.param((5, 5), {"one_sided": True}, Layout((5, 5), (1, 1), (5, 5), (0,)), id="one side, square"),
         pytest.param((1, 6), {"one_sided": True}, Layout((1, 6), (1, 1), (1, 6), ()), id="one side of one entry"),
         pytest.param(
+            (24, 4),
+            {"one_sided": True, "square_blocks": True},
+            Layout((24, 4), (6, 1), (4, 4), (1,)),
+            id="one side of square blocks: that of the matrix",
+        ),
+        pytest.param(
             (200, 300), {"one_sided": True}, Layout((200, 300), (1, 1), (200, 300), ()), id="one side, both long"
         ),
         pytest.param(

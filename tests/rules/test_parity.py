@@ -112,6 +112,46 @@ def test_soap_equals_the_textbook_from_a_full_rank_state(
     assert soap_difference(shapes, inject=True, precondition_frequency=frequency, **options) < TOLERANCE
 
 
+@pytest.mark.parametrize("frequency", [1, 5])
+def test_kl_starts_a_block_at_its_own_first_gradient_and_follows_a_sudden_growth(frequency: int) -> None:
+    """The first quarter of the matrix has no gradient in two steps; all gradients grow a thousandfold at step 20."""
+    options: dict[str, Any] = {**SETTINGS, "kl": True, "block_size": 10, "precondition_frequency": frequency}
+    generator = torch.Generator().manual_seed(0)
+    param = torch.nn.Parameter(torch.randn(20, 20, generator=generator, dtype=torch.float64))
+    reference = ReferenceSOAP([param.detach()], **options)
+    optimizer = SOAP([param], **{**OFFICIAL, **options})
+    for step in range(STEPS):
+        grad = torch.randn(20, 20, generator=generator, dtype=torch.float64) * (1e3 if step >= 20 else 1)
+        if step < 2:
+            grad[:10, :10] = 0
+        param.grad = grad
+        optimizer.step()
+        reference.step([grad])
+    assert (param - reference.weights[0]).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize("first", [0.0, 1e-4, 1.0])
+def test_kl_finds_the_eigenbasis_whatever_the_size_of_the_first_gradient(first: float) -> None:
+    """Of four experts, one has such a first gradient; its basis was off by .5 for hundreds of steps."""
+    generator = torch.Generator().manual_seed(0)
+    size = 16
+    roots = [
+        torch.linalg.qr(torch.randn(size, size, generator=generator))[0] @ torch.logspace(0, -1.5, size).diag()
+        for _ in range(2)
+    ]
+    param = torch.nn.Parameter(torch.randn(4, size, size, generator=generator))
+    optimizer = SOAP([param], lr=1e-3, betas=(0.9, 0.9), kl=True)
+    for step in range(100):
+        grad = roots[0] @ torch.randn(4, size, size, generator=generator) @ roots[1].T
+        grad[3] *= first if step == 0 else 1
+        param.grad = grad
+        optimizer.step()
+    covariance = roots[0] @ roots[0].T
+    rotated = optimizer.state[param]["basis_0"].mT @ covariance @ optimizer.state[param]["basis_0"]
+    off_diagonal = (rotated - torch.diag_embed(rotated.diagonal(dim1=-2, dim2=-1))).flatten(1).norm(dim=1)
+    assert (off_diagonal < 0.2 * covariance.norm()).all()
+
+
 def test_one_bucket_and_many_give_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     def train(params: list[torch.nn.Parameter]) -> list[Tensor]:
         optimizer = SOAP(params, precondition_frequency=3, **SETTINGS)
