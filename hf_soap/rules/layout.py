@@ -201,8 +201,8 @@ def plan_layout(
         square_blocks: Cut the longer side of a matrix so that blocks are about square, unless it is flatter than
             ``max_aspect_ratio``: it then has a factor on its short side only.
         factored: False keeps every basis at the identity, which makes SOAP Adam.
-        part: Shape of the largest part on a rank, if the tensor is sharded. The whole tensor decides which sides have
-            a factor. Factors that are larger than the part by more than ``FACTOR_RATIO`` are cut into blocks.
+        part: Shape of the largest part on a rank, if the tensor is sharded. The whole tensor decides which sides are
+            too long for a factor; ``one_sided`` chooses the shorter side of the part. Factors that are larger than the part by more than ``FACTOR_RATIO`` are cut into blocks.
 
     Returns:
         The layout of the tensor, or of the part.
@@ -212,16 +212,12 @@ def plan_layout(
     if stacked and part is not None:  # a smaller part of each matrix cannot be padded to the same blocks
         stacked = all(size % largest == 0 for size, largest in zip(shape[1:], part[1:], strict=True))
 
-    def view_of(size: Sequence[int]) -> tuple[int, ...]:
-        if stacked:
-            return size[0] * size[1], size[2]
-        view = (math.prod(size),) if vector else tuple(size)
-        return merge_shape(view, max_precond_dim, max_aspect_ratio) if merge_dims and len(view) > 2 else view
-
-    matrix = tuple(shape[1:]) if stacked else view_of(shape)
-
     def cut(size: Sequence[int]) -> Layout:
-        view = view_of(size)
+        view = (math.prod(size),) if vector else tuple(size)
+        if stacked:
+            view = (size[0] * size[1], size[2])
+        elif merge_dims and len(view) > 2:
+            view = merge_shape(view, max_precond_dim, max_aspect_ratio)
         longest = block_size
         if square_blocks and (stacked or len(view) == 2):
             short, long = sorted(size[1:] if stacked else view)
@@ -237,7 +233,7 @@ def plan_layout(
         if factored and (not vector or precondition_1d):
             sides = tuple(i for i, n in enumerate(block) if 1 < n <= max_precond_dim)
         if one_sided and len(block) == 2:
-            rows, columns = matrix if len(matrix) == 2 else block
+            rows, columns = size[1:] if stacked else view
             sides = tuple(side for side in sides if side == (0 if rows <= columns else 1))
         too_long: tuple[int, ...] = ()
         if max_aspect_ratio is not None and not vector:
