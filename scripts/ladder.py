@@ -48,12 +48,16 @@ from hf_soap.linalg import processor
 
 @dataclass(frozen=True)
 class Rung:
-    """An optimizer, the middle of its sweep, and a guess of the steps that it needs, as a fraction of AdamW's."""
+    """An optimizer, the middle of its sweep, and a guess of the steps that it needs, as a fraction of AdamW's.
+
+    ``betas`` are those of the Trainer's arguments; None takes the published ones of ours, and 0.9 and 0.95 for AdamW.
+    """
 
     optimizer: str
     optim_args: str = ""
     lr: float = 2e-2
     guess: float = 0.5
+    betas: tuple[float, float] | None = None
 
 
 def others_at(**settings: Any) -> str:
@@ -67,7 +71,7 @@ ADAMW_AT_2E_2 = others_at(rule="adam", beta1=0.9, beta2=0.95, lr=2e-2)
 OTHERS_AT_1E_2 = others_at(lr=1e-2)
 
 RUNGS = {
-    "AdamW": Rung("adamw_torch_fused", lr=1e-2, guess=1),
+    "AdamW": Rung("adamw_torch_fused", lr=1e-2, guess=1, betas=(0.8, 0.9)),
     "SOAP, official": Rung("soap", "preset=official"),
     "+ β₁ and β₂ 0.9": Rung("soap", "refresh_growth=0,beta1=0.9,beta2=0.9", guess=0.42),
     "+ early refreshes": Rung("soap", "beta1=0.9,beta2=0.9", guess=0.4),
@@ -87,6 +91,8 @@ RUNGS = {
     "official, cautious decay": Rung("soap", "preset=official,cautious_weight_decay=true", lr=1e-2),
     "official, averages of 24 steps": Rung("soap", "preset=official,average_horizon=24", lr=1e-2),
     "official, V rotated": Rung("soap", "preset=official,rotate_second_moment=true", lr=1e-2),
+    "AdamW, β₁ 0.9 and β₂ 0.95": Rung("adamw_torch_fused", lr=1e-2, guess=1),
+    "Muon, momentum 0.9": Rung("muon", "momentum=0.9,lr_1d=2e-2", lr=4e-2, guess=0.45),
 }
 """AdamW, then SOAP with one more addition in each row, then single changes to the last but one or to SOAP."""
 
@@ -101,9 +107,9 @@ Json = dict[str, Any]
 def settings_of(rung: Rung, base: RunSettings) -> RunSettings:
     """Returns the settings of a rung's first run."""
     steps = max(UNIT, UNIT * round(rung.guess * base.steps / UNIT))
-    beta2 = DEFAULT_BETA2.get(rung.optimizer, 0.999)
-    own = replace(base, optimizer=rung.optimizer, optim_args=rung.optim_args, lr=rung.lr, adam_beta2=beta2)
-    return with_steps(own, steps)
+    beta1, beta2 = rung.betas or (0.9, DEFAULT_BETA2.get(rung.optimizer, 0.999))
+    own = replace(base, optimizer=rung.optimizer, optim_args=rung.optim_args, lr=rung.lr)
+    return with_steps(replace(own, adam_beta1=beta1, adam_beta2=beta2), steps)
 
 
 def with_steps(settings: RunSettings, steps: int) -> RunSettings:

@@ -202,7 +202,8 @@ def plan_layout(
             ``max_aspect_ratio``: it then has a factor on its short side only.
         factored: False keeps every basis at the identity, which makes SOAP Adam.
         part: Shape of the largest part on a rank, if the tensor is sharded. The whole tensor decides which sides are
-            too long for a factor; ``one_sided`` chooses the shorter side of the part. Factors that are larger than the part by more than ``FACTOR_RATIO`` are cut into blocks.
+            too long for a factor; ``one_sided`` chooses the shorter side of the part. Factors that are larger than the
+            part by more than ``FACTOR_RATIO`` are cut into blocks.
 
     Returns:
         The layout of the tensor, or of the part.

@@ -114,7 +114,7 @@ def test_results_of_known_curves() -> None:
     assert found["fast"]["loss_at"]["mean"] == pytest.approx(logarithmic(250, 0.3)(240))
     assert (found["fast"]["reached"], found["slow"]["reached"]) == (True, False)
     assert {run.adam_beta2 for run in runs.made if run.optimizer == "soap"} == {0.999}
-    assert {run.adam_beta2 for run in runs.made if run.optimizer != "soap"} == {0.95}
+    assert {(run.adam_beta1, run.adam_beta2) for run in runs.made if run.optimizer != "soap"} == {(0.9, 0.95)}
     assert max(run.steps for run in runs.made) == STEPS
 
 

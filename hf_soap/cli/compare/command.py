@@ -19,6 +19,7 @@ from hf_soap.cli.compare.contenders import (
     read_seeds,
     whole_numbers,
 )
+from hf_soap.optimizers.names import ENTRIES
 
 if TYPE_CHECKING:
     from hf_soap.cli.compare.corpus import Corpus
@@ -70,6 +71,14 @@ def compare(
         typer.Option(
             help="Peak learning rate: LR for all, NAME=LR for one.",
             show_default="tuned, if known",
+            rich_help_panel=TRAINING,
+        ),
+    ] = None,
+    adam_beta1: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="The Trainer's adam_beta1: BETA1 for all, NAME=BETA1 for one.",
+            show_default="0.9",
             rich_help_panel=TRAINING,
         ),
     ] = None,
@@ -165,6 +174,7 @@ def compare(
     contenders = read_contenders(optimizers or ["adamw", "soap"])
     steps_of = per_contender("--steps", steps or [], contenders, positive_int)
     lr_of = _learning_rates(lr or [], contenders, tuned=not model)
+    beta1_of = per_contender("--adam-beta1", adam_beta1 or [], contenders, float)
     beta2_of = {c.label: DEFAULT_BETA2.get(c.optimizer, 0.999) for c in contenders}
     beta2_of |= per_contender("--adam-beta2", adam_beta2 or [], contenders, float)
     lengths = sorted(whole_numbers("--horizons", horizons, positive_int)) if horizons else None
@@ -174,6 +184,7 @@ def compare(
             optimizer=contender.optimizer,
             optim_args=contender.optim_args,
             lr=lr_of[contender.label],
+            adam_beta1=beta1_of.get(contender.label, 0.9),
             adam_beta2=beta2_of[contender.label],
             steps=length,
             batch_size=batch_size,
@@ -201,7 +212,9 @@ def _learning_rates(given: list[str], contenders: list[Contender], *, tuned: boo
     found = {c.label: DEFAULT_LR[c.optimizer] for c in contenders if tuned and c.optimizer in DEFAULT_LR}
     found |= per_contender("--lr", given, contenders, float)
     if missing := [c.optimizer for c in contenders if c.label not in found]:
-        raise typer.BadParameter(f"no tuned learning rate is known for {missing[0]}; give one: --lr {missing[0]}=1e-3")
+        name = missing[0]
+        start = ENTRIES[name].config.lr if name in ENTRIES else 1e-3
+        raise typer.BadParameter(f"no tuned learning rate is known for {name}; give one: --lr {name}={start:g}")
     return found
 
 

@@ -42,6 +42,7 @@ class RunSettings:
         max_grad_norm: Gradients are clipped to this norm.
         eval_every: Steps between evaluations.
         seed: Seed of new weights and of the data order.
+        adam_beta1: The value of ``TrainingArguments(adam_beta1=...)``; with 0.9, our optimizers use their own.
     """
 
     optimizer: str
@@ -61,6 +62,7 @@ class RunSettings:
     max_grad_norm: float
     eval_every: int
     seed: int
+    adam_beta1: float = 0.9  # logs of before have none
 
     @property
     def label(self) -> str:

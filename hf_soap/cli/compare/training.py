@@ -207,6 +207,7 @@ def _training_arguments(settings: RunSettings, output_dir: Path) -> TrainingArgu
         optim=settings.optimizer,
         optim_args=settings.optim_args or None,
         learning_rate=settings.lr,
+        adam_beta1=settings.adam_beta1,
         adam_beta2=settings.adam_beta2,
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size,
