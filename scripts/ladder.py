@@ -71,7 +71,7 @@ ADAMW_AT_2E_2 = others_at(rule="adam", beta1=0.9, beta2=0.95, lr=2e-2)
 OTHERS_AT_1E_2 = others_at(lr=1e-2)
 
 RUNGS = {
-    "AdamW": Rung("adamw_torch_fused", lr=1e-2, guess=1, betas=(0.8, 0.9)),
+    "AdamW": Rung("adamw_torch_fused", lr=1e-2, guess=1),
     "SOAP, official": Rung("soap", "preset=official"),
     "+ β₁ and β₂ 0.9": Rung("soap", "refresh_growth=0,beta1=0.9,beta2=0.9", guess=0.42),
     "+ early refreshes": Rung("soap", "beta1=0.9,beta2=0.9", guess=0.4),
@@ -91,7 +91,7 @@ RUNGS = {
     "official, cautious decay": Rung("soap", "preset=official,cautious_weight_decay=true", lr=1e-2),
     "official, averages of 24 steps": Rung("soap", "preset=official,average_horizon=24", lr=1e-2),
     "official, V rotated": Rung("soap", "preset=official,rotate_second_moment=true", lr=1e-2),
-    "AdamW, β₁ 0.9 and β₂ 0.95": Rung("adamw_torch_fused", lr=1e-2, guess=1),
+    "AdamW, β₁ 0.8 and β₂ 0.9": Rung("adamw_torch_fused", lr=5e-3, guess=1, betas=(0.8, 0.9)),
     "Muon, momentum 0.9": Rung("muon", "momentum=0.9,lr_1d=2e-2", lr=4e-2, guess=0.45),
 }
 """AdamW, then SOAP with one more addition in each row, then single changes to the last but one or to SOAP."""
