@@ -164,6 +164,7 @@ def test_compare_goes_on_without_matplotlib(text, tmp_path, monkeypatch):
         (["sopa"], "soap"),
         (["adamw", "adamw_torch_fused"], "got adamw_torch_fused twice"),
         (["adafactor"], "--lr adafactor=1e-3"),
+        (["muon"], "--lr muon=2e-2"),
         (["soap", "--lr", "adamw=1"], "--lr adamw=1 is for adamw_torch_fused, wanted one of soap"),
         (["soap", "--lr", "soap:eps=1=1"], "--lr soap:eps=1=1 is for soap:eps=1, wanted one of soap"),
         (["soap", "--widen"], "add --lr-sweep 3"),

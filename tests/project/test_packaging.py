@@ -47,7 +47,7 @@ EXTRAS = {
 }
 """The extras that a folder may import from; those that are not listed make do with what is always installed."""
 
-PEERS = {"heavyball", "pytorch-optimizer"}
+PEERS = {"heavyball", "ista-daslab-optimizers", "pytorch-optimizer", "soap"}
 """Optimizer packages that a benchmark times where it finds them."""
 
 USERS = {

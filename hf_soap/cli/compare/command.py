@@ -213,8 +213,9 @@ def _learning_rates(given: list[str], contenders: list[Contender], *, tuned: boo
     found |= per_contender("--lr", given, contenders, float)
     if missing := [c.optimizer for c in contenders if c.label not in found]:
         name = missing[0]
-        start = ENTRIES[name].config.lr if name in ENTRIES else 1e-3
-        raise typer.BadParameter(f"no tuned learning rate is known for {name}; give one: --lr {name}={start:g}")
+        start = ENTRIES[name].config.lr if tuned and name in ENTRIES else 1e-3
+        shown = f"{start:.0e}".replace("e-0", "e-")
+        raise typer.BadParameter(f"no tuned learning rate is known for {name}; give one: --lr {name}={shown}")
     return found
 
 
