@@ -94,7 +94,7 @@ RUNGS = {
     "AdamW, β₁ 0.8 and β₂ 0.9": Rung("adamw_torch_fused", lr=5e-3, guess=1, betas=(0.8, 0.9)),
     "Muon, momentum 0.9": Rung("muon", "momentum=0.9,lr_1d=2e-2", lr=4e-2, guess=0.45),
 }
-"""AdamW, then SOAP with one more addition in each row, then single changes to the last but one or to SOAP."""
+"""AdamW, then SOAP with one more addition in each row, then single changes to the last but one and to other rows."""
 
 LADDER = list(RUNGS)[:8]
 """The additions that are kept; the others are compared with them on request."""

@@ -189,8 +189,11 @@ def without_overshoot(whitened: Tensor, factor: Tensor, weight: float, sides: in
         weight: Weight of its Gram matrix.
         sides: Number of sides with a factor.
     """
+    if sides == 1:  # the exponent would be 0
+        return whitened
     trace = factor.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_(min=torch.finfo(factor.dtype).tiny)
-    growth = whitened.square().flatten(1).sum(1).mul_(weight) / trace
+    norm: Tensor = torch.linalg.vector_norm(whitened.flatten(1), dim=1)
+    growth = norm.square_().mul_(weight) / trace
     scale = growth.clamp_(min=1.0) ** ((1 / sides - 1) / 2)
     return whitened * scale.view(-1, *[1] * (whitened.dim() - 1))
 
